@@ -1,0 +1,511 @@
+//! The rounds of a run, decided: when a round starts and with whom, whose update counts, when it closes.
+//!
+//! [`Rounds`] turns what has happened ([`Event`]) and the time at which it happened into what to do ([`Action`]). It owns
+//! no tensor, no socket and no timer, never reads the clock, and draws a cohort from the experiment's seed alone, so that
+//! the same events at the same times always lead to the same actions. Whether an update is well formed is the caller's
+//! question; whether it counts is answered here. Actions are to be performed in their order: an [`Action::Aggregate`] may
+//! be followed in the same list by the start of the next round.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use experiment::{Federation, Seed};
+
+/// A round is abandoned at most this many times; then the run fails rather than repeat itself for ever.
+pub const ATTEMPTS_MAX: u32 = 5;
+
+/// The round machine. Rounds are numbered from 1; round 0 is the adapter nobody has trained yet.
+///
+/// A round closes when every member that is still in it has delivered, or at its deadline. A member that departs, or
+/// whose update is refused for what it contains, is removed from the round: it may join again, but trains again only from
+/// the next start. An update that was accepted stays, even if its sender departs afterwards.
+#[derive(Debug)]
+pub struct Rounds {
+    federation: Federation,
+    seed: Seed,
+    round: u32,
+    attempt: u32,
+    connected: BTreeSet<ParticipantName>,
+    state: State,
+    /// What the last [`Action::WaitFor`] said, so that a tick does not say it again.
+    missing: Option<usize>,
+}
+
+/// A participant, as its certificate names it. Names order members, cohorts and contributions everywhere.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ParticipantName(String);
+
+/// What has happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    Joined {
+        participant: ParticipantName,
+    },
+    Departed {
+        participant: ParticipantName,
+    },
+    /// The adapter of `round` finished rounds was evaluated. Only the evaluation after the last round is waited for.
+    Evaluated {
+        participant: ParticipantName,
+        round: u32,
+    },
+    /// An update whose shapes and values the caller has found in order.
+    UpdateArrived {
+        participant: ParticipantName,
+        round: u32,
+        attempt: u32,
+        tokens: u64,
+    },
+    /// An update that the caller will not have, for what it contains.
+    UpdateRejected {
+        participant: ParticipantName,
+        round: u32,
+        attempt: u32,
+    },
+    /// Time has passed; see [`Rounds::next_deadline_ms`].
+    Ticked,
+    StopRequested,
+}
+
+/// What to do about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    RefuseJoin {
+        participant: ParticipantName,
+        reason: JoinRefusal,
+    },
+    /// Status only: this many more participants must join before `round` starts.
+    WaitFor {
+        round: u32,
+        missing: usize,
+    },
+    /// Let the cohort, in name order, fetch the adapter, evaluate it if `evaluate` is set, and only then train.
+    StartRound {
+        round: u32,
+        attempt: u32,
+        cohort: Vec<ParticipantName>,
+        /// The optimizer step, counted over the whole run, with which the round begins.
+        first_step: u64,
+        evaluate: bool,
+    },
+    AcceptUpdate {
+        participant: ParticipantName,
+        round: u32,
+    },
+    RefuseUpdate {
+        participant: ParticipantName,
+        round: u32,
+        reason: Refusal,
+    },
+    /// Nobody waits for this member any longer: take it out of the shared body's barrier and end its round.
+    RemoveMember {
+        participant: ParticipantName,
+    },
+    /// Make the next adapter of the accepted updates, in name order. When this is done, the round is finished.
+    Aggregate {
+        round: u32,
+        members: Vec<Contribution>,
+    },
+    /// Throw away all that this attempt has trained, accepted updates and steps of a shared body included.
+    AbandonRound {
+        round: u32,
+        attempt: u32,
+        why: Abandonment,
+    },
+    /// Let these participants evaluate the adapter of the last round, without training.
+    Evaluate {
+        round: u32,
+        participants: Vec<ParticipantName>,
+    },
+    Finish {
+        reason: FinishReason,
+    },
+}
+
+/// A participant's share in a mean, weighted by the tokens it has trained on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Contribution {
+    pub participant: ParticipantName,
+    pub tokens: u64,
+}
+
+/// Why a participant may not join.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum JoinRefusal {
+    #[error("a participant of this name is connected already")]
+    NameTaken,
+    #[error("the run has finished")]
+    Finished,
+}
+
+/// Why an update does not count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    #[error("the update is for a round that has not started; round {expected} is next or open")]
+    WrongRound { expected: u32 },
+    #[error("the round was closed before the update arrived")]
+    Late,
+    #[error("the attempt that the update belongs to was abandoned")]
+    Abandoned,
+    #[error("the participant is not in the cohort of this round")]
+    NotInCohort,
+    #[error("the participant departed, or had an update refused, earlier in this round")]
+    Removed,
+    #[error("an update of the participant was accepted already")]
+    Duplicate,
+    #[error("the update was trained on no tokens")]
+    NoTokens,
+    #[error("the update has a wrong shape or a value that is not finite")]
+    Content,
+}
+
+/// Why a round was given up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Abandonment {
+    #[error("{remaining} members remain where the quorum is {quorum}")]
+    TooFewMembers { remaining: usize, quorum: usize },
+    #[error("{updates} updates had arrived at the deadline where the quorum is {quorum}")]
+    TooFewUpdates { updates: usize, quorum: usize },
+}
+
+/// Why the run is over. Every round that was aggregated before stays valid, whatever the reason.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    Completed,
+    Stopped,
+    /// `round` was abandoned `attempts` times.
+    Failed {
+        round: u32,
+        attempts: u32,
+    },
+}
+
+#[derive(Debug)]
+enum State {
+    /// Waiting for participants; `since_ms` is unknown until the first event tells the time.
+    Gathering {
+        since_ms: Option<u64>,
+    },
+    Training {
+        members: BTreeMap<ParticipantName, Member>,
+        closes_ms: u64,
+    },
+    /// The evaluation after the last round.
+    Evaluating {
+        awaited: BTreeSet<ParticipantName>,
+        closes_ms: u64,
+    },
+    Finished,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Member {
+    Training,
+    Delivered { tokens: u64 },
+    Removed,
+}
+
+impl Rounds {
+    /// `first_round` is 1, or the number after the last finished round of the run that is continued. A run of which all
+    /// rounds are finished still does its final evaluation.
+    pub fn new(federation: Federation, first_round: u32, seed: Seed) -> Self {
+        Self {
+            federation,
+            seed,
+            round: first_round.max(1),
+            attempt: 1,
+            connected: BTreeSet::new(),
+            state: State::Gathering { since_ms: None },
+            missing: None,
+        }
+    }
+
+    /// `now_ms` is the time of the event on any clock that never goes back.
+    #[must_use = "the machine assumes that its actions are performed"]
+    pub fn handle(&mut self, event: Event, now_ms: u64) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if let State::Gathering { since_ms } = &mut self.state {
+            since_ms.get_or_insert(now_ms);
+        }
+        // A deadline holds from its own time on, not from the tick that happens to notice it.
+        self.close_if_settled(now_ms, &mut actions);
+        match event {
+            Event::Joined { participant } => self.join(participant, &mut actions),
+            Event::Departed { participant } => self.depart(&participant, &mut actions),
+            Event::Evaluated { participant, round } => self.note_evaluation(&participant, round),
+            Event::UpdateArrived { participant, round, attempt, tokens } => {
+                let content = if tokens == 0 { Err(Refusal::NoTokens) } else { Ok(tokens) };
+                self.judge_update(participant, (round, attempt), content, &mut actions);
+            }
+            Event::UpdateRejected { participant, round, attempt } => {
+                self.judge_update(participant, (round, attempt), Err(Refusal::Content), &mut actions);
+            }
+            Event::Ticked => {}
+            Event::StopRequested => self.finish(FinishReason::Stopped, &mut actions),
+        }
+        self.close_if_settled(now_ms, &mut actions);
+        self.start_if_gathered(now_ms, &mut actions);
+        actions
+    }
+
+    /// The round that is open or comes next; one more than the experiment has when all are finished.
+    pub fn round(&self) -> u32 {
+        self.round
+    }
+
+    /// When a [`Event::Ticked`] is due if nothing else happens; until then the passing of time changes nothing.
+    pub fn next_deadline_ms(&self) -> Option<u64> {
+        match &self.state {
+            State::Training { closes_ms, .. } | State::Evaluating { closes_ms, .. } => Some(*closes_ms),
+            State::Gathering { since_ms: Some(since_ms) } if !self.is_unstarted() => {
+                let quorum_is_here = self.connected.len() >= self.quorum();
+                quorum_is_here.then(|| self.deadline_after(*since_ms))
+            }
+            State::Gathering { .. } | State::Finished => None,
+        }
+    }
+
+    fn join(&mut self, participant: ParticipantName, actions: &mut Vec<Action>) {
+        if matches!(self.state, State::Finished) {
+            actions.push(Action::RefuseJoin { participant, reason: JoinRefusal::Finished });
+        } else if self.connected.contains(&participant) {
+            actions.push(Action::RefuseJoin { participant, reason: JoinRefusal::NameTaken });
+        } else {
+            self.connected.insert(participant);
+        }
+    }
+
+    fn depart(&mut self, participant: &ParticipantName, actions: &mut Vec<Action>) {
+        self.connected.remove(participant);
+        match &mut self.state {
+            State::Training { members, .. } => {
+                if let Some(member @ Member::Training) = members.get_mut(participant) {
+                    *member = Member::Removed;
+                    actions.push(Action::RemoveMember { participant: participant.clone() });
+                }
+            }
+            State::Evaluating { awaited, .. } => {
+                awaited.remove(participant);
+            }
+            State::Gathering { .. } | State::Finished => {}
+        }
+    }
+
+    fn note_evaluation(&mut self, participant: &ParticipantName, round: u32) {
+        if let State::Evaluating { awaited, .. } = &mut self.state
+            && round == self.federation.rounds
+        {
+            awaited.remove(participant);
+        }
+    }
+
+    /// `content` is the update's tokens, or what is wrong with the update itself.
+    fn judge_update(
+        &mut self,
+        participant: ParticipantName,
+        (round, attempt): (u32, u32),
+        content: Result<u64, Refusal>,
+        actions: &mut Vec<Action>,
+    ) {
+        let member = match self.member_training(&participant, round, attempt) {
+            Ok(member) => member,
+            Err(reason) => return actions.push(Action::RefuseUpdate { participant, round, reason }),
+        };
+        match content {
+            Ok(tokens) => {
+                *member = Member::Delivered { tokens };
+                actions.push(Action::AcceptUpdate { participant, round });
+            }
+            Err(reason) => {
+                // To wait for a better update would hold up the round for somebody who sent a bad one.
+                *member = Member::Removed;
+                actions.push(Action::RefuseUpdate { participant: participant.clone(), round, reason });
+                actions.push(Action::RemoveMember { participant });
+            }
+        }
+    }
+
+    /// The member whose update is awaited, or why none of this participant is.
+    fn member_training(
+        &mut self,
+        participant: &ParticipantName,
+        round: u32,
+        attempt: u32,
+    ) -> Result<&mut Member, Refusal> {
+        let expected = self.round;
+        if round < expected {
+            return Err(Refusal::Late);
+        }
+        if round > expected || attempt > self.attempt {
+            return Err(Refusal::WrongRound { expected });
+        }
+        if attempt < self.attempt {
+            return Err(Refusal::Abandoned);
+        }
+        match &mut self.state {
+            State::Training { members, .. } => match members.get_mut(participant) {
+                Some(member @ Member::Training) => Ok(member),
+                Some(Member::Delivered { .. }) => Err(Refusal::Duplicate),
+                Some(Member::Removed) => Err(Refusal::Removed),
+                None => Err(Refusal::NotInCohort),
+            },
+            State::Gathering { .. } => Err(Refusal::WrongRound { expected }),
+            State::Evaluating { .. } | State::Finished => Err(Refusal::Late),
+        }
+    }
+
+    fn close_if_settled(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
+        let quorum = self.quorum();
+        match &self.state {
+            State::Training { members, closes_ms } => {
+                let remaining = members.values().filter(|member| **member != Member::Removed).count();
+                let updates = members.values().filter(|member| matches!(member, Member::Delivered { .. })).count();
+                let is_due = now_ms >= *closes_ms;
+                if remaining < quorum {
+                    self.abandon(Abandonment::TooFewMembers { remaining, quorum }, now_ms, actions);
+                } else if updates == remaining || (is_due && updates >= quorum) {
+                    self.aggregate(now_ms, actions);
+                } else if is_due {
+                    self.abandon(Abandonment::TooFewUpdates { updates, quorum }, now_ms, actions);
+                }
+            }
+            State::Evaluating { awaited, closes_ms } if awaited.is_empty() || now_ms >= *closes_ms => {
+                self.finish(FinishReason::Completed, actions);
+            }
+            State::Evaluating { .. } | State::Gathering { .. } | State::Finished => {}
+        }
+    }
+
+    fn aggregate(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
+        let State::Training { members, .. } =
+            std::mem::replace(&mut self.state, State::Gathering { since_ms: Some(now_ms) })
+        else {
+            unreachable!("only a round that is open is aggregated");
+        };
+        let mut contributions = Vec::new();
+        for (participant, member) in members {
+            match member {
+                Member::Delivered { tokens } => contributions.push(Contribution { participant, tokens }),
+                Member::Training => actions.push(Action::RemoveMember { participant }),
+                Member::Removed => {}
+            }
+        }
+        actions.push(Action::Aggregate { round: self.round, members: contributions });
+        self.round += 1;
+        self.attempt = 1;
+        if self.round > self.federation.rounds {
+            self.evaluate(now_ms, actions);
+        }
+    }
+
+    fn abandon(&mut self, why: Abandonment, now_ms: u64, actions: &mut Vec<Action>) {
+        let (round, attempt) = (self.round, self.attempt);
+        actions.push(Action::AbandonRound { round, attempt, why });
+        if attempt == ATTEMPTS_MAX {
+            return self.finish(FinishReason::Failed { round, attempts: attempt }, actions);
+        }
+        self.attempt += 1;
+        self.state = State::Gathering { since_ms: Some(now_ms) };
+    }
+
+    /// The final evaluation is everybody's who is connected: no cohort has to be spared for training any more.
+    fn evaluate(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
+        if self.federation.evaluate_every == 0 || self.connected.is_empty() {
+            return self.finish(FinishReason::Completed, actions);
+        }
+        let awaited = self.connected.clone();
+        let participants = awaited.iter().cloned().collect();
+        actions.push(Action::Evaluate { round: self.federation.rounds, participants });
+        self.state = State::Evaluating { awaited, closes_ms: self.deadline_after(now_ms) };
+    }
+
+    fn finish(&mut self, reason: FinishReason, actions: &mut Vec<Action>) {
+        if !matches!(self.state, State::Finished) {
+            self.state = State::Finished;
+            actions.push(Action::Finish { reason });
+        }
+    }
+
+    fn start_if_gathered(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
+        let State::Gathering { since_ms } = self.state else { return };
+        let patience_is_over = now_ms >= self.deadline_after(since_ms.unwrap_or(now_ms));
+        // A run begins complete; what has begun goes on with a quorum when a full cohort is long in coming.
+        let needed = if self.is_unstarted() || !patience_is_over { self.cohort() } else { self.quorum() };
+        let missing = needed.saturating_sub(self.connected.len());
+        if missing > 0 {
+            if self.missing.replace(missing) != Some(missing) {
+                actions.push(Action::WaitFor { round: self.round, missing });
+            }
+            return;
+        }
+        self.missing = None;
+        if self.round > self.federation.rounds {
+            self.evaluate(now_ms, actions);
+        } else {
+            self.start_round(now_ms, actions);
+        }
+    }
+
+    fn start_round(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
+        let (round, attempt) = (self.round, self.attempt);
+        let rounds_finished = round - 1;
+        let cohort = self.draw_cohort();
+        let members = cohort.iter().map(|participant| (participant.clone(), Member::Training)).collect();
+        self.state = State::Training { members, closes_ms: self.deadline_after(now_ms) };
+        actions.push(Action::StartRound {
+            round,
+            attempt,
+            cohort,
+            first_step: u64::from(rounds_finished).saturating_mul(self.federation.local_steps),
+            // After every so many rounds, and that includes none at all; checked_rem is None when it is never.
+            evaluate: rounds_finished.checked_rem(self.federation.evaluate_every) == Some(0),
+        });
+    }
+
+    /// Depends on who is connected, never on the order in which they came. Another attempt draws another cohort, since
+    /// the member that spoiled the first may be connected still.
+    fn draw_cohort(&self) -> Vec<ParticipantName> {
+        let names: Vec<&ParticipantName> = self.connected.iter().collect();
+        let label = format!("round/{}/attempt/{}/cohort", self.round, self.attempt);
+        let mut generator = self.seed.generator(&label);
+        let drawn_count = self.cohort().min(names.len());
+        let mut drawn = rand::seq::index::sample(&mut generator, names.len(), drawn_count).into_vec();
+        drawn.sort_unstable();
+        drawn.into_iter().map(|index| names[index].clone()).collect()
+    }
+
+    fn is_unstarted(&self) -> bool {
+        self.round == 1 && self.attempt == 1
+    }
+
+    fn cohort(&self) -> usize {
+        self.federation.cohort as usize
+    }
+
+    fn quorum(&self) -> usize {
+        self.federation.quorum as usize
+    }
+
+    fn deadline_after(&self, start_ms: u64) -> u64 {
+        start_ms.saturating_add(self.federation.deadline_s.saturating_mul(1000))
+    }
+}
+
+impl ParticipantName {
+    pub fn new(name: impl Into<String>) -> Self {
+        Self(name.into())
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ParticipantName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,607 @@
+//! Scenarios of a run as lists of events and the actions they lead to, and random schedules against the machine's
+//! promises. Failure is a broken promise: an aggregate below the quorum, a member counted twice, a round number that
+//! comes again, a run of well-behaved members that gets stuck. A failed run is no failure where members spoil it.
+
+use proptest::prelude::*;
+
+use super::*;
+
+const SECOND_MS: u64 = 1000;
+/// Anything that is not meant to be late happens well before this.
+const DEADLINE_MS: u64 = 10 * SECOND_MS;
+
+fn federation(rounds: u32, cohort: u32, quorum: u32) -> Federation {
+    Federation {
+        rounds,
+        cohort,
+        quorum,
+        deadline_s: DEADLINE_MS / SECOND_MS,
+        local_steps: 5,
+        evaluate_every: 0,
+        average: experiment::Average::Factors,
+        strategy: experiment::Strategy::FedAvg,
+    }
+}
+
+fn evaluating(evaluate_every: u32, federation: Federation) -> Federation {
+    Federation { evaluate_every, ..federation }
+}
+
+fn name(name: &str) -> ParticipantName {
+    ParticipantName::new(name)
+}
+
+fn names(list: &str) -> Vec<ParticipantName> {
+    list.split_whitespace().map(name).collect()
+}
+
+fn joined(participant: &str) -> Event {
+    Event::Joined { participant: name(participant) }
+}
+
+fn departed(participant: &str) -> Event {
+    Event::Departed { participant: name(participant) }
+}
+
+/// An update of 7 tokens for the first attempt of `round`.
+fn update(participant: &str, round: u32) -> Event {
+    update_of(participant, round, 1)
+}
+
+fn update_of(participant: &str, round: u32, attempt: u32) -> Event {
+    Event::UpdateArrived { participant: name(participant), round, attempt, tokens: 7 }
+}
+
+fn evaluated(participant: &str, round: u32) -> Event {
+    Event::Evaluated { participant: name(participant), round }
+}
+
+fn start(round: u32, cohort: &str) -> Action {
+    start_again(round, 1, cohort)
+}
+
+fn start_again(round: u32, attempt: u32, cohort: &str) -> Action {
+    let first_step = u64::from(round - 1) * 5;
+    Action::StartRound { round, attempt, cohort: names(cohort), first_step, evaluate: false }
+}
+
+fn accept(participant: &str, round: u32) -> Action {
+    Action::AcceptUpdate { participant: name(participant), round }
+}
+
+fn refuse(participant: &str, round: u32, reason: Refusal) -> Action {
+    Action::RefuseUpdate { participant: name(participant), round, reason }
+}
+
+fn remove(participant: &str) -> Action {
+    Action::RemoveMember { participant: name(participant) }
+}
+
+fn aggregate(round: u32, members: &str) -> Action {
+    let members = names(members).into_iter().map(|participant| Contribution { participant, tokens: 7 }).collect();
+    Action::Aggregate { round, members }
+}
+
+fn abandon(round: u32, attempt: u32, why: Abandonment) -> Action {
+    Action::AbandonRound { round, attempt, why }
+}
+
+fn wait_for(round: u32, missing: usize) -> Action {
+    Action::WaitFor { round, missing }
+}
+
+fn finish(reason: FinishReason) -> Action {
+    Action::Finish { reason }
+}
+
+/// Feeds each event at its time and compares the actions.
+#[track_caller]
+fn check_scenario(federation: Federation, ops: Vec<(u64, Event, Vec<Action>)>) {
+    check_continued(Rounds::new(federation, 1, Seed(0)), ops);
+}
+
+#[track_caller]
+fn check_continued(mut rounds: Rounds, ops: Vec<(u64, Event, Vec<Action>)>) {
+    for (index, (now_ms, event, expected)) in ops.into_iter().enumerate() {
+        let described = format!("{event:?}");
+        assert_eq!(rounds.handle(event, now_ms), expected, "operation {index}, at {now_ms} ms: {described}");
+    }
+}
+
+#[test]
+fn rounds_follow_each_other_until_the_last() {
+    check_scenario(
+        federation(2, 2, 1),
+        vec![
+            (0, joined("bert"), vec![wait_for(1, 1)]),
+            (1, joined("anna"), vec![start(1, "anna bert")]),
+            (2, update("bert", 1), vec![accept("bert", 1)]),
+            (3, update("anna", 1), vec![accept("anna", 1), aggregate(1, "anna bert"), start(2, "anna bert")]),
+            (4, update("anna", 2), vec![accept("anna", 2)]),
+            (5, update("bert", 2), vec![accept("bert", 2), aggregate(2, "anna bert"), finish(FinishReason::Completed)]),
+            (6, Event::Ticked, vec![]),
+            (7, Event::StopRequested, vec![]),
+            (8, joined("cleo"), vec![Action::RefuseJoin { participant: name("cleo"), reason: JoinRefusal::Finished }]),
+        ],
+    );
+}
+
+#[test]
+fn the_base_every_other_round_and_the_last_are_evaluated() {
+    let mut rounds = Rounds::new(evaluating(2, federation(4, 1, 1)), 1, Seed(0));
+    let mut evaluates = Vec::new();
+    let mut actions = rounds.handle(joined("anna"), 0);
+    for now_ms in 1..=4 {
+        let Some(&Action::StartRound { round, evaluate, .. }) = actions.last() else { panic!("{actions:?}") };
+        evaluates.push((round, evaluate));
+        actions = rounds.handle(update("anna", round), now_ms);
+    }
+    assert_eq!(evaluates, [(1, true), (2, false), (3, true), (4, false)]);
+    let last = Action::Evaluate { round: 4, participants: names("anna") };
+    assert_eq!(actions, [accept("anna", 4), aggregate(4, "anna"), last]);
+    assert_eq!(rounds.handle(evaluated("anna", 2), 5), [], "an old evaluation is not the awaited one");
+    assert_eq!(rounds.handle(evaluated("anna", 4), 6), [finish(FinishReason::Completed)]);
+}
+
+#[test]
+fn the_final_evaluation_waits_neither_for_the_departed_nor_beyond_the_deadline() {
+    let opening = || {
+        vec![
+            (0, joined("anna"), vec![wait_for(1, 2)]),
+            (0, joined("bert"), vec![wait_for(1, 1)]),
+            (
+                0,
+                joined("cleo"),
+                vec![Action::StartRound {
+                    round: 1,
+                    attempt: 1,
+                    cohort: names("anna bert cleo"),
+                    first_step: 0,
+                    evaluate: true,
+                }],
+            ),
+            (1, departed("cleo"), vec![remove("cleo")]),
+            (2, update("anna", 1), vec![accept("anna", 1)]),
+            (
+                3,
+                update("bert", 1),
+                vec![
+                    accept("bert", 1),
+                    aggregate(1, "anna bert"),
+                    Action::Evaluate { round: 1, participants: names("anna bert") },
+                ],
+            ),
+            (4, joined("cleo"), vec![]),
+            (5, evaluated("anna", 1), vec![]),
+        ]
+    };
+    let mut with_departure = opening();
+    with_departure.push((6, departed("bert"), vec![finish(FinishReason::Completed)]));
+    check_scenario(evaluating(1, federation(1, 3, 1)), with_departure);
+
+    let mut with_deadline = opening();
+    with_deadline.push((2 + DEADLINE_MS, Event::Ticked, vec![]));
+    with_deadline.push((3 + DEADLINE_MS, Event::Ticked, vec![finish(FinishReason::Completed)]));
+    check_scenario(evaluating(1, federation(1, 3, 1)), with_deadline);
+}
+
+#[test]
+fn a_round_goes_on_without_a_member_that_departs_before_its_update() {
+    check_scenario(
+        federation(2, 3, 2),
+        vec![
+            (0, joined("anna"), vec![wait_for(1, 2)]),
+            (0, joined("bert"), vec![wait_for(1, 1)]),
+            (0, joined("cleo"), vec![start(1, "anna bert cleo")]),
+            (1, update("anna", 1), vec![accept("anna", 1)]),
+            (2, departed("bert"), vec![remove("bert")]),
+            (3, update("cleo", 1), vec![accept("cleo", 1), aggregate(1, "anna cleo"), wait_for(2, 1)]),
+            (4, Event::Ticked, vec![]),
+            (3 + DEADLINE_MS, Event::Ticked, vec![start(2, "anna cleo")]),
+        ],
+    );
+}
+
+#[test]
+fn an_accepted_update_counts_after_its_sender_departed() {
+    check_scenario(
+        federation(1, 2, 2),
+        vec![
+            (0, joined("anna"), vec![wait_for(1, 1)]),
+            (0, joined("bert"), vec![start(1, "anna bert")]),
+            (1, update("anna", 1), vec![accept("anna", 1)]),
+            (2, departed("anna"), vec![]),
+            (3, update("bert", 1), vec![accept("bert", 1), aggregate(1, "anna bert"), finish(FinishReason::Completed)]),
+        ],
+    );
+}
+
+#[test]
+fn the_deadline_closes_a_round_with_a_quorum_and_a_late_update_is_refused() {
+    check_scenario(
+        federation(2, 3, 2),
+        vec![
+            (0, joined("anna"), vec![wait_for(1, 2)]),
+            (0, joined("bert"), vec![wait_for(1, 1)]),
+            (5, joined("cleo"), vec![start(1, "anna bert cleo")]),
+            (6, update("bert", 1), vec![accept("bert", 1)]),
+            (7, update("anna", 1), vec![accept("anna", 1)]),
+            (4 + DEADLINE_MS, Event::Ticked, vec![]),
+            // The update itself is what shows that the deadline has passed.
+            (
+                5 + DEADLINE_MS,
+                update("cleo", 1),
+                vec![
+                    remove("cleo"),
+                    aggregate(1, "anna bert"),
+                    refuse("cleo", 1, Refusal::Late),
+                    start(2, "anna bert cleo"),
+                ],
+            ),
+            (6 + DEADLINE_MS, update("cleo", 1), vec![refuse("cleo", 1, Refusal::Late)]),
+        ],
+    );
+}
+
+#[test]
+fn an_update_counts_only_once_and_only_for_the_open_round_of_a_member() {
+    let wrong_round = Refusal::WrongRound { expected: 1 };
+    check_scenario(
+        federation(2, 2, 2),
+        vec![
+            (0, update("anna", 1), vec![refuse("anna", 1, wrong_round), wait_for(1, 2)]),
+            (0, joined("anna"), vec![wait_for(1, 1)]),
+            (0, joined("bert"), vec![start(1, "anna bert")]),
+            (0, joined("cleo"), vec![]),
+            (1, update("anna", 2), vec![refuse("anna", 2, wrong_round)]),
+            (1, update_of("anna", 1, 2), vec![refuse("anna", 1, wrong_round)]),
+            (1, update("anna", 0), vec![refuse("anna", 0, Refusal::Late)]),
+            (2, update("anna", 1), vec![accept("anna", 1)]),
+            (3, update("anna", 1), vec![refuse("anna", 1, Refusal::Duplicate)]),
+            (4, update("cleo", 1), vec![refuse("cleo", 1, Refusal::NotInCohort)]),
+            (5, update("dora", 1), vec![refuse("dora", 1, Refusal::NotInCohort)]),
+        ],
+    );
+}
+
+#[test]
+fn a_member_whose_update_is_bad_is_removed_but_stays_connected() {
+    let rejected = Event::UpdateRejected { participant: name("anna"), round: 1, attempt: 1 };
+    let empty = Event::UpdateArrived { participant: name("bert"), round: 1, attempt: 1, tokens: 0 };
+    check_scenario(
+        federation(2, 3, 1),
+        vec![
+            (0, joined("anna"), vec![wait_for(1, 2)]),
+            (0, joined("bert"), vec![wait_for(1, 1)]),
+            (0, joined("cleo"), vec![start(1, "anna bert cleo")]),
+            (1, rejected.clone(), vec![refuse("anna", 1, Refusal::Content), remove("anna")]),
+            (2, update("anna", 1), vec![refuse("anna", 1, Refusal::Removed)]),
+            (2, rejected, vec![refuse("anna", 1, Refusal::Removed)]),
+            (3, empty, vec![refuse("bert", 1, Refusal::NoTokens), remove("bert")]),
+            (4, update("cleo", 1), vec![accept("cleo", 1), aggregate(1, "cleo"), start(2, "anna bert cleo")]),
+        ],
+    );
+}
+
+#[test]
+fn a_second_participant_of_the_same_name_may_not_join() {
+    check_scenario(
+        federation(1, 2, 1),
+        vec![
+            (0, joined("anna"), vec![wait_for(1, 1)]),
+            (0, joined("anna"), vec![Action::RefuseJoin { participant: name("anna"), reason: JoinRefusal::NameTaken }]),
+        ],
+    );
+}
+
+#[test]
+fn who_rejoins_trains_again_from_the_next_start() {
+    check_scenario(
+        federation(2, 3, 2),
+        vec![
+            (0, joined("anna"), vec![wait_for(1, 2)]),
+            (0, joined("bert"), vec![wait_for(1, 1)]),
+            (0, joined("cleo"), vec![start(1, "anna bert cleo")]),
+            (1, departed("anna"), vec![remove("anna")]),
+            (2, joined("anna"), vec![]),
+            (3, update("anna", 1), vec![refuse("anna", 1, Refusal::Removed)]),
+            (4, update("bert", 1), vec![accept("bert", 1)]),
+            // Who has delivered may come and go.
+            (5, departed("bert"), vec![]),
+            (6, joined("bert"), vec![]),
+            (7, update("bert", 1), vec![refuse("bert", 1, Refusal::Duplicate)]),
+            (8, update("cleo", 1), vec![accept("cleo", 1), aggregate(1, "bert cleo"), start(2, "anna bert cleo")]),
+        ],
+    );
+}
+
+#[test]
+fn an_abandoned_round_is_run_again_under_its_number() {
+    let why = Abandonment::TooFewMembers { remaining: 1, quorum: 2 };
+    check_scenario(
+        federation(1, 2, 2),
+        vec![
+            (0, joined("anna"), vec![wait_for(1, 1)]),
+            (0, joined("bert"), vec![start(1, "anna bert")]),
+            (1, update("bert", 1), vec![accept("bert", 1)]),
+            (2, departed("anna"), vec![remove("anna"), abandon(1, 1, why), wait_for(1, 1)]),
+            (3, update("bert", 1), vec![refuse("bert", 1, Refusal::Abandoned)]),
+            (4, joined("anna"), vec![start_again(1, 2, "anna bert")]),
+            (5, update("bert", 1), vec![refuse("bert", 1, Refusal::Abandoned)]),
+            (6, update_of("bert", 1, 2), vec![accept("bert", 1)]),
+            (
+                7,
+                update_of("anna", 1, 2),
+                vec![accept("anna", 1), aggregate(1, "anna bert"), finish(FinishReason::Completed)],
+            ),
+        ],
+    );
+}
+
+#[test]
+fn a_round_without_a_quorum_at_its_deadline_is_abandoned_and_the_run_fails_after_the_last_attempt() {
+    let mut ops = vec![(0, joined("anna"), vec![wait_for(1, 1)]), (0, joined("bert"), vec![start(1, "anna bert")])];
+    let why = Abandonment::TooFewUpdates { updates: 1, quorum: 2 };
+    for attempt in 1..=ATTEMPTS_MAX {
+        let start_ms = u64::from(attempt - 1) * DEADLINE_MS;
+        ops.push((start_ms + 1, update_of("anna", 1, attempt), vec![accept("anna", 1)]));
+        let next = if attempt < ATTEMPTS_MAX {
+            start_again(1, attempt + 1, "anna bert")
+        } else {
+            finish(FinishReason::Failed { round: 1, attempts: ATTEMPTS_MAX })
+        };
+        ops.push((start_ms + DEADLINE_MS, Event::Ticked, vec![abandon(1, attempt, why), next]));
+    }
+    ops.push((u64::MAX, update_of("anna", 1, ATTEMPTS_MAX), vec![refuse("anna", 1, Refusal::Late)]));
+    check_scenario(federation(1, 2, 2), ops);
+}
+
+#[test]
+fn a_run_never_begins_without_a_full_cohort() {
+    check_scenario(
+        federation(1, 2, 1),
+        vec![
+            (0, joined("anna"), vec![wait_for(1, 1)]),
+            (100 * DEADLINE_MS, Event::Ticked, vec![]),
+            (101 * DEADLINE_MS, joined("bert"), vec![start(1, "anna bert")]),
+        ],
+    );
+}
+
+#[test]
+fn a_continued_run_waits_one_deadline_for_a_full_cohort_and_then_for_a_quorum() {
+    let resumed = Rounds::new(federation(9, 3, 2), 4, Seed(0));
+    check_continued(
+        resumed,
+        vec![
+            (50, joined("anna"), vec![wait_for(4, 2)]),
+            (50 + DEADLINE_MS, Event::Ticked, vec![wait_for(4, 1)]),
+            (60 + DEADLINE_MS, joined("cleo"), vec![start(4, "anna cleo")]),
+        ],
+    );
+}
+
+#[test]
+fn a_run_whose_rounds_are_all_finished_only_evaluates() {
+    let finished = || Rounds::new(evaluating(1, federation(3, 1, 1)), 4, Seed(0));
+    let evaluate = Action::Evaluate { round: 3, participants: names("anna") };
+    check_continued(
+        finished(),
+        vec![
+            (0, Event::Ticked, vec![wait_for(4, 1)]),
+            (1, joined("anna"), vec![evaluate]),
+            (2, evaluated("anna", 3), vec![finish(FinishReason::Completed)]),
+        ],
+    );
+}
+
+#[test]
+fn stopping_leaves_the_open_round_unfinished() {
+    check_scenario(
+        federation(1, 2, 1),
+        vec![
+            (0, joined("anna"), vec![wait_for(1, 1)]),
+            (0, joined("bert"), vec![start(1, "anna bert")]),
+            (1, update("anna", 1), vec![accept("anna", 1)]),
+            (2, Event::StopRequested, vec![finish(FinishReason::Stopped)]),
+            (3, update("bert", 1), vec![refuse("bert", 1, Refusal::Late)]),
+            (4, departed("bert"), vec![]),
+        ],
+    );
+}
+
+#[test]
+fn the_next_deadline_is_named_whenever_time_alone_can_change_something() {
+    let mut rounds = Rounds::new(federation(2, 2, 1), 1, Seed(0));
+    assert_eq!(rounds.next_deadline_ms(), None);
+    let _waits = rounds.handle(joined("anna"), 1);
+    assert_eq!(rounds.next_deadline_ms(), None, "the first start waits for as long as it takes");
+    let _starts = rounds.handle(joined("bert"), 2);
+    assert_eq!(rounds.next_deadline_ms(), Some(2 + DEADLINE_MS));
+    let _removes = rounds.handle(departed("bert"), 3);
+    let _aggregates = rounds.handle(update("anna", 1), 4);
+    assert_eq!(rounds.next_deadline_ms(), Some(4 + DEADLINE_MS), "the second round waits for a full cohort");
+    let _waits = rounds.handle(departed("anna"), 5);
+    assert_eq!(rounds.next_deadline_ms(), None, "there is no quorum to start with");
+}
+
+#[test]
+fn cohorts_differ_between_rounds_and_seeds_but_not_with_the_order_of_joining() {
+    let cohorts = |order: &[usize], seed| -> Vec<Vec<ParticipantName>> {
+        let mut crowded = Rounds::new(federation(8, 3, 1), 1, Seed(seed));
+        crowded.connected = order.iter().map(|number| name(&format!("participant-{number:02}"))).collect();
+        (1..=8)
+            .map(|round| {
+                crowded.round = round;
+                crowded.draw_cohort()
+            })
+            .collect()
+    };
+    let forwards: Vec<usize> = (0..20).collect();
+    let backwards: Vec<usize> = (0..20).rev().collect();
+    let drawn = cohorts(&forwards, 7);
+    assert_eq!(drawn, cohorts(&backwards, 7));
+    assert_ne!(drawn, cohorts(&forwards, 8));
+    assert!(drawn.iter().all(|cohort| cohort.len() == 3 && cohort.is_sorted()));
+    let distinct: BTreeSet<_> = drawn.into_iter().collect();
+    assert!(distinct.len() > 4, "the cohort of one round says little about the next");
+}
+
+const CROWD: [&str; 5] = ["anna", "bert", "cleo", "dora", "emil"];
+
+/// An event relative to the machine's present state, so that random schedules get deep into a run.
+#[derive(Debug, Clone)]
+enum Op {
+    Join(usize),
+    Depart(usize),
+    Deliver(usize),
+    DeliverAnything(usize, u32, u32, u64),
+    Reject(usize),
+    Evaluate(usize),
+    Wait(u64),
+    Stop,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let participant = || 0..CROWD.len();
+    prop_oneof![
+        60 => participant().prop_map(Op::Join),
+        20 => participant().prop_map(Op::Depart),
+        120 => participant().prop_map(Op::Deliver),
+        20 => (participant(), 0..6u32, 0..4u32, 0..3u64).prop_map(|(p, round, attempt, tokens)| {
+            Op::DeliverAnything(p, round, attempt, tokens)
+        }),
+        10 => participant().prop_map(Op::Reject),
+        20 => participant().prop_map(Op::Evaluate),
+        20 => (0..2 * DEADLINE_MS).prop_map(Op::Wait),
+        1 => Just(Op::Stop),
+    ]
+}
+
+fn any_federation() -> impl Strategy<Value = Federation> {
+    (1..5u32, 1..5u32, 0..3u32)
+        .prop_flat_map(|(rounds, cohort, every)| (Just((rounds, cohort, every)), 1..=cohort))
+        .prop_map(|((rounds, cohort, every), quorum)| evaluating(every, federation(rounds, cohort, quorum)))
+}
+
+/// What the actions so far have promised.
+#[derive(Debug, Default)]
+struct Ledger {
+    open: Option<(u32, BTreeMap<ParticipantName, bool>)>,
+    last_aggregated: u32,
+    attempts: BTreeMap<u32, u32>,
+    finished: bool,
+}
+
+impl Ledger {
+    fn check(&mut self, action: &Action, federation: &Federation) {
+        let quorum = federation.quorum as usize;
+        match action {
+            Action::StartRound { round, attempt, cohort, .. } => {
+                assert!(!self.finished && self.open.is_none(), "at most one round is open");
+                assert_eq!(*round, self.last_aggregated + 1);
+                assert!(cohort.len() >= quorum && cohort.len() <= federation.cohort as usize);
+                let attempts = self.attempts.entry(*round).or_default();
+                *attempts += 1;
+                assert_eq!(attempts, attempt);
+                assert!(*attempts <= ATTEMPTS_MAX);
+                self.open = Some((*round, cohort.iter().map(|member| (member.clone(), false)).collect()));
+            }
+            Action::AcceptUpdate { participant, round } => {
+                let (open, members) = self.open.as_mut().expect("an update is accepted into an open round");
+                assert_eq!(open, round);
+                assert_eq!(members.insert(participant.clone(), true), Some(false), "a member delivers once");
+            }
+            Action::RemoveMember { participant } => {
+                let (_, members) = self.open.as_mut().expect("a member is removed from an open round");
+                assert_eq!(members.remove(participant), Some(false), "only who has not delivered is removed");
+            }
+            Action::Aggregate { round, members } => {
+                let (open, accepted) = self.open.take().expect("an open round is aggregated");
+                assert_eq!(open, *round);
+                assert!(members.len() >= quorum, "never below the quorum");
+                assert!(members.iter().map(|member| &member.participant).eq(accepted.keys()));
+                assert!(accepted.values().all(|accepted| *accepted));
+                assert!(*round > self.last_aggregated && *round <= federation.rounds);
+                self.last_aggregated = *round;
+            }
+            Action::AbandonRound { round, .. } => {
+                let (open, _) = self.open.take().expect("an open round is abandoned");
+                assert_eq!(open, *round);
+            }
+            Action::Finish { reason } => {
+                assert!(!self.finished, "a run finishes once");
+                self.finished = true;
+                assert!(*reason != FinishReason::Completed || self.last_aggregated == federation.rounds);
+            }
+            Action::Evaluate { round, participants } => {
+                assert!(self.open.is_none() && *round == self.last_aggregated && !participants.is_empty());
+            }
+            Action::RefuseJoin { .. } | Action::WaitFor { .. } | Action::RefuseUpdate { .. } => {}
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_schedule_breaks_a_promise(
+        federation in any_federation(),
+        ops in prop::collection::vec(op(), 1..200),
+        seed: u64,
+    ) {
+        let mut rounds = Rounds::new(federation.clone(), 1, Seed(seed));
+        let mut ledger = Ledger::default();
+        let mut now_ms = 0;
+        for op in ops {
+            let (round, attempt) = (rounds.round, rounds.attempt);
+            let event = match op {
+                Op::Join(p) => joined(CROWD[p]),
+                Op::Depart(p) => departed(CROWD[p]),
+                Op::Deliver(p) => update_of(CROWD[p], round, attempt),
+                Op::DeliverAnything(p, round, attempt, tokens) => {
+                    Event::UpdateArrived { participant: name(CROWD[p]), round, attempt, tokens }
+                }
+                Op::Reject(p) => Event::UpdateRejected { participant: name(CROWD[p]), round, attempt },
+                Op::Evaluate(p) => evaluated(CROWD[p], federation.rounds),
+                Op::Wait(wait_ms) => {
+                    now_ms += wait_ms;
+                    Event::Ticked
+                }
+                Op::Stop => Event::StopRequested,
+            };
+            for action in rounds.handle(event, now_ms) {
+                ledger.check(&action, &federation);
+            }
+            prop_assert!(rounds.next_deadline_ms().is_none_or(|deadline_ms| deadline_ms > now_ms));
+        }
+        prop_assert_eq!(rounds.handle(Event::Ticked, now_ms), [], "what is due is done at once");
+    }
+
+    #[test]
+    fn members_that_behave_always_complete_the_run(
+        federation in any_federation(),
+        seed: u64,
+        order in Just(CROWD.to_vec()).prop_shuffle(),
+    ) {
+        let mut rounds = Rounds::new(federation.clone(), 1, Seed(seed));
+        let mut inbox: Vec<Event> = order.into_iter().map(joined).collect();
+        let mut ledger = Ledger::default();
+        // The last event comes first, so that joins and updates interleave.
+        while let Some(event) = inbox.pop() {
+            for action in rounds.handle(event, 0) {
+                ledger.check(&action, &federation);
+                match action {
+                    Action::StartRound { round, attempt, cohort, .. } => inbox.extend(
+                        cohort.iter().map(|member| update_of(member.as_str(), round, attempt)),
+                    ),
+                    Action::Evaluate { round, participants } => {
+                        inbox.extend(participants.iter().map(|participant| evaluated(participant.as_str(), round)));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        prop_assert!(ledger.finished);
+        prop_assert_eq!(ledger.last_aggregated, federation.rounds);
+    }
+}

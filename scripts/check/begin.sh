@@ -1,0 +1,76 @@
+# What model.sh and run.sh begin with: options, programs, a working directory, and the table at the end. Sourced, from the repository's root.
+#
+# Whatever stops a check, the table shows the figures it reached; the exit code is 0 only if nothing failed and every figure is met.
+
+json= quick= only= long=
+while [ $# -gt 0 ]; do
+    case $1 in
+        --json) json=--json ;;
+        --quick) quick=yes ;;
+        --only) only=$2; shift ;;
+        --quality | --strategies) long=${1#--} ;;
+        *) sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; [ "$1" = --help ] && exit 0 || exit 2 ;;
+    esac
+    shift
+done
+
+# Figure N is measured if no other was asked for.
+wanted() { [ -z "$only" ] || [ "$only" = "$1" ]; }
+say() { echo "$*" >&2; }
+
+work=$(mktemp -d)
+export FIGURES=$work/figures.jsonl
+: > "$FIGURES"
+finish() {
+    local status=$?
+    trap - EXIT
+    kill $(jobs -p) 2> /dev/null || true
+    python3 scripts/check/figures.py "$FIGURES" $json || status=1
+    if [ $status = 0 ]; then rm -rf "$work"; else say "the working files stay in $work"; fi
+    exit $status
+}
+trap finish EXIT
+trap 'exit 130' INT TERM
+
+say "== building (minutes on a fresh machine: burn)"
+cargo build --release >&2
+PATH=$PWD/target/release:$PATH
+
+# The model that the configurations name.
+model=$(sed -n 's/^path = "\(.*\)"/\1/p' configs/check-train.toml)
+[ -e "$model" ] || coordinator fetch smollm2-135m-instruct --to models/ >&2
+
+# experiment NAME [SED COMMAND...]: configs/check-train.toml under another name and with other settings; prints its path.
+experiment() {
+    local name=$1 command arguments=(-e "s/^name = .*/name = \"$1\"/")
+    shift
+    for command; do arguments+=(-e "$command"); done
+    sed "${arguments[@]}" configs/check-train.toml > "$work/$name.toml"
+    echo "$work/$name.toml"
+}
+
+# federate CONFIG DIR DATA...: runs an experiment, every party a process of its own, a participant named after its data file.
+# Leaves DIR/home, DIR/runs/<name>, what the coordinator printed in DIR/rows.jsonl, and what everyone logged in DIR/*.log.
+federate() {
+    local config=$1 dir=$2 data name
+    shift 2
+    mkdir -p "$dir"
+    coordinator init "$dir/home" --address "127.0.0.1:$(free_port)" >&2
+    for data; do
+        name=$(basename "$data" .jsonl)
+        coordinator invite "$dir/home" "$name" --out "$dir/$name.invite" >&2
+    done
+    coordinator run "$config" --home "$dir/home" --runs "$dir/runs" --json > "$dir/rows.jsonl" 2> "$dir/coordinator.log" &
+    for data; do
+        name=$(basename "$data" .jsonl)
+        participant join "$dir/$name.invite" --data "$data" --state "$dir/$name.state" > "$dir/$name.log" 2>&1 &
+    done
+    # The first party that fails ends the check: the others would wait for it.
+    while [ -n "$(jobs -p)" ]; do
+        wait -n || { say "a party failed:"; tail -n 5 "$dir"/*.log >&2; exit 1; }
+    done
+}
+
+free_port() {
+    python3 -c 'import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}

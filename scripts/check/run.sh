@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# Checks whole runs: every party a process of its own, real QUIC between them, the real model.
+#
+#   scripts/check/run.sh [--json] [--quick] [--only FIGURE] [--quality | --strategies]
+#
+#   2  `participant train` and a run with one participant in `u` mode print the same fifty losses (--quick: ten)
+#   4  it learns: configs/demo.toml; with --quality also configs/quality.toml against pooled and single-device training (half an hour),
+#      with --strategies the same for every aggregation strategy, against the first (hours)
+#   6  a canary planted in a corpus is nowhere in the coordinator's files, at RUST_LOG=trace, and in no frame
+#   8  the byte ledger agrees with QUIC's own statistics
+
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source scripts/check/begin.sh
+
+check() { python3 "scripts/check/$1.py" "${@:2}"; }
+participant device-log --out "$work/data" >&2
+
+if wanted 2; then
+    say "== figure 2: the same losses, split and unsplit"
+    steps=$([ "$quick" ] && echo 10 || echo 50)
+    for adapters in shared per_participant; do
+        config=$(experiment "$adapters" "s/^adapters = .*/adapters = \"$adapters\"/" "s/^local_steps = .*/local_steps = $steps/")
+        # The name decides which records are held out and in which order the others come.
+        participant train "$config" --data "$work/data/press-1.jsonl" --name press-1 --out "$work/local-$adapters" --json > "$work/local-$adapters.jsonl"
+        federate "$config" "$work/split-$adapters" "$work/data/press-1.jsonl"
+        check same_losses "2 $adapters body" "$work/local-$adapters.jsonl" "$work/split-$adapters/runs/$adapters/metrics.jsonl" "$steps"
+    done
+fi
+
+if wanted 4 || wanted 8; then
+    say "== figures 4 and 8: the demo's four devices"
+    federate configs/demo.toml "$work/demo" "$work"/data/{press,mill,packer,chiller}-1.jsonl
+    coordinator report "$work/demo/runs/demo" --json > "$work/report.json"
+    ! wanted 4 || check learning "$work/report.json"
+    ! wanted 8 || check ledger "$work/report.json"
+fi
+
+# train_apart NAME DATA [SED COMMAND]: configs/quality.toml, unsplit and alone; the adapter goes to adapters/NAME.
+train_apart() {
+    sed -e "s/^name = .*/name = \"$1\"/" ${3:+-e "$3"} configs/quality.toml > "$work/$1.toml"
+    participant train "$work/$1.toml" --data "$2" --out "$work/adapters/$1" --json > "$work/$1.jsonl"
+}
+
+# train_together NAME [SED COMMAND]: configs/quality.toml by the four devices; the adapter goes to adapters/NAME.
+train_together() {
+    sed -e "s/^name = .*/name = \"$1\"/" ${2:+-e "$2"} configs/quality.toml > "$work/$1.toml"
+    federate "$work/$1.toml" "$work/$1" "$work"/train/*.jsonl
+    coordinator export "$work/$1/runs/$1" --format peft --out "$work/$1/exports" >&2
+    mv "$work/$1/exports/peft" "$work/adapters/$1"
+}
+
+# evaluate NAME: losses/NAME/DEVICE.json for every device's held-out file.
+evaluate() {
+    local file
+    mkdir -p "$work/losses/$1"
+    for file in "$work"/held-out/*.jsonl; do
+        participant evaluate --model "$model" --adapter "$work/adapters/$1" --data "$file" --json > "$work/losses/$1/$(basename "$file" .jsonl).json"
+    done
+}
+
+if [ "$long" ]; then
+    # All contenders are evaluated on the last tenth of each device's records, which none of them trained on.
+    participant device-log --out "$work/long" --records 400 >&2
+    mkdir -p "$work"/{train,held-out,adapters,losses}
+    for device in press-1 mill-1 packer-1 chiller-1; do
+        head -n 360 "$work/long/$device.jsonl" > "$work/train/$device.jsonl"
+        tail -n 40 "$work/long/$device.jsonl" > "$work/held-out/$device.jsonl"
+    done
+    train_together fedavg
+    evaluate fedavg
+fi
+
+if [ "$long" = quality ]; then
+    say "== figure 4, for longer: together, pooled, and each alone"
+    cat "$work"/train/*.jsonl > "$work/pooled.jsonl"
+    # Equal tokens twice: in as many steps, each of four micro-batches, or in four times as many steps. The better one is the bar.
+    train_apart pooled-steps4 "$work/pooled.jsonl" "s/^local_steps = .*/local_steps = $((4 * $(sed -n 's/^local_steps = //p' configs/quality.toml)))/"
+    train_apart pooled-batch4 "$work/pooled.jsonl" "s/^accumulate = .*/accumulate = 4/"
+    for device in press-1 mill-1 packer-1 chiller-1; do train_apart "alone-$device" "$work/train/$device.jsonl"; done
+    for name in pooled-steps4 pooled-batch4 alone-{press,mill,packer,chiller}-1; do evaluate "$name"; done
+    check quality "$work/losses"
+fi
+
+if [ "$long" = strategies ]; then
+    say "== figure 4: the gap per strategy"
+    strategy() { train_together "$1" "s/^strategy = .*/strategy = { $2 }/"; evaluate "$1"; }
+    strategy fedprox 'name = "fedprox", mu = 0.01'
+    strategy fedavgm 'name = "fedavgm", learning_rate = 1.0, momentum = 0.5'
+    strategy fedadam 'name = "fedadam", learning_rate = 0.003, beta1 = 0.9, beta2 = 0.99, tau = 0.001'
+    strategy fedyogi 'name = "fedyogi", learning_rate = 0.003, beta1 = 0.9, beta2 = 0.99, tau = 0.001'
+    strategy trimmed_mean 'name = "trimmed_mean", trim = 1'
+    strategy median 'name = "median"'
+    train_together product 's/^strategy = .*/average = "product"\n&/'
+    evaluate product
+    train_together freeze_a 's/^targets = .*/&\nfactors = "freeze_a"/'
+    evaluate freeze_a
+    check strategies "$work/losses"
+fi
+
+if wanted 6; then
+    say "== figure 6: the canary"
+    modes=$([ "$quick" ] && echo u || echo u forward_only whole)
+    check canary plant "$work/canary.jsonl" --words "$work/words.jsonl"
+    participant logits --model "$model" --prompts "$work/words.jsonl" --out "$work/words.safetensors" >&2
+    for mode in $modes; do
+        blocks=$([ $mode = whole ] && echo 0 || echo 1)
+        config=$(experiment "canary-$mode" "s/^mode = .*/mode = \"$mode\"/" "s/_blocks = .*/_blocks = $blocks/" \
+            "s/^local_steps = .*/local_steps = 5/" "s/^evaluate_every = .*/evaluate_every = 1/")
+        RUST_LOG=trace federate "$config" "$work/canary-$mode" "$work/canary.jsonl"
+        # What the coordinator wrote, and nothing of the participant's, which may well know its own sentence.
+        check canary search --figure "6 $mode" --tokens "$work/words.safetensors" --control "$work/planted" \
+            "$work/canary-$mode"/{home,runs,rows.jsonl,coordinator.log}
+    done
+    # Frames are searched where they can be read, between the processes' ends of a connection: in a test.
+    cargo test --release -p participant canary > "$work/test.log" 2>&1 || { cat "$work/test.log" >&2; exit 1; }
+    check canary tests "$work/test.log"
+fi

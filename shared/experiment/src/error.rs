@@ -1,0 +1,64 @@
+//! What can go wrong with an experiment's file and with its run directory.
+//!
+//! Every message finishes the sentence "failed to …", names the file, and says what to do next.
+
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The text is not TOML, or a key is unknown, missing or of the wrong type; the source shows the line.
+    #[error("parse {origin}: {source}")]
+    Syntax {
+        origin: String,
+        // Boxed, because toml's error would make every `Result` of this crate large.
+        source: Box<toml::de::Error>,
+    },
+    #[error("accept {origin}: {key} is {value}; allowed: {allowed}")]
+    Value { origin: String, key: &'static str, value: String, allowed: String },
+    /// The split does not fit the model that was loaded.
+    #[error(
+        "split the model: split.head_blocks = {head_blocks} and split.tail_blocks = {tail_blocks} leave no body block \
+         of the {total_blocks} blocks; lower them until their sum is less than {total_blocks}"
+    )]
+    Blocks { head_blocks: u32, tail_blocks: u32, total_blocks: u32 },
+    #[error("{action} {}: {source}; {}", path.display(), next_step(source))]
+    File { action: &'static str, path: PathBuf, source: io::Error },
+    #[error(
+        "continue the run in {}: it belongs to another experiment (digest {found}, this one is {expected}; first \
+         difference: {difference}); give this experiment another name, or move that directory away", path.display()
+    )]
+    OtherExperiment { path: PathBuf, found: String, expected: String, difference: String },
+    #[error("append to {}: another process is writing it; stop that one first", path.display())]
+    Busy { path: PathBuf },
+    #[error("begin round {round}: {} is already complete; begin the round after it", path.display())]
+    RoundComplete { round: u32, path: PathBuf },
+    #[error(
+        "read line {line} of {}: {source}; it was not written by this version: delete that line or use the program \
+         that wrote it", path.display()
+    )]
+    Row { path: PathBuf, line: usize, source: serde_json::Error },
+}
+
+impl Error {
+    /// For `map_err`: `action` is a verb that `path` completes.
+    pub(crate) fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_path_buf();
+        move |source| Self::File { action, path, source }
+    }
+}
+
+fn next_step(error: &io::Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "free space on that disk, then start again",
+        ErrorKind::NotFound => "check the path and the directory this program was started in",
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            "check who may use it, or start as the user it belongs to"
+        }
+        ErrorKind::NotADirectory | ErrorKind::IsADirectory | ErrorKind::AlreadyExists => {
+            "something else has that name: move it away"
+        }
+        ErrorKind::InvalidData => "check that it is a text file in UTF-8",
+        _ => "check the path and the disk",
+    }
+}

@@ -1,0 +1,172 @@
+//! A Hugging Face directory: `config.json`, one or several safetensors files, and a tokenizer.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use quant::BlockType;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+
+use super::{Source, TensorInfo, tensors_of};
+use crate::tokenizer::HuggingFaceFiles;
+use crate::{ModelConfig, ModelError, Tokenizer};
+
+pub(super) struct HuggingFaceModel {
+    directory: PathBuf,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    tensors: Vec<TensorInfo>,
+    /// Where each tensor's bytes lie.
+    places: BTreeMap<String, Place>,
+}
+
+struct Place {
+    path: PathBuf,
+    start: u64,
+    bytes: usize,
+}
+
+/// The header of a safetensors file is refused beyond this size.
+const HEADER_BYTES_MAX: u64 = 8 << 20;
+
+impl HuggingFaceModel {
+    pub(super) fn open(directory: &Path) -> Result<Self, ModelError> {
+        let path = directory.join("config.json");
+        let raw: Value = read_json(&path)?;
+        let config = ModelConfig::from_huggingface(&raw).map_err(|what| ModelError::file(&path, what))?;
+        let tokenizer = read_tokenizer(directory)?;
+
+        let mut infos = BTreeMap::new();
+        let mut places = BTreeMap::new();
+        for file in weight_files(directory)? {
+            read_header(&file, &mut infos, &mut places)?;
+        }
+        let tensors = tensors_of(&config).into_iter().map(|(name, _)| {
+            infos.remove(&name).ok_or_else(|| ModelError::file(directory, format!("has no tensor {name}")))
+        });
+        let tensors = tensors.collect::<Result<_, _>>()?;
+        Ok(Self { directory: directory.to_owned(), config, tokenizer, tensors, places })
+    }
+}
+
+impl Source for HuggingFaceModel {
+    fn origin(&self) -> &Path {
+        &self.directory
+    }
+
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    fn read(&self, info: &TensorInfo) -> Result<Vec<u8>, ModelError> {
+        use std::io::{Read, Seek, SeekFrom};
+        let place = self.places.get(&info.name);
+        let place = place.ok_or_else(|| ModelError::file(&self.directory, format!("has no tensor {}", info.name)))?;
+        let mut file = File::open(&place.path).map_err(ModelError::io(&place.path))?;
+        let mut bytes = vec![0; place.bytes];
+        file.seek(SeekFrom::Start(place.start))
+            .and_then(|_| file.read_exact(&mut bytes))
+            .map_err(ModelError::io(&place.path))?;
+        Ok(bytes)
+    }
+}
+
+fn read_tokenizer(directory: &Path) -> Result<Tokenizer, ModelError> {
+    let path = directory.join("tokenizer.json");
+    let tokenizer = std::fs::read(&path).map_err(ModelError::io(&path))?;
+    let optional = |name: &str| std::fs::read(directory.join(name)).ok();
+    let [settings, template, generation, config] =
+        ["tokenizer_config.json", "chat_template.jinja", "generation_config.json", "config.json"].map(optional);
+    let files = HuggingFaceFiles {
+        tokenizer: &tokenizer,
+        tokenizer_config: settings.as_deref(),
+        chat_template: template.as_deref(),
+        generation_config: generation.as_deref(),
+        config: config.as_deref(),
+    };
+    Tokenizer::from_huggingface_files(&files).map_err(|error| ModelError::file(directory, error))
+}
+
+fn read_json(path: &Path) -> Result<Value, ModelError> {
+    let text = std::fs::read_to_string(path).map_err(ModelError::io(path))?;
+    serde_json::from_str(&text).map_err(|error| ModelError::file(path, error))
+}
+
+/// `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+fn weight_files(directory: &Path) -> Result<Vec<PathBuf>, ModelError> {
+    let single = directory.join("model.safetensors");
+    let index = directory.join("model.safetensors.index.json");
+    if single.is_file() || !index.is_file() {
+        return Ok(vec![single]);
+    }
+    let raw = read_json(&index)?;
+    let map = raw["weight_map"].as_object().ok_or_else(|| ModelError::file(&index, "has no `weight_map`"))?;
+    let mut names: Vec<&str> = map.values().filter_map(Value::as_str).collect();
+    names.sort_unstable();
+    names.dedup();
+    // A shard is a file of this directory: an index cannot point anywhere else.
+    if let Some(name) = names.iter().find(|name| Path::new(name).file_name() != Some(name.as_ref())) {
+        return Err(ModelError::file(&index, format!("names the shard `{name}` outside its directory")));
+    }
+    Ok(names.into_iter().map(|name| directory.join(name)).collect())
+}
+
+/// Reads and checks the header alone; the weights stay on disk.
+fn read_header(
+    path: &Path,
+    infos: &mut BTreeMap<String, TensorInfo>,
+    places: &mut BTreeMap<String, Place>,
+) -> Result<(), ModelError> {
+    use std::io::Read;
+    let mut file = File::open(path).map_err(ModelError::io(path))?;
+    let length = file.metadata().map_err(ModelError::io(path))?.len();
+    let mut prefix = [0; 8];
+    file.read_exact(&mut prefix).map_err(|_| ModelError::file(path, "is truncated; copy or download it again"))?;
+    let header_bytes = u64::from_le_bytes(prefix);
+    if header_bytes > HEADER_BYTES_MAX.min(length.saturating_sub(8)) {
+        let what = format!("claims a header of {header_bytes} bytes in a file of {length}; it is damaged or no safetensors");
+        return Err(ModelError::file(path, what));
+    }
+    let mut header = prefix.to_vec();
+    header.resize(8 + header_bytes as usize, 0);
+    file.read_exact(&mut header[8..]).map_err(ModelError::io(path))?;
+    let (_, metadata) = SafeTensors::read_metadata(&header).map_err(|error| ModelError::file(path, error))?;
+    let data_start = 8 + header_bytes;
+    for (name, tensor) in metadata.tensors() {
+        let (start, end) = tensor.data_offsets;
+        if data_start + end as u64 > length {
+            let what = format!("is truncated: {name} ends at byte {} of {length}; copy or download it again", data_start + end as u64);
+            return Err(ModelError::file(path, what));
+        }
+        let dtype = match tensor.dtype {
+            Dtype::F32 => BlockType::F32,
+            Dtype::F16 => BlockType::F16,
+            Dtype::BF16 => BlockType::BF16,
+            // Buffers of other types (old checkpoints keep some) are of no use to us.
+            _ => continue,
+        };
+        let place = Place { path: path.to_owned(), start: data_start + start as u64, bytes: end - start };
+        places.insert(name.clone(), place);
+        infos.insert(name.clone(), TensorInfo { name, shape: tensor.shape.clone(), dtype });
+    }
+    Ok(())
+}
+
+/// The values of a safetensors tensor of a floating type.
+pub(crate) fn floats(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+    match dtype {
+        Dtype::F32 => Some(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
+        Dtype::F16 => Some(bytes.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect()),
+        Dtype::BF16 => Some(bytes.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect()),
+        _ => None,
+    }
+}

@@ -1,0 +1,183 @@
+//! Parts of models received from a coordinator, kept by content and shared between experiments.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use super::{Blob, Manifest, Source, TensorEntry, TensorInfo};
+use crate::{ModelConfig, ModelError, Tokenizer};
+
+/// A directory of blobs, each under the hexadecimal SHA-256 of its bytes.
+#[derive(Debug, Clone)]
+pub struct BlobStore {
+    directory: PathBuf,
+}
+
+/// Writes one blob; what has arrived stays when the connection is lost, and the next writer continues behind it.
+pub struct BlobWriter {
+    blob: Blob,
+    file: File,
+    written: u64,
+    partial: PathBuf,
+    complete: PathBuf,
+}
+
+impl BlobStore {
+    pub fn open(directory: impl Into<PathBuf>) -> Result<Self, ModelError> {
+        let directory = directory.into();
+        std::fs::create_dir_all(&directory).map_err(ModelError::io(&directory))?;
+        Ok(Self { directory })
+    }
+
+    fn path(&self, blob: &Blob) -> PathBuf {
+        self.directory.join(experiment::hex(&blob.sha256))
+    }
+
+    pub fn holds(&self, blob: &Blob) -> bool {
+        std::fs::metadata(self.path(blob)).is_ok_and(|metadata| metadata.len() == blob.bytes)
+    }
+
+    /// The bytes of a blob, hashed again: a disk can change them.
+    pub fn read(&self, blob: &Blob) -> Result<Vec<u8>, ModelError> {
+        let path = self.path(blob);
+        let bytes = std::fs::read(&path).map_err(ModelError::io(&path))?;
+        if Blob::of(&bytes) != *blob {
+            return Err(ModelError::file(&path, "does not have the content it is named by; delete it and join again"));
+        }
+        Ok(bytes)
+    }
+
+    /// Opens a blob for writing behind the bytes that an earlier attempt left.
+    pub fn resume(&self, blob: &Blob) -> Result<BlobWriter, ModelError> {
+        let complete = self.path(blob);
+        let partial = complete.with_extension("part");
+        let mut file = OpenOptions::new().append(true).create(true).open(&partial).map_err(ModelError::io(&partial))?;
+        let mut written = file.metadata().map_err(ModelError::io(&partial))?.len();
+        if written > blob.bytes {
+            file.set_len(0).map_err(ModelError::io(&partial))?;
+            file = OpenOptions::new().append(true).open(&partial).map_err(ModelError::io(&partial))?;
+            written = 0;
+        }
+        Ok(BlobWriter { blob: *blob, file, written, partial, complete })
+    }
+}
+
+impl BlobWriter {
+    /// Bytes that need not be sent again.
+    pub fn written(&self) -> u64 {
+        self.written
+    }
+
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), ModelError> {
+        let over = self.written + bytes.len() as u64 > self.blob.bytes;
+        if over {
+            return Err(ModelError::file(&self.partial, format!("got more than its {} bytes", self.blob.bytes)));
+        }
+        self.file.write_all(bytes).map_err(ModelError::io(&self.partial))?;
+        self.written += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Gives the blob its name if its content has that hash, and throws it away otherwise.
+    pub fn finish(self) -> Result<(), ModelError> {
+        let io = || ModelError::io(&self.partial);
+        self.file.sync_all().map_err(io())?;
+        let mut hash = Sha256::new();
+        let mut file = File::open(&self.partial).map_err(io())?;
+        let mut buffer = vec![0; 1 << 16];
+        loop {
+            match file.read(&mut buffer).map_err(io())? {
+                0 => break,
+                n => hash.update(&buffer[..n]),
+            }
+        }
+        let found: [u8; 32] = hash.finalize().into();
+        if found != self.blob.sha256 || self.written != self.blob.bytes {
+            std::fs::remove_file(&self.partial).map_err(io())?;
+            let what = format!("has SHA-256 {}, not the one it was announced with; it is fetched anew", experiment::hex(&found));
+            return Err(ModelError::file(&self.partial, what));
+        }
+        std::fs::rename(&self.partial, &self.complete).map_err(io())
+    }
+}
+
+/// A model of which a store holds the blobs of some parts.
+pub struct StoredModel {
+    store: BlobStore,
+    manifest: Manifest,
+    tokenizer: Tokenizer,
+    tensors: Vec<TensorInfo>,
+}
+
+impl StoredModel {
+    /// The tokenizer's blob must be in the store; tensors are read when a stage asks for them.
+    pub fn open(store: BlobStore, manifest: Manifest) -> Result<Self, ModelError> {
+        let json = store.read(&manifest.tokenizer_json)?;
+        let tokenizer = Tokenizer::from_json(&json, &manifest.tokenizer)
+            .map_err(|error| ModelError::file(store.path(&manifest.tokenizer_json), error))?;
+        let tensors = manifest.tensors.iter().filter_map(TensorEntry::info).collect();
+        Ok(Self { store, manifest, tokenizer, tensors })
+    }
+}
+
+impl Source for StoredModel {
+    fn origin(&self) -> &Path {
+        &self.store.directory
+    }
+
+    fn config(&self) -> &ModelConfig {
+        &self.manifest.config
+    }
+
+    fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    fn read(&self, info: &TensorInfo) -> Result<Vec<u8>, ModelError> {
+        let entry = self.manifest.tensors.iter().find(|entry| entry.name == info.name);
+        let entry = entry.ok_or_else(|| ModelError::file(self.origin(), format!("has no tensor {}", info.name)))?;
+        self.store.read(&entry.blob)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_blob_resumes_where_it_broke_off() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = BlobStore::open(directory.path()).unwrap();
+        let bytes = b"headwater".repeat(1000);
+        let blob = Blob::of(&bytes);
+        let mut writer = store.resume(&blob).unwrap();
+        writer.write(&bytes[..4000]).unwrap();
+        drop(writer);
+        assert!(!store.holds(&blob));
+        let mut writer = store.resume(&blob).unwrap();
+        assert_eq!(writer.written(), 4000);
+        writer.write(&bytes[4000..]).unwrap();
+        writer.finish().unwrap();
+        assert!(store.holds(&blob));
+        assert_eq!(store.read(&blob).unwrap(), bytes);
+    }
+
+    #[test]
+    fn a_blob_with_another_content_is_thrown_away() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = BlobStore::open(directory.path()).unwrap();
+        let blob = Blob::of(b"expected");
+        let mut writer = store.resume(&blob).unwrap();
+        writer.write(b"received").unwrap();
+        assert!(writer.finish().unwrap_err().to_string().contains("SHA-256"));
+        assert_eq!(store.resume(&blob).unwrap().written(), 0);
+        let mut writer = store.resume(&blob).unwrap();
+        assert!(writer.write(b"far too long").is_err());
+    }
+}

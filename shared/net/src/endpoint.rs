@@ -1,0 +1,195 @@
+//! The two sockets: a coordinator's that listens, a participant's that dials.
+//!
+//! Either yields a connection only after TLS has verified the peer's certificate and its role fits: a listener never hands out a
+//! coordinator, a dialer nothing else.
+
+use std::{
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+};
+
+use quinn::{Endpoint, EndpointConfig, Incoming, TokioRuntime};
+use tokio::{
+    sync::mpsc,
+    task::{JoinHandle, JoinSet},
+    time::timeout,
+};
+use wire::{CloseCode, ProtocolError};
+
+use crate::{
+    Connection, NetError, Transport,
+    config::{
+        HANDSHAKE_DEADLINE, HANDSHAKES_BEFORE_RETRY, HANDSHAKES_MAX, hardened_dialer, hardened_listener,
+        hardened_socket,
+    },
+    identity::{COORDINATOR_DNS, Identity, PeerIdentity},
+    reset,
+};
+
+/// Connections that have finished their handshake and wait for [`Listener::accept`].
+const ACCEPTED_MAX: usize = 64;
+
+/// The coordinator's socket.
+pub struct Listener {
+    endpoint: Endpoint,
+    local_address: SocketAddr,
+    accepted: mpsc::Receiver<Connection>,
+    admission: JoinHandle<()>,
+}
+
+/// A participant's socket.
+pub struct Dialer {
+    endpoint: Endpoint,
+    config: quinn::ClientConfig,
+}
+
+impl Listener {
+    /// Listens on `address`. Must be called within a tokio runtime.
+    pub fn bind(address: SocketAddr, identity: &Identity, transport: &Transport) -> Result<Self, NetError> {
+        let config = hardened_listener(identity, transport)?;
+        let endpoint = endpoint(address, reset::endpoint_config(identity)?, Some(config))?;
+        let local_address = endpoint.local_addr().map_err(|error| cannot_bind(address, &error))?;
+        let (sender, accepted) = mpsc::channel(ACCEPTED_MAX);
+        let admission = tokio::spawn(admit(endpoint.clone(), sender));
+        Ok(Self { endpoint, local_address, accepted, admission })
+    }
+
+    pub fn local_address(&self) -> SocketAddr {
+        self.local_address
+    }
+
+    /// The next participant, or invitation, that has proved who it is. May be dropped and called again without losing one.
+    pub async fn accept(&mut self) -> Option<Connection> {
+        self.accepted.recv().await
+    }
+
+    /// Closes every connection with `code` and waits until the peers have been told.
+    pub async fn close(self, code: CloseCode, reason: &str) {
+        self.endpoint.close(code.code().into(), reason.as_bytes());
+        self.endpoint.wait_idle().await;
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.admission.abort();
+    }
+}
+
+impl Dialer {
+    /// Must be called within a tokio runtime.
+    pub fn new(identity: &Identity, transport: &Transport) -> Result<Self, NetError> {
+        let config = hardened_dialer(identity, transport)?;
+        let any_port = |ip: std::net::IpAddr| endpoint(SocketAddr::new(ip, 0), EndpointConfig::default(), None);
+        // One socket for both families, where the system has IPv6 at all.
+        let endpoint = any_port(Ipv6Addr::UNSPECIFIED.into()).or_else(|_| any_port(Ipv4Addr::UNSPECIFIED.into()))?;
+        Ok(Self { endpoint, config })
+    }
+
+    /// Connects to the coordinator at `address`, a `host:port`; every address of a host name is tried in turn. A coordinator that refuses
+    /// this side's certificate says so only afterwards: at the first read, or in [`Connection::closed`].
+    pub async fn connect(&self, address: &str) -> Result<Connection, NetError> {
+        let unresolved =
+            |reason: String| NetError::Lost { reason: format!("cannot resolve {address}: {reason}"), retryable: true };
+        let candidates = tokio::net::lookup_host(address).await.map_err(|error| unresolved(error.to_string()))?;
+        let mut last = unresolved("it has no addresses".into());
+        for candidate in candidates {
+            match self.connect_to(candidate).await {
+                Ok(connection) => return Ok(connection),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    /// Waits until the peers of closed connections have been told.
+    pub async fn close(self) {
+        self.endpoint.wait_idle().await;
+    }
+
+    async fn connect_to(&self, address: SocketAddr) -> Result<Connection, NetError> {
+        let connecting = self
+            .endpoint
+            .connect_with(self.config.clone(), address, COORDINATOR_DNS)
+            .map_err(|error| NetError::Misconfigured { reason: format!("cannot connect to {address}: {error}") })?;
+        let connected = timeout(HANDSHAKE_DEADLINE, connecting).await.map_err(|_| NetError::Lost {
+            reason: format!("{address} did not answer within {} s", HANDSHAKE_DEADLINE.as_secs()),
+            retryable: true,
+        })??;
+        admit_role(connected, |peer| *peer == PeerIdentity::Coordinator, "the coordinator")
+    }
+}
+
+/// Runs handshakes side by side, so that a slow one delays nobody, until the endpoint is closed.
+async fn admit(endpoint: Endpoint, accepted: mpsc::Sender<Connection>) {
+    let mut handshakes = JoinSet::new();
+    loop {
+        tokio::select! {
+            incoming = endpoint.accept() => match incoming {
+                Some(incoming) => begin_handshake(incoming, &mut handshakes, &accepted),
+                None => return,
+            },
+            Some(_) = handshakes.join_next() => {}
+        }
+    }
+}
+
+fn begin_handshake(incoming: Incoming, handshakes: &mut JoinSet<()>, accepted: &mpsc::Sender<Connection>) {
+    if handshakes.len() >= HANDSHAKES_MAX {
+        incoming.refuse();
+        return;
+    }
+    if handshakes.len() >= HANDSHAKES_BEFORE_RETRY && incoming.may_retry() {
+        // It fails only where `may_retry` is false.
+        let _ = incoming.retry();
+        return;
+    }
+    let address = incoming.remote_address();
+    let accepted = accepted.clone();
+    handshakes.spawn(async move {
+        match handshake(incoming).await {
+            // The listener is gone where this fails, and the connection goes with it.
+            Ok(connection) => drop(accepted.send(connection).await),
+            Err(error) => tracing::debug!(%address, %error, "handshake refused"),
+        }
+    });
+}
+
+async fn handshake(incoming: Incoming) -> Result<Connection, NetError> {
+    let connecting = incoming.accept()?;
+    let connected = timeout(HANDSHAKE_DEADLINE, connecting)
+        .await
+        .map_err(|_| NetError::Lost { reason: "the handshake took too long".into(), retryable: false })??;
+    admit_role(connected, |peer| *peer != PeerIdentity::Coordinator, "a participant or an invitation")
+}
+
+fn admit_role(
+    connected: quinn::Connection,
+    fits: impl Fn(&PeerIdentity) -> bool,
+    expected: &'static str,
+) -> Result<Connection, NetError> {
+    let admitted = Connection::authenticated(connected.clone()).and_then(|connection| {
+        if fits(connection.peer()) {
+            return Ok(connection);
+        }
+        let found = connection.peer().to_string();
+        Err(NetError::PeerMisbehaved { peer: found.clone(), error: ProtocolError::Role { expected, found } })
+    });
+    if let Err(error) = &admitted {
+        connected.close(error.close_code().code().into(), error.to_string().as_bytes());
+    }
+    admitted
+}
+
+fn endpoint(
+    address: SocketAddr,
+    config: EndpointConfig,
+    listening: Option<quinn::ServerConfig>,
+) -> Result<Endpoint, NetError> {
+    let socket = hardened_socket(address)?;
+    Endpoint::new(config, listening, socket, Arc::new(TokioRuntime)).map_err(|error| cannot_bind(address, &error))
+}
+
+fn cannot_bind(address: SocketAddr, error: &std::io::Error) -> NetError {
+    NetError::Misconfigured { reason: format!("cannot bind {address}: {error}") }
+}

@@ -1,0 +1,30 @@
+//! Peers, connections and streams: QUIC with TLS 1.3 on both sides, or the same in memory for tests.
+//!
+//! This crate knows who a peer is (from its certificate, never from a message) and what crossed the network (the byte ledger). It knows
+//! nothing of rounds, steps or tensors beyond their headers. A coordinator starts from [`Listener`], a participant from [`Dialer`]; both get
+//! a [`Connection`].
+
+mod authority;
+mod config;
+mod connection;
+mod endpoint;
+mod error;
+mod identity;
+mod invitation;
+mod ledger;
+mod memory;
+mod overhead;
+mod reset;
+mod stream;
+
+pub use authority::{Authority, DeviceKey};
+pub use config::{Congestion, Transport, TransportLimits};
+pub use connection::{Connection, StreamKind};
+pub use endpoint::{Dialer, Listener};
+pub use error::NetError;
+pub use identity::{Identity, IdentityError, PeerIdentity, PeerName};
+pub use invitation::{Invitation, InvitationError};
+pub use ledger::LedgerSnapshot;
+pub use memory::Tap;
+pub use overhead::{DirectionStats, TransportStats};
+pub use stream::{RecvStream, SendStream};

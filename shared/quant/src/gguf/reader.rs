@@ -1,0 +1,125 @@
+//! A GGUF file opened for reading.
+
+use super::{FromValue, Header, TensorInfo, TensorType, Vocabulary, header};
+use crate::{BlockType, Error, dequantize};
+use std::{
+    fs::File,
+    io::{self, BufReader},
+    path::{Path, PathBuf},
+};
+
+/// Holds the checked header and the open file. Tensors are read when asked for, at their own position, so one reader
+/// serves several threads.
+#[derive(Debug)]
+pub struct Reader {
+    path: PathBuf,
+    file: File,
+    header: Header,
+    data_start: u64,
+}
+
+impl Reader {
+    /// Refuses a file whose header breaks the format or whose data is not all there. A tensor of a type that we cannot
+    /// decode does not stop it: only reading that tensor does.
+    pub fn open(path: &Path) -> Result<Reader, Error> {
+        let io = |source| Error::Io { path: path.to_owned(), source };
+        let file = File::open(path).map_err(io)?;
+        let file_bytes = file.metadata().map_err(io)?.len();
+        let (header, data_start) = header::parse(path, BufReader::new(&file), file_bytes)?;
+        Ok(Reader { path: path.to_owned(), file, header, data_start })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// The value of `key`, which must be there and of exactly this type: `let n: u32 = reader.required(…)?`.
+    pub fn required<'a, T: FromValue<'a>>(&'a self, key: &str) -> Result<T, Error> {
+        self.optional(key)?.ok_or_else(|| Error::MissingKey { path: self.path.clone(), key: key.to_owned() })
+    }
+
+    /// As [`required`](Self::required), with `None` for a missing key. A wrong type is still refused.
+    pub fn optional<'a, T: FromValue<'a>>(&'a self, key: &str) -> Result<Option<T>, Error> {
+        let Some(value) = self.header.value(key) else { return Ok(None) };
+        match T::from_value(value) {
+            Some(value) => Ok(Some(value)),
+            None => Err(Error::WrongType {
+                path: self.path.clone(),
+                key: key.to_owned(),
+                expected: T::EXPECTED,
+                found: value.type_name().to_owned(),
+            }),
+        }
+    }
+
+    /// The tokenizer's keys, if they agree with each other.
+    pub fn vocabulary(&self) -> Result<Vocabulary, Error> {
+        Vocabulary::read(self)
+    }
+
+    pub fn tensors(&self) -> &[TensorInfo] {
+        self.header.tensors()
+    }
+
+    pub fn tensor(&self, name: &str) -> Result<&TensorInfo, Error> {
+        let missing = || Error::MissingTensor { path: self.path.clone(), tensor: name.to_owned() };
+        self.header.tensor(name).ok_or_else(missing)
+    }
+
+    /// The raw blocks of a tensor.
+    pub fn read_tensor(&self, name: &str) -> Result<Vec<u8>, Error> {
+        Ok(self.read_blocks(name)?.1)
+    }
+
+    /// The values of a tensor, row-major and all finite.
+    pub fn read_values(&self, name: &str) -> Result<Vec<f32>, Error> {
+        let (ty, bytes) = self.read_blocks(name)?;
+        let mut values = vec![0.0; self.tensor(name)?.elements()];
+        // Lengths follow from the same shape, so only a scale can be at fault, and with it the file.
+        dequantize(ty, &bytes, &mut values)
+            .map_err(|error| self.malformed(format!("tensor `{name}`: cannot {error}")))?;
+        Ok(values)
+    }
+
+    pub(super) fn malformed(&self, reason: String) -> Error {
+        Error::Malformed { path: self.path.clone(), reason }
+    }
+
+    fn read_blocks(&self, name: &str) -> Result<(BlockType, Vec<u8>), Error> {
+        let info = self.tensor(name)?;
+        let TensorType::Block(ty) = info.ty else {
+            let (path, tensor) = (self.path.clone(), name.to_owned());
+            return Err(Error::UnsupportedType { path, tensor, found: info.ty.name() });
+        };
+        let Ok(byte_len) = usize::try_from(info.bytes) else {
+            return Err(self.malformed(format!("tensor `{name}` does not fit in this machine's memory")));
+        };
+        // The sum cannot wrap: `open` has compared it with the length of the file.
+        let start = self.data_start + info.offset;
+        let mut bytes = vec![0; byte_len];
+        read_exact_at(&self.file, &mut bytes, start).map_err(|source| Error::Io { path: self.path.clone(), source })?;
+        Ok((ty, bytes))
+    }
+}
+
+#[cfg(unix)]
+fn read_exact_at(file: &File, bytes: &mut [u8], at: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, bytes, at)
+}
+
+#[cfg(windows)]
+fn read_exact_at(file: &File, mut bytes: &mut [u8], mut at: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let count = std::os::windows::fs::FileExt::seek_read(file, bytes, at)?;
+        if count == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        bytes = &mut bytes[count..];
+        at += count as u64;
+    }
+    Ok(())
+}
