@@ -108,6 +108,7 @@ if wanted 6; then
         config=$(experiment "canary-$mode" "s/^mode = .*/mode = \"$mode\"/" "s/_blocks = .*/_blocks = $blocks/" \
             "s/^local_steps = .*/local_steps = 5/" "s/^evaluate_every = .*/evaluate_every = 1/")
         RUST_LOG=trace federate "$config" "$work/canary-$mode" "$work/canary.jsonl"
+        grep -q TRACE "$work/canary-$mode/coordinator.log" || { say "the coordinator did not log at RUST_LOG=trace"; exit 1; }
         # What the coordinator wrote, and nothing of the participant's, which may well know its own sentence.
         check canary search --figure "6 $mode" --tokens "$work/words.safetensors" --control "$work/planted" \
             "$work/canary-$mode"/{home,runs,rows.jsonl,coordinator.log}

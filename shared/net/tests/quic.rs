@@ -43,8 +43,28 @@ async fn connected() -> (Connection, Connection, (Dialer, Listener)) {
     let mut listener = Listener::bind(loopback(), &authority.issue_coordinator(now()).unwrap(), &TRANSPORT).unwrap();
     let dialer = Dialer::new(&participant(&authority, "alice", now()), &TRANSPORT).unwrap();
     let dialed = dialer.connect(&listener.local_address().to_string()).await.unwrap();
-    let accepted = listener.accept().await.unwrap();
+    let accepted = before_deadline(listener.accept()).await.unwrap();
     (dialed, accepted, (dialer, listener))
+}
+
+/// So that an intruder who gets in, or an honest peer who does not, fails the test instead of holding it up.
+async fn before_deadline<T>(outcome: impl Future<Output = T>) -> T {
+    tokio::time::timeout(std::time::Duration::from_secs(5), outcome).await.expect("nothing happens")
+}
+
+/// A certificate that our own authority has signed, though it never would.
+fn forged(
+    authority: &Authority,
+    uri: &str,
+    usage: rcgen::ExtendedKeyUsagePurpose,
+) -> (rcgen::Certificate, rcgen::KeyPair) {
+    let issuer_key = rcgen::KeyPair::from_pem(authority.key_pem()).unwrap();
+    let issuer = rcgen::Issuer::from_ca_cert_pem(authority.certificate_pem(), issuer_key).unwrap();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::new(["coordinator.headwater".to_string()]).unwrap();
+    params.subject_alt_names.push(rcgen::SanType::URI(uri.try_into().unwrap()));
+    params.extended_key_usages = vec![usage];
+    (params.signed_by(&key, &issuer).unwrap(), key)
 }
 
 /// Checks that a coordinator turns `intruder` away, and that the next honest participant is the first one to be accepted.
@@ -53,12 +73,12 @@ async fn check_intruder(authority: &Authority, intruder: &Identity) -> NetError 
     let address = listener.local_address().to_string();
     let dialer = Dialer::new(intruder, &TRANSPORT).unwrap();
     let error = match dialer.connect(&address).await {
-        Ok(connection) => connection.closed().await,
+        Ok(connection) => before_deadline(connection.closed()).await,
         Err(error) => error,
     };
     let honest = Dialer::new(&participant(authority, "honest", now()), &TRANSPORT).unwrap();
     let _open = honest.connect(&address).await.unwrap();
-    let accepted = listener.accept().await.unwrap();
+    let accepted = before_deadline(listener.accept()).await.unwrap();
     assert_eq!(*accepted.peer(), PeerIdentity::Participant { name: name("honest") });
     error
 }
@@ -85,7 +105,10 @@ async fn invitation_is_no_participant() {
     let _open =
         Dialer::new(&enrolment, &TRANSPORT).unwrap().connect(&listener.local_address().to_string()).await.unwrap();
     let fingerprint = enrolment.fingerprint();
-    assert_eq!(*listener.accept().await.unwrap().peer(), PeerIdentity::Enrol { name: name("bob"), fingerprint });
+    assert_eq!(
+        *before_deadline(listener.accept()).await.unwrap().peer(),
+        PeerIdentity::Enrol { name: name("bob"), fingerprint }
+    );
 }
 
 #[tokio::test]
@@ -156,7 +179,7 @@ async fn check_raw_intruder(tls: impl FnOnce(&Authority) -> rustls::ClientConfig
     let config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls(&authority)).unwrap()));
     let connecting = endpoint.connect_with(config, listener.local_address(), "coordinator.headwater").unwrap();
     match connecting.await {
-        Ok(connection) => connection.closed().await.into(),
+        Ok(connection) => before_deadline(connection.closed()).await.into(),
         Err(error) => error.into(),
     }
 }
@@ -212,20 +235,29 @@ async fn self_signed_certificate_is_refused() {
 #[tokio::test]
 async fn certificate_without_a_known_role_is_refused() {
     let error = check_raw_intruder(|authority| {
-        // Signed by our own authority, good for TLS clients, but of a role that this version does not know.
-        let issuer_key = rcgen::KeyPair::from_pem(authority.key_pem()).unwrap();
-        let issuer = rcgen::Issuer::from_ca_cert_pem(authority.certificate_pem(), issuer_key).unwrap();
-        let key = rcgen::KeyPair::generate().unwrap();
-        let mut params = rcgen::CertificateParams::default();
-        params.subject_alt_names = vec![rcgen::SanType::URI("headwater://auditor/eve".try_into().unwrap())];
-        params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ClientAuth];
-        let certificate = params.signed_by(&key, &issuer).unwrap();
+        let usage = rcgen::ExtendedKeyUsagePurpose::ClientAuth;
+        let (certificate, key) = forged(authority, "headwater://auditor/eve", usage);
         let key = rustls_pki_types::PrivateKeyDer::try_from(key.serialize_der()).unwrap();
         let mut tls = raw_client(authority).with_client_auth_cert(vec![certificate.der().clone()], key).unwrap();
         tls.alpn_protocols = vec![wire::ALPN.to_vec()];
         tls
     })
     .await;
+    assert!(matches!(error, NetError::Closed { code: Some(CloseCode::NotAuthorized), .. }), "{error}");
+}
+
+#[tokio::test]
+async fn role_counts_even_where_tls_would_be_content() {
+    let authority = Authority::create(now()).unwrap();
+    let forged = |uri, usage| {
+        let (certificate, key) = forged(&authority, uri, usage);
+        Identity::from_pem(&certificate.pem(), &key.serialize_pem(), authority.certificate_pem()).unwrap()
+    };
+    let listening = forged("headwater://participant/mallory", rcgen::ExtendedKeyUsagePurpose::ServerAuth);
+    let error = check_impostor(&authority, &listening).await;
+    assert_eq!(error.close_code(), CloseCode::NotAuthorized, "{error}");
+    let dialing = forged("headwater://coordinator", rcgen::ExtendedKeyUsagePurpose::ClientAuth);
+    let error = check_intruder(&authority, &dialing).await;
     assert!(matches!(error, NetError::Closed { code: Some(CloseCode::NotAuthorized), .. }), "{error}");
 }
 

@@ -2,9 +2,10 @@
 //!
 //! Names and shapes are PEFT's in memory, on the wire and on disk; see [`peft`] for the files.
 
-mod gradients;
+pub mod gradients;
 pub mod peft;
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use experiment::{Factors, Seed};
@@ -143,8 +144,9 @@ impl Adapter {
             joined.tensors.extend(part.tensors);
         }
         joined.tensors.sort_by_key(|tensor| tensor.block);
-        if let Some(pair) = joined.tensors.windows(2).find(|pair| pair[0].name == pair[1].name) {
-            return Err(ModelError::Mismatch(format!("two parts hold {}", pair[0].name)));
+        let mut names = BTreeSet::new();
+        if let Some(twice) = joined.tensors.iter().find(|tensor| !names.insert(&tensor.name)) {
+            return Err(ModelError::Mismatch(format!("two parts hold {}", twice.name)));
         }
         Ok(joined)
     }

@@ -74,7 +74,7 @@ impl Adapter {
     pub fn from_safetensors(config: AdapterConfig, model: &ModelConfig, bytes: &[u8]) -> Result<Self, String> {
         let file = SafeTensors::deserialize(bytes).map_err(|error| error.to_string())?;
         let mut failure = None;
-        let mut read = |name: &str, shape: [usize; 2]| -> Result<Vec<f32>, String> {
+        let read = |name: &str, shape: [usize; 2]| -> Result<Vec<f32>, String> {
             let view = file.tensor(name).map_err(|_| format!("has no tensor {name}"))?;
             if view.shape() != shape {
                 return Err(format!("{name} has shape {:?}; expected {shape:?}", view.shape()));

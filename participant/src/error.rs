@@ -1,0 +1,53 @@
+use std::path::PathBuf;
+
+use crate::data::DataError;
+use crate::device_log::DeviceLogError;
+
+/// Why a participant cannot go on. Whose fault it is decides what happens next: only [`Net`](Self::Net) errors that are
+/// retryable lead to another attempt.
+#[derive(Debug, thiserror::Error)]
+pub enum ParticipantError {
+    /// The network or the coordinator.
+    #[error(transparent)]
+    Net(#[from] net::NetError),
+    /// The owner's data.
+    #[error("failed to {0}")]
+    Data(#[from] DataError),
+    /// A model, an adapter, or numbers that do not fit them.
+    #[error(transparent)]
+    Model(#[from] model::ModelError),
+    /// An experiment's file or text.
+    #[error("failed to {0}")]
+    Experiment(#[from] experiment::Error),
+    #[error(transparent)]
+    Identity(#[from] net::IdentityError),
+    #[error(transparent)]
+    Invitation(#[from] net::InvitationError),
+    #[error(transparent)]
+    DeviceLog(#[from] DeviceLogError),
+    #[error(transparent)]
+    Tokenizer(#[from] model::tokenizer::TokenizerError),
+    #[error("{path}: {source}")]
+    Io { path: PathBuf, source: std::io::Error },
+    /// The coordinator broke the protocol.
+    #[error("the coordinator misbehaved: {0}")]
+    Coordinator(String),
+    /// The coordinator will not have this participant.
+    #[error("the coordinator refused: {0}")]
+    Refused(String),
+    /// The owner asked for something that does not go.
+    #[error("{0}")]
+    Usage(String),
+}
+
+impl ParticipantError {
+    /// Whether connecting again may help.
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, Self::Net(error) if error.is_retryable())
+    }
+
+    pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, source }
+    }
+}
