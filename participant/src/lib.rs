@@ -1,1 +1,27 @@
+//! A participant: a device that keeps its data, trains the head and tail of a model on it, and leaves the body to the
+//! coordinator.
+//!
+//! Text, token ids and labels live in this crate alone; nothing here serializes them for the network. Start from
+//! [`join`] for a device, [`trainer`] for what a step is, and [`cli`] for the commands.
+#![recursion_limit = "512"]
 
+pub mod body_link;
+pub mod cli;
+pub mod data;
+pub mod dataset;
+pub mod device;
+pub mod device_log;
+mod encoder;
+mod error;
+pub mod evaluate;
+pub mod generate;
+pub mod join;
+pub mod local;
+mod parts;
+mod progress;
+pub mod session;
+pub mod stages;
+pub mod swarm;
+pub mod trainer;
+
+pub use error::ParticipantError;

@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 
 use experiment::{Experiment, Seed, SplitMode, Strategy};
 use model::adapter::gradients::clip_factor;
-use model::stage::{Dropout, Input, Loss};
-use model::{AdamW, Adapter, AdapterConfig, ComputeDevice, Cut, Gradients, Lora, Matrix, Part, Segments, Source, Stage};
+use model::stage::{Dropout, Input, Lora, Loss};
+use model::{AdamW, Adapter, AdapterConfig, ComputeDevice, Cut, Gradients, Matrix, Part, Segments, Source, Stage};
 
 use crate::ParticipantError;
 use crate::body_link::BodyLink;
 use crate::data::{MicroBatch, Position};
 use crate::dataset::Dataset;
+use crate::stages::LoadedStages;
 
 pub struct Trainer {
     experiment: Arc<Experiment>,
@@ -30,7 +31,7 @@ pub struct Trainer {
 
 /// A run of blocks that never leaves this machine.
 struct Side {
-    stage: Stage,
+    stage: Arc<Stage>,
     adapter: Adapter,
     /// `adapter`, on the device.
     lora: Lora,
@@ -66,23 +67,24 @@ impl Trainer {
         cut: Option<Cut>,
         device: &ComputeDevice,
         data: Dataset,
+        stages: &mut LoadedStages<'_>,
     ) -> Result<Self, ParticipantError> {
         let blocks = source.config().blocks;
         let trains_head = experiment.split.mode == SplitMode::U;
-        let side = |part: Part, lend: Option<&Stage>, trains: bool| -> Result<Side, ParticipantError> {
+        let mut side = |part: Part, trains: bool| -> Result<Side, ParticipantError> {
             let config = AdapterConfig::new(&experiment.adapter);
             let adapter = Adapter::seeded(config, source.config(), part.blocks.clone(), Seed(experiment.seed))?;
-            let stage = Stage::load(source, part, device, lend)?;
+            let stage = stages.load(source, part, device)?;
             let lora = stage.attach(&adapter)?;
             let optimizer = trains.then(|| AdamW::new(&experiment.training, &adapter));
             Ok(Side { stage, adapter, lora, optimizer })
         };
         let (head, tail) = match cut {
-            None => (None, side(Part::whole(blocks), None, true)?),
+            None => (None, side(Part::whole(blocks), true)?),
             Some(cut) => {
                 let [head, _, tail] = cut.parts(blocks)?;
-                let head = side(head, None, trains_head)?;
-                let tail = side(tail, Some(&head.stage), true)?;
+                let head = side(head, trains_head)?;
+                let tail = side(tail, true)?;
                 (Some(head), tail)
             }
         };

@@ -376,6 +376,7 @@ async fn ledger_and_overhead_explain_the_udp_bytes() {
         let request = Request::Step {
             session: 1,
             round: 1,
+            attempt: 1,
             step,
             micro: 0,
             micros: 1,

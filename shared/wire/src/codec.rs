@@ -160,12 +160,12 @@ mod tests {
 
         #[test]
         fn requests_round_trip(
-            session: u64, round: u32, step: u64, micro in 0u32..9, micros in 0u32..9, evaluate: bool,
+            session: u64, round: u32, attempt: u32, step: u64, micro in 0u32..9, micros in 0u32..9, evaluate: bool,
             segments in proptest::collection::vec(any::<u32>(), 0..50), trained_tokens: u32, step_tokens: u32,
         ) {
             let purpose = if evaluate { Purpose::Evaluate } else { Purpose::Train };
             let request =
-                Request::Step { session, round, step, micro, micros, purpose, segments, trained_tokens, step_tokens };
+                Request::Step { session, round, attempt, step, micro, micros, purpose, segments, trained_tokens, step_tokens };
             prop_assert_eq!(decode::<Request>(&encode(&request).unwrap()).unwrap(), request);
         }
 

@@ -137,9 +137,16 @@ fn welcome() {
 #[test]
 fn start_round() {
     check_golden(
-        FromCoordinator::StartRound { round: 2, first_step: 40, local_steps: 20, evaluate: true, train: false },
+        FromCoordinator::StartRound {
+            round: 2,
+            attempt: 1,
+            first_step: 40,
+            local_steps: 20,
+            evaluate: true,
+            train: false,
+        },
         "01    # variant
-         02    # round
+         02 01 # round, attempt
          28 14 # first step, local steps
          01 00 # evaluate, train",
     );
@@ -191,6 +198,7 @@ fn step_request() {
         Request::Step {
             session: 7,
             round: 1,
+            attempt: 3,
             step: 9,
             micro: 0,
             micros: 2,
@@ -200,7 +208,7 @@ fn step_request() {
             step_tokens: 251,
         },
         "00              # variant
-         07 01 09        # session, round, step
+         07 01 03 09     # session, round, attempt, step
          00 02           # micro-batch 0 of 2
          01              # purpose: evaluate
          02 80 fb2c01    # two segments: 128 and 300 tokens
@@ -216,8 +224,8 @@ fn fetch_adapter() {
 #[test]
 fn update() {
     check_golden(
-        Request::Update { round: 4, tokens: 12, loss_nats: -0.0, tensors: tensors() },
-        &format!("02 04 0c # variant, round, tokens\n 0000000000000080 # mean loss\n {TENSORS_HEX}"),
+        Request::Update { round: 4, attempt: 1, tokens: 12, loss_nats: -0.0, tensors: tensors() },
+        &format!("02 04 01 0c # variant, round, attempt, tokens\n 0000000000000080 # mean loss\n {TENSORS_HEX}"),
     );
     check_golden(UpdateReply::Accepted, "00 # variant");
 }

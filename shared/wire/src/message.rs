@@ -38,8 +38,8 @@ pub enum FromCoordinator {
         experiment_digest: [u8; 32],
         manifest: BlobRef,
     },
-    /// The participant is in the round's cohort.
-    StartRound { round: u32, first_step: u64, local_steps: u64, evaluate: bool, train: bool },
+    /// The participant is in the round's cohort. `attempt` tells a round that is trained again from its abandoned predecessor.
+    StartRound { round: u32, attempt: u32, first_step: u64, local_steps: u64, evaluate: bool, train: bool },
     /// What became of the round, as far as this participant is concerned.
     RoundClosed { round: u32, outcome: Outcome },
     /// The run is over; the participant closes the connection.
@@ -56,6 +56,7 @@ pub enum Request {
     Step {
         session: u64,
         round: u32,
+        attempt: u32,
         step: u64,
         micro: u32,
         micros: u32,
@@ -67,7 +68,7 @@ pub enum Request {
     /// The global adapter with which `round` starts; answered by an [`AdapterListing`] and its frames.
     FetchAdapter { round: u32 },
     /// The participant's adapter at the end of its local steps; one frame per tensor follows. `loss_nats` is the mean over `tokens`.
-    Update { round: u32, tokens: u64, loss_nats: f64, tensors: Vec<TensorInfo> },
+    Update { round: u32, attempt: u32, tokens: u64, loss_nats: f64, tensors: Vec<TensorInfo> },
     /// The bytes of a blob from `offset` on; answered by a [`BlobHeader`] and those bytes.
     FetchBlob { sha256: [u8; 32], offset: u64 },
     /// A certificate request; answered by [`Enrolled`]. The name comes from the enrolment certificate, never from here.

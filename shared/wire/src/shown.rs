@@ -80,9 +80,10 @@ impl Debug for FromCoordinator {
                 .field("experiment_digest", &bytes(experiment_digest))
                 .field("manifest", manifest)
                 .finish(),
-            Self::StartRound { round, first_step, local_steps, evaluate, train } => f
+            Self::StartRound { round, attempt, first_step, local_steps, evaluate, train } => f
                 .debug_struct("StartRound")
                 .field("round", round)
+                .field("attempt", attempt)
                 .field("first_step", first_step)
                 .field("local_steps", local_steps)
                 .field("evaluate", evaluate)
@@ -102,10 +103,22 @@ impl Debug for FromCoordinator {
 impl Debug for Request {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
         match self {
-            Self::Step { session, round, step, micro, micros, purpose, segments, trained_tokens, step_tokens } => f
+            Self::Step {
+                session,
+                round,
+                attempt,
+                step,
+                micro,
+                micros,
+                purpose,
+                segments,
+                trained_tokens,
+                step_tokens,
+            } => f
                 .debug_struct("Step")
                 .field("session", session)
                 .field("round", round)
+                .field("attempt", attempt)
                 .field("step", step)
                 .field("micro", micro)
                 .field("micros", micros)
@@ -115,9 +128,10 @@ impl Debug for Request {
                 .field("step_tokens", step_tokens)
                 .finish(),
             Self::FetchAdapter { round } => f.debug_struct("FetchAdapter").field("round", round).finish(),
-            Self::Update { round, tokens, loss_nats, tensors } => f
+            Self::Update { round, attempt, tokens, loss_nats, tensors } => f
                 .debug_struct("Update")
                 .field("round", round)
+                .field("attempt", attempt)
                 .field("tokens", tokens)
                 .field("loss_nats", loss_nats)
                 .field("tensors", &Size(tensors.len(), "tensors"))

@@ -85,6 +85,12 @@ impl Adapter {
         })
     }
 
+    /// The adapter of nothing: the base model itself.
+    pub fn none() -> Self {
+        let config = AdapterConfig { rank: 1, alpha: 1.0, dropout: 0.0, targets: Vec::new(), factors: Factors::Both };
+        Self { config, tensors: Vec::new() }
+    }
+
     fn build(
         config: AdapterConfig,
         model: &ModelConfig,

@@ -70,6 +70,23 @@ impl Adapter {
         Self::from_safetensors(config, model, &bytes).map_err(|what| ModelError::file(&path, what))
     }
 
+    /// Reads an adapter to go on with in an experiment whose adapters look like `config`.
+    pub fn load_for(directory: &Path, config: AdapterConfig, model: &ModelConfig) -> Result<Self, ModelError> {
+        let mut adapter = Self::load(directory, model)?;
+        let AdapterConfig { rank, alpha, ref targets, .. } = adapter.config;
+        if (rank, alpha, targets) != (config.rank, config.alpha, &config.targets) {
+            return Err(ModelError::Mismatch(format!(
+                "{} has rank {rank}, alpha {alpha}, targets {targets:?}; the experiment wants rank {}, alpha {}, targets {:?}",
+                directory.display(),
+                config.rank,
+                config.alpha,
+                config.targets
+            )));
+        }
+        adapter.config = config;
+        Ok(adapter)
+    }
+
     /// The inverse of [`to_safetensors`](Self::to_safetensors), checked against the shapes of `model`.
     pub fn from_safetensors(config: AdapterConfig, model: &ModelConfig, bytes: &[u8]) -> Result<Self, String> {
         let file = SafeTensors::deserialize(bytes).map_err(|error| error.to_string())?;

@@ -1,0 +1,470 @@
+//! The directory in which a coordinator keeps who it is: its certificate authority, its own certificate, where it is
+//! reached, and whom it has invited.
+//!
+//! This file owns the directory's layout and the coordinator's identity; invitations are in `invitations`. It never
+//! overwrites a directory that holds something, never reads the clock, and keeps no key of a participant. Start from
+//! [`Home`].
+
+mod invitations;
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind, Write};
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::{Path, PathBuf};
+
+use experiment::write_atomically;
+use net::{Authority, Identity, IdentityError, PeerIdentity, PeerName};
+use serde::{Deserialize, Serialize};
+use time::{Duration, OffsetDateTime};
+
+pub use invitations::{INVITATION_VALID, RedeemError};
+
+/// Where a coordinator listens, and is reached, unless `coordinator init` is told otherwise.
+pub const ADDRESS_DEFAULT: &str = "127.0.0.1:4433";
+
+/// As many as an invitation may hold, and one to listen on.
+const ADDRESSES_MAX: usize = 17;
+
+/// How long before its certificate expires the coordinator makes itself a new one.
+const RENEWAL: Duration = Duration::days(30);
+
+const SETTINGS: &str = "home.toml";
+const AUTHORITY: [&str; 2] = ["ca.pem", "ca.key"];
+const COORDINATOR: [&str; 2] = ["coordinator.pem", "coordinator.key"];
+const EXPERIMENT: &str = "experiment.toml";
+const INVITATIONS: &str = "invitations";
+const LOCK: &str = "lock";
+
+/// An open home. Several threads, and several processes, may use one directory at a time.
+pub struct Home {
+    path: PathBuf,
+    addresses: Addresses,
+    authority: Authority,
+}
+
+/// What is wrong with a home, and what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum HomeError {
+    #[error("make a home in {}: it already holds {found}; choose another directory, or move them away", path.display())]
+    NotEmpty { path: PathBuf, found: String },
+    #[error("open {}: it has no {SETTINGS}; make a home with `coordinator init {}`", path.display(), path.display())]
+    NotAHome { path: PathBuf },
+    #[error("parse {}: {source}", path.display())]
+    Settings {
+        path: PathBuf,
+        // Boxed, because toml's error would make every `Result` here large.
+        source: Box<toml::de::Error>,
+    },
+    #[error("accept `addresses` in {}: {reason}", path.display())]
+    Addresses { path: PathBuf, reason: String },
+    #[error(
+        "listen on {address}: {reason}; correct the first of `addresses` in {}, which must be an address of this machine",
+        path.display()
+    )]
+    Unresolved { path: PathBuf, address: String, reason: String },
+    #[error("use {}: {source}; {next_step}", path.display())]
+    Identity { path: PathBuf, source: IdentityError, next_step: &'static str },
+    #[error("sign a certificate with {}: {source}", path.display())]
+    Issue { path: PathBuf, source: IdentityError },
+    #[error("invite {name}: {valid} is no time to use an invitation in; give it more than 0 and at most 30 days")]
+    Validity { name: PeerName, valid: Duration },
+    #[error(
+        "invite {name}: {} is of an invitation that {state}; --replace makes a new one and the old one worthless",
+        path.display()
+    )]
+    AlreadyInvited { name: PeerName, path: PathBuf, state: String },
+    #[error("parse the invitation in {}: {reason}; delete that file, then invite again", path.display())]
+    Invitation { path: PathBuf, reason: String },
+    #[error(transparent)]
+    File(#[from] experiment::Error),
+}
+
+/// `home.toml`, before it has been checked.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Settings {
+    addresses: Vec<String>,
+}
+
+const SETTINGS_COMMENT: &str = "\
+# Where this coordinator is reached, as host:port, in the order in which participants try. It listens on the first.
+# A first address of 0.0.0.0 or [::] listens on every interface and is left out of invitations.
+";
+
+/// Checked `host:port`s, at least one of which participants can dial.
+struct Addresses {
+    listen: String,
+    dialled: Vec<String>,
+}
+
+impl Home {
+    /// Makes a home in a directory that is empty or does not exist yet. Without addresses it is [`ADDRESS_DEFAULT`].
+    pub fn init(path: &Path, mut addresses: Vec<String>, now: OffsetDateTime) -> Result<Self, HomeError> {
+        if addresses.is_empty() {
+            addresses.push(ADDRESS_DEFAULT.into());
+        }
+        let settings = Settings { addresses };
+        // Before anything is made: a wrong address must not leave half a home.
+        Addresses::read(&settings, &path.join(SETTINGS))?;
+        fs::create_dir_all(path).map_err(file("make the directory", path))?;
+        check_empty(path)?;
+
+        let [certificate, key] = AUTHORITY.map(|name| path.join(name));
+        let authority =
+            Authority::create(now).map_err(|source| HomeError::Issue { path: certificate.clone(), source })?;
+        write_private(&key, authority.key_pem())?;
+        write_atomically(&certificate, authority.certificate_pem().as_bytes())?;
+        let invitations = path.join(INVITATIONS);
+        fs::create_dir(&invitations).map_err(file("make the directory", &invitations))?;
+        write_atomically(&path.join(EXPERIMENT), experiment::skeleton().as_bytes())?;
+        issue_coordinator(path, &authority, now)?;
+        // Last, because a directory with this file is a home.
+        let settings = toml::to_string(&settings).expect("a list of strings can be written as TOML");
+        write_atomically(&path.join(SETTINGS), (SETTINGS_COMMENT.to_owned() + &settings).as_bytes())?;
+        Self::open(path)
+    }
+
+    pub fn open(path: &Path) -> Result<Self, HomeError> {
+        let settings_path = path.join(SETTINGS);
+        let text = match fs::read_to_string(&settings_path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Err(HomeError::NotAHome { path: path.to_owned() });
+            }
+            read => read.map_err(file("read", &settings_path))?,
+        };
+        let settings = toml::from_str(&text)
+            .map_err(|source| HomeError::Settings { path: settings_path.clone(), source: Box::new(source) })?;
+        let addresses = Addresses::read(&settings, &settings_path)?;
+        let [certificate, key] = AUTHORITY.map(|name| path.join(name));
+        let authority = Authority::from_pem(&read(&certificate)?, &read(&key)?).map_err(|source| {
+            let next_step = "restore it and ca.key from a backup, or make a new home and invite everyone again";
+            HomeError::Identity { path: certificate, source, next_step }
+        })?;
+        Ok(Self { path: path.to_owned(), addresses, authority })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where participants reach this coordinator, in the order in which they try.
+    pub fn addresses(&self) -> &[String] {
+        &self.addresses.dialled
+    }
+
+    /// What to bind. It may ask the name service, and wait for it.
+    pub fn listen_address(&self) -> Result<SocketAddr, HomeError> {
+        let address = &self.addresses.listen;
+        let unresolved =
+            |reason| HomeError::Unresolved { path: self.path.join(SETTINGS), address: address.clone(), reason };
+        let mut found = address.to_socket_addrs().map_err(|error| unresolved(error.to_string()))?;
+        found.next().ok_or_else(|| unresolved("that name has no address".into()))
+    }
+
+    /// The coordinator's own certificate and key: those in the directory, or new ones where these are about to expire
+    /// or their certificate has been deleted.
+    pub fn identity(&self, now: OffsetDateTime) -> Result<Identity, HomeError> {
+        let _lock = self.lock()?;
+        let [certificate, key] = COORDINATOR.map(|name| self.path.join(name));
+        if !certificate.try_exists().map_err(file("look for", &certificate))? {
+            return issue_coordinator(&self.path, &self.authority, now);
+        }
+        let next_step = "delete it, and the next start makes a new one";
+        let identity = Identity::from_pem(&read(&certificate)?, &read(&key)?, self.authority.certificate_pem())
+            .and_then(|identity| match identity.peer() {
+                PeerIdentity::Coordinator => Ok(identity),
+                other => Err(IdentityError::Certificate { reason: format!("it is that of {other}") }),
+            })
+            .map_err(|source| HomeError::Identity { path: certificate, source, next_step })?;
+        if identity.not_after() - now < RENEWAL {
+            return issue_coordinator(&self.path, &self.authority, now);
+        }
+        Ok(identity)
+    }
+
+    /// Keeps other threads and processes from changing this home until the file is dropped.
+    fn lock(&self) -> Result<File, HomeError> {
+        let path = self.path.join(LOCK);
+        let lock = OpenOptions::new().write(true).create(true).truncate(false).open(&path);
+        lock.and_then(|lock| lock.lock().map(|()| lock)).map_err(file("lock", &path))
+    }
+}
+
+impl Addresses {
+    fn read(settings: &Settings, path: &Path) -> Result<Self, HomeError> {
+        Self::new(&settings.addresses).map_err(|reason| HomeError::Addresses { path: path.to_owned(), reason })
+    }
+
+    fn new(addresses: &[String]) -> Result<Self, String> {
+        if addresses.len() > ADDRESSES_MAX {
+            return Err(format!("there are {}; leave at most {ADDRESSES_MAX}", addresses.len()));
+        }
+        for address in addresses {
+            check_address(address)?;
+        }
+        let everywhere = |address: &str| address.parse().is_ok_and(|address: SocketAddr| address.ip().is_unspecified());
+        let [listen, others @ ..] = addresses else {
+            return Err(format!("there are none; add one such as {ADDRESS_DEFAULT:?}"));
+        };
+        if let Some(wrong) = others.iter().find(|address| everywhere(address)) {
+            return Err(format!("nobody can connect to {wrong:?}; only the first may mean every interface"));
+        }
+        let dialled = if everywhere(listen) { others } else { addresses };
+        if dialled.is_empty() {
+            return Err(format!("nobody can connect to {listen:?}; add after it one that participants can reach"));
+        }
+        Ok(Self { listen: listen.clone(), dialled: dialled.to_vec() })
+    }
+}
+
+/// `host:port`, where an IPv6 host stands in brackets.
+fn check_address(address: &str) -> Result<(), String> {
+    let port = match address.parse::<SocketAddr>() {
+        Ok(address) => address.port(),
+        Err(_) => {
+            let is_name = |host: &str| {
+                let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_');
+                !host.is_empty() && host.len() <= 253 && host.bytes().all(allowed)
+            };
+            let (_, port) = address.rsplit_once(':').filter(|(host, _)| is_name(host)).unwrap_or_default();
+            port.parse().unwrap_or(0)
+        }
+    };
+    if port == 0 {
+        return Err(format!("{address:?} is not host:port with a port from 1 to 65535, such as {ADDRESS_DEFAULT:?}"));
+    }
+    Ok(())
+}
+
+/// Replaces the coordinator's certificate and key.
+///
+/// The certificate goes first and comes last, so that a crash between the two files leaves no certificate, of which the
+/// next start makes a new one, and never a certificate with another one's key.
+fn issue_coordinator(home: &Path, authority: &Authority, now: OffsetDateTime) -> Result<Identity, HomeError> {
+    let [certificate, key] = COORDINATOR.map(|name| home.join(name));
+    let identity = authority
+        .issue_coordinator(now)
+        .map_err(|source| HomeError::Issue { path: home.join(AUTHORITY[0]), source })?;
+    remove(&certificate)?;
+    write_private(&key, identity.key_pem())?;
+    write_atomically(&certificate, identity.chain_pem().as_bytes())?;
+    Ok(identity)
+}
+
+fn check_empty(path: &Path) -> Result<(), HomeError> {
+    let mut names = fs::read_dir(path)
+        .and_then(|entries| {
+            entries.map(|entry| Ok(entry?.file_name().display().to_string())).collect::<io::Result<Vec<_>>>()
+        })
+        .map_err(file("look into", path))?;
+    if names.is_empty() {
+        return Ok(());
+    }
+    names.sort();
+    const SHOWN: usize = 5;
+    let more = names.len().saturating_sub(SHOWN);
+    names.truncate(SHOWN);
+    let mut found = names.join(", ");
+    if more > 0 {
+        found += &format!(" and {more} more");
+    }
+    Err(HomeError::NotEmpty { path: path.to_owned(), found })
+}
+
+/// Writes a file that nobody but its owner may ever read, not even while it is being written.
+fn write_private(path: &Path, text: &str) -> Result<(), HomeError> {
+    // A file that exists would keep its mode.
+    remove(path)?;
+    let mut options = OpenOptions::new();
+    options.write(true).create_new(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options
+        .open(path)
+        .and_then(|mut file| file.write_all(text.as_bytes()).and_then(|()| file.sync_all()))
+        .map_err(file("write", path))
+}
+
+fn remove(path: &Path) -> Result<(), HomeError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(file("remove", path)(error)),
+        _ => Ok(()),
+    }
+}
+
+fn read(path: &Path) -> Result<String, HomeError> {
+    fs::read_to_string(path).map_err(file("read", path))
+}
+
+/// For `map_err`: `action` is a verb that `path` completes.
+fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> HomeError {
+    let path = path.to_owned();
+    move |source| experiment::Error::File { action, path, source }.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::{TempDir, tempdir};
+
+    use super::*;
+
+    pub(super) fn now() -> OffsetDateTime {
+        OffsetDateTime::from_unix_timestamp(1_790_000_000).unwrap()
+    }
+
+    pub(super) fn new_home() -> (TempDir, Home) {
+        let directory = tempdir().unwrap();
+        let home = Home::init(&directory.path().join("home"), Vec::new(), now()).unwrap();
+        (directory, home)
+    }
+
+    fn check_private(path: &Path) {
+        #[cfg(unix)]
+        assert_eq!(
+            std::os::unix::fs::PermissionsExt::mode(&fs::metadata(path).unwrap().permissions()) & 0o777,
+            0o600,
+            "{}",
+            path.display()
+        );
+    }
+
+    fn check_addresses(addresses: &[&str], expected: Result<(&str, &[&str]), &str>) {
+        let addresses: Vec<_> = addresses.iter().map(|address| String::from(*address)).collect();
+        match (Addresses::new(&addresses), expected) {
+            (Ok(found), Ok((listen, dialled))) => {
+                assert_eq!((&*found.listen, found.dialled), (listen, dialled.iter().map(|a| a.to_string()).collect()))
+            }
+            (Err(found), Err(expected)) => assert!(found.contains(expected), "{found}"),
+            (found, expected) => panic!("{addresses:?}: {:?}, not {expected:?}", found.map(|found| found.dialled)),
+        }
+    }
+
+    #[test]
+    fn a_new_home_holds_what_a_coordinator_needs() {
+        let (_directory, home) = new_home();
+        let mut names: Vec<_> =
+            fs::read_dir(home.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        let expected = "ca.key ca.pem coordinator.key coordinator.pem experiment.toml home.toml invitations";
+        assert_eq!(names.join(" "), expected);
+        check_private(&home.path().join("ca.key"));
+        check_private(&home.path().join("coordinator.key"));
+        assert_eq!(read(&home.path().join("experiment.toml")).unwrap(), experiment::skeleton());
+        let opened = Home::open(home.path()).unwrap();
+        assert_eq!(opened.addresses(), [ADDRESS_DEFAULT]);
+        assert_eq!(opened.listen_address().unwrap(), ADDRESS_DEFAULT.parse().unwrap());
+    }
+
+    #[test]
+    fn a_directory_that_holds_something_is_left_alone() {
+        let directory = tempdir().unwrap();
+        for name in ["f", "b", "c", "d", "e", "a"] {
+            fs::write(directory.path().join(name), "mine").unwrap();
+        }
+        let error = Home::init(directory.path(), Vec::new(), now()).err().unwrap().to_string();
+        assert!(error.contains("it already holds a, b, c, d, e and 1 more; choose another directory"), "{error}");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 6);
+
+        let (_directory, home) = new_home();
+        assert!(matches!(Home::init(home.path(), Vec::new(), now()), Err(HomeError::NotEmpty { .. })));
+    }
+
+    #[test]
+    fn a_wrong_address_leaves_nothing_behind() {
+        let directory = tempdir().unwrap();
+        let path = directory.path().join("home");
+        let error = Home::init(&path, vec!["localhost".into()], now()).err().unwrap().to_string();
+        assert!(error.contains("home.toml") && error.contains("\"localhost\" is not host:port"), "{error}");
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_directory_without_settings_is_not_a_home() {
+        let directory = tempdir().unwrap();
+        let error = Home::open(directory.path()).err().unwrap().to_string();
+        assert!(error.contains(&format!("`coordinator init {}`", directory.path().display())), "{error}");
+    }
+
+    #[test]
+    fn broken_settings_are_named() {
+        let (_directory, home) = new_home();
+        let check = |settings: &str, complaint: &str| {
+            fs::write(home.path().join("home.toml"), settings).unwrap();
+            let error = Home::open(home.path()).err().unwrap().to_string();
+            assert!(error.contains("home.toml") && error.contains(complaint), "{error}");
+        };
+        check("", "addresses");
+        check("addresses = []", "there are none");
+        check("addresses = [\"a:1\"]\nport = 1", "port");
+        let authority = home.path().join("ca.pem");
+        fs::write(home.path().join("home.toml"), "addresses = [\"a:1\"]").unwrap();
+        fs::write(&authority, "gone").unwrap();
+        let error = Home::open(home.path()).err().unwrap().to_string();
+        assert!(error.contains("ca.pem") && error.contains("from a backup"), "{error}");
+    }
+
+    #[test]
+    fn addresses_are_host_and_port() {
+        check_addresses(&["a.example:1", "[::1]:2"], Ok(("a.example:1", &["a.example:1", "[::1]:2"])));
+        check_addresses(&["0.0.0.0:1", "a.example:1"], Ok(("0.0.0.0:1", &["a.example:1"])));
+        check_addresses(&["[::]:1"], Err("add after it one that participants can reach"));
+        check_addresses(&["a:1", "0.0.0.0:1"], Err("only the first may mean every interface"));
+        check_addresses(&[], Err("there are none"));
+        check_addresses(&["a:1"; ADDRESSES_MAX + 1], Err("there are 18"));
+        for wrong in ["", "a", ":1", "a:", "a:0", "a:65536", "a:+", "::1:1", "[::1]", "a b:1", "https://a:1", "a:1/"] {
+            check_addresses(&[wrong], Err("is not host:port"));
+        }
+    }
+
+    #[test]
+    fn an_address_that_does_not_resolve_names_its_key() {
+        let directory = tempdir().unwrap();
+        // A label of a name has at most 63 bytes (RFC 1035, 2.3.4), so this fails without asking anybody.
+        let nowhere = "n".repeat(64);
+        let home = Home::init(directory.path(), vec![format!("{nowhere}.invalid:4433")], now()).unwrap();
+        let error = home.listen_address().unwrap_err().to_string();
+        assert!(error.contains(&nowhere) && error.contains("the first of `addresses` in"), "{error}");
+        assert!(error.contains("home.toml"), "{error}");
+    }
+
+    #[test]
+    fn the_certificate_is_renewed_in_its_last_month() {
+        let (_directory, home) = new_home();
+        let first = home.identity(now()).unwrap();
+        assert_eq!(*first.peer(), PeerIdentity::Coordinator);
+        let early = first.not_after() - RENEWAL;
+        assert_eq!(home.identity(early).unwrap().fingerprint(), first.fingerprint());
+        let late = early + Duration::SECOND;
+        let second = home.identity(late).unwrap();
+        assert_ne!(second.fingerprint(), first.fingerprint());
+        assert_eq!(second.not_after(), late + Duration::days(365));
+        let again = Home::open(home.path()).unwrap().identity(late).unwrap();
+        assert_eq!((again.fingerprint(), again.key_pem()), (second.fingerprint(), second.key_pem()));
+        check_private(&home.path().join("coordinator.key"));
+        let after_expiry = late + Duration::days(400);
+        assert!(home.identity(after_expiry).unwrap().not_after() > after_expiry);
+    }
+
+    #[test]
+    fn an_interrupted_renewal_is_done_again() {
+        let (_directory, home) = new_home();
+        let first = home.identity(now()).unwrap();
+        // As far as a crash may get: the certificate gone, the key half written.
+        fs::remove_file(home.path().join("coordinator.pem")).unwrap();
+        fs::write(home.path().join("coordinator.key"), "-----BEGIN PRI").unwrap();
+        let second = home.identity(now()).unwrap();
+        assert_ne!(second.key_pem(), first.key_pem());
+        assert_eq!(home.identity(now()).unwrap().fingerprint(), second.fingerprint());
+    }
+
+    #[test]
+    fn a_certificate_of_somebody_else_is_refused() {
+        let (_directory, home) = new_home();
+        let alice = PeerName::new("alice").unwrap();
+        let other = home.authority.issue_enrolment(&alice, now(), Duration::days(300)).unwrap();
+        fs::write(home.path().join("coordinator.pem"), other.chain_pem()).unwrap();
+        let error = home.identity(now()).unwrap_err().to_string();
+        assert!(error.contains("coordinator.pem") && error.contains("an invitation for alice"), "{error}");
+        assert!(error.contains("delete it"), "{error}");
+    }
+}

@@ -1,0 +1,142 @@
+//! Text from a model on this device, token by token.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use experiment::{Backend, Seed};
+use model::stage::Lora;
+use model::tokenizer::Message;
+use model::{Adapter, ComputeDevice, Part, Source, Stage};
+use rand::Rng;
+
+use crate::ParticipantError;
+
+/// A whole model, with or without an adapter, ready to run.
+pub struct Runner {
+    pub source: Arc<dyn Source>,
+    pub stage: Stage,
+    pub lora: Lora,
+}
+
+pub struct Generation<'a> {
+    pub prompt: &'a str,
+    /// The prompt goes in as it is, not through the chat template.
+    pub raw: bool,
+    pub tokens_max: usize,
+    /// 0 always takes the likeliest token.
+    pub temperature: f64,
+    pub seed: u64,
+}
+
+pub struct Generated {
+    pub text: String,
+    pub prompt_tokens: usize,
+    pub tokens: Vec<u32>,
+    /// The model ended the text itself.
+    pub ended: bool,
+}
+
+impl Runner {
+    pub fn open(
+        model: &Path,
+        adapter: Option<&Path>,
+        backend: Backend,
+        threads: u32,
+    ) -> Result<Self, ParticipantError> {
+        ComputeDevice::limit_threads(threads);
+        let device = ComputeDevice::new(backend)?;
+        let source = model::source::open(model)?;
+        let stage = Stage::load(&*source, Part::whole(source.config().blocks), &device, None)?;
+        let adapter = match adapter {
+            Some(directory) => Adapter::load(directory, source.config())?,
+            None => Adapter::none(),
+        };
+        let lora = stage.attach(&adapter)?;
+        Ok(Self { source, stage, lora })
+    }
+
+    /// Calls `emit` with every piece of text as soon as it is whole.
+    pub fn generate(
+        &self,
+        generation: &Generation<'_>,
+        mut emit: impl FnMut(&str),
+    ) -> Result<Generated, ParticipantError> {
+        let tokenizer = self.source.tokenizer();
+        let mut prompt: Vec<u32> = if generation.raw {
+            tokenizer.text_prefix().into_iter().chain(tokenizer.encode(generation.prompt, true)?).collect()
+        } else {
+            let message = Message { role: "user".into(), content: generation.prompt.to_owned() };
+            tokenizer.encode(&tokenizer.chat(&[message], true)?, true)?
+        };
+        if prompt.is_empty() {
+            let what = "the prompt has no token; give --prompt some text";
+            prompt.extend(tokenizer.settings().bos);
+            if prompt.is_empty() {
+                return Err(ParticipantError::Usage(what.into()));
+            }
+        }
+        let mut random = Seed(generation.seed).generator("generate");
+        let mut cache = self.stage.cache();
+        let mut stream = tokenizer.decode_stream();
+        let mut generated =
+            Generated { text: String::new(), prompt_tokens: prompt.len(), tokens: Vec::new(), ended: false };
+        let mut input = prompt;
+        while generated.tokens.len() < generation.tokens_max {
+            let logits = self.stage.next_logits(&input, &mut cache, &self.lora)?;
+            let token = choose(&logits, generation.temperature, &mut random);
+            if tokenizer.settings().eos.contains(&token) {
+                generated.ended = true;
+                break;
+            }
+            generated.tokens.push(token);
+            let piece = stream.push(token)?;
+            emit(&piece);
+            generated.text.push_str(&piece);
+            input = vec![token];
+        }
+        let rest = stream.finish();
+        emit(&rest);
+        generated.text.push_str(&rest);
+        Ok(generated)
+    }
+}
+
+/// The likeliest token, or a draw from the softmax at `temperature`.
+fn choose(logits: &[f32], temperature: f64, random: &mut impl Rng) -> u32 {
+    let (mut best, mut max) = (0, f32::NEG_INFINITY);
+    for (i, &logit) in logits.iter().enumerate() {
+        if logit > max {
+            (best, max) = (i, logit);
+        }
+    }
+    if temperature <= 0.0 {
+        return best as u32;
+    }
+    let weights: Vec<f64> = logits.iter().map(|&logit| (f64::from(logit - max) / temperature).exp()).collect();
+    let mut left = random.random::<f64>() * weights.iter().sum::<f64>();
+    let drawn = weights.iter().position(|weight| {
+        left -= weight;
+        left < 0.0
+    });
+    drawn.unwrap_or(best) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn temperature_0_takes_the_first_of_the_likeliest_and_a_high_one_spreads() {
+        let mut random = Seed(1).generator("test");
+        let logits = [0.0, 3.0, 3.0, -1.0];
+        assert_eq!(choose(&logits, 0.0, &mut random), 1);
+        let mut counts = [0; 4];
+        for _ in 0..4000 {
+            counts[choose(&logits, 1.0, &mut random) as usize] += 1;
+        }
+        // softmax: 0.024, 0.484, 0.484, 0.009
+        for (count, expected) in counts.into_iter().zip([96, 1934, 1934, 36]) {
+            assert!((count - expected as i32).abs() < 150, "{counts:?}");
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! `participant join`: from an invitation to the end of the run, over as many connections as it takes.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use net::{Congestion, Connection, Dialer, Identity, Invitation, Transport, TransportLimits};
+use wire::CloseCode;
+
+use crate::ParticipantError;
+use crate::device::Device;
+use crate::session::{BackOff, Participant};
+
+pub struct Join {
+    pub invitation: Invitation,
+    /// Overrides the invitation's addresses.
+    pub address: Option<String>,
+    /// Where the device keeps its identity.
+    pub state: PathBuf,
+    /// How long an unreachable coordinator is tried.
+    pub patience: Duration,
+}
+
+impl Join {
+    pub async fn run(&self, participant: &mut Participant) -> Result<String, ParticipantError> {
+        let device = Device::open(&self.state)?;
+        let mut back_off = BackOff::new();
+        let mut failing_since = None;
+        loop {
+            let progressed = participant.prepared.is_some();
+            let error = match self.attempt(&device, participant).await {
+                Ok(reason) => return Ok(reason),
+                Err(error) if error.is_retryable() => error,
+                Err(error) => return Err(error),
+            };
+            // A connection that got as far as the model starts the patience anew.
+            if participant.prepared.is_some() != progressed {
+                (failing_since, back_off) = (None, BackOff::new());
+            }
+            if failing_since.get_or_insert_with(Instant::now).elapsed() > self.patience {
+                return Err(error);
+            }
+            let delay = back_off.next_delay();
+            tracing::warn!(%error, retry_in_s = delay.as_secs(), "the coordinator is not reachable; trying again");
+            tokio::time::sleep(delay).await;
+        }
+    }
+
+    async fn attempt(&self, device: &Device, participant: &mut Participant) -> Result<String, ParticipantError> {
+        let transport = transport();
+        let mut failure = None;
+        for address in self.address.iter().chain(self.invitation.addresses.iter().filter(|_| self.address.is_none())) {
+            let connected = self.connect(device, address, &transport).await;
+            match connected {
+                Ok((dialer, connection)) => {
+                    let ran = participant.run(&connection).await;
+                    return finish(dialer, connection, ran).await;
+                }
+                Err(error) => failure = Some(error),
+            }
+        }
+        Err(failure.unwrap_or_else(|| ParticipantError::Usage("the invitation names no address; give --address".into())))
+    }
+
+    async fn connect(
+        &self,
+        device: &Device,
+        address: &str,
+        transport: &Transport,
+    ) -> Result<(Dialer, Connection), ParticipantError> {
+        let identity: Identity = match device.identity()? {
+            Some(identity) => identity,
+            None => device.enrol(&self.invitation, address, transport).await?,
+        };
+        let dialer = Dialer::new(&identity, transport)?;
+        let connection = dialer.connect(address).await?;
+        Ok((dialer, connection))
+    }
+}
+
+/// Closes what is still open with the right words. Where a stream broke because the coordinator closed the connection,
+/// its reason is the better error.
+async fn finish(
+    dialer: Dialer,
+    connection: Connection,
+    ran: Result<String, ParticipantError>,
+) -> Result<String, ParticipantError> {
+    let ran = match ran {
+        Err(ParticipantError::Net(error)) if !matches!(error, net::NetError::PeerMisbehaved { .. }) => {
+            let closed = tokio::time::timeout(Duration::from_secs(1), connection.closed()).await;
+            Err(closed.unwrap_or(error).into())
+        }
+        ran => ran,
+    };
+    match &ran {
+        Ok(_) => connection.close(CloseCode::Done, "the run is over"),
+        Err(ParticipantError::Net(error)) => connection.close(error.close_code(), &error.to_string()),
+        Err(_) => connection.close(CloseCode::Internal, "the device cannot go on"),
+    }
+    dialer.close().await;
+    ran
+}
+
+pub fn transport() -> Transport {
+    // One micro-batch of 8,192 tokens of a 4,096-wide model in f32, and one behind it.
+    let limits = TransportLimits { tensor_bytes_max: 128 << 20, in_flight: 2 };
+    Transport { limits, congestion: Congestion::Cubic }
+}
+
+/// Where an invitation's device keeps its state unless the owner says otherwise: beside the invitation.
+pub fn default_state(invitation: &Path) -> PathBuf {
+    invitation.with_extension("device")
+}
