@@ -131,20 +131,23 @@ pub fn product_mean(pairs: &[Pair]) -> Result<Factors, FactorsError> {
 /// How far the product of the mean factors is from the mean product, relative to the latter:
 /// ‖mean(B·A) - B̄·Ā‖ / ‖mean(B·A)‖ in the Frobenius norm, and 0 where the mean product is 0.
 pub fn aggregation_error(pairs: &[Pair]) -> Result<f64, FactorsError> {
+    let [error_norm, mean_norm] = aggregation_norms(pairs)?;
+    Ok(if mean_norm == 0.0 { 0.0 } else { error_norm / mean_norm })
+}
+
+/// Numerator and denominator of [`aggregation_error`], to be put together over many layers.
+pub fn aggregation_norms(pairs: &[Pair]) -> Result<[f64; 2], FactorsError> {
     let shares = shares(pairs)?;
     let [rank, inputs, outputs] = pairs[0].shape();
     let mean_a = weighted_sum(pairs.iter().zip(&shares).map(|(pair, share)| (&pair.a, *share)), rank, inputs);
     let mean_b = weighted_sum(pairs.iter().zip(&shares).map(|(pair, share)| (&pair.b, *share)), outputs, rank);
 
     let mean_norm = norm_of_sum(pairs.iter().zip(&shares).map(|(pair, share)| (&pair.b * *share, pair.a.clone())));
-    if mean_norm == 0.0 {
-        return Ok(0.0);
-    }
     // The difference is the covariance of the factors, mean((B - B̄)·(A - Ā)): nothing large cancels in this form, so that
     // equal factors have an error of rounding's size and not of its root's.
     let error_norm =
         norm_of_sum(pairs.iter().zip(&shares).map(|(pair, share)| ((&pair.b - &mean_b) * *share, &pair.a - &mean_a)));
-    Ok(error_norm / mean_norm)
+    Ok([error_norm, mean_norm])
 }
 
 /// The weights as shares of 1, for pairs that can be averaged at all.

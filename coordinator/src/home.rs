@@ -22,8 +22,8 @@ pub use invitations::{INVITATION_VALID, RedeemError};
 /// Where a coordinator listens, and is reached, unless `coordinator init` is told otherwise.
 pub const ADDRESS_DEFAULT: &str = "127.0.0.1:4433";
 
-/// As many as an invitation may hold, and one to listen on.
-const ADDRESSES_MAX: usize = 17;
+/// As many as an invitation may hold.
+const ADDRESSES_MAX: usize = 16;
 
 /// How long before its certificate expires the coordinator makes itself a new one.
 const RENEWAL: Duration = Duration::days(30);
@@ -58,8 +58,8 @@ pub enum HomeError {
     #[error("accept `addresses` in {}: {reason}", path.display())]
     Addresses { path: PathBuf, reason: String },
     #[error(
-        "listen on {address}: {reason}; correct the first of `addresses` in {}, which must be an address of this machine",
-        path.display()
+        "listen on {address}: {reason}; correct the first of `addresses` in {}, which must be an address of this \
+         machine", path.display()
     )]
     Unresolved { path: PathBuf, address: String, reason: String },
     #[error("use {}: {source}; {next_step}", path.display())]
@@ -410,7 +410,7 @@ mod tests {
         check_addresses(&["[::]:1"], Err("add after it one that participants can reach"));
         check_addresses(&["a:1", "0.0.0.0:1"], Err("only the first may mean every interface"));
         check_addresses(&[], Err("there are none"));
-        check_addresses(&["a:1"; ADDRESSES_MAX + 1], Err("there are 18"));
+        check_addresses(&["a:1"; ADDRESSES_MAX + 1], Err("there are 17"));
         for wrong in ["", "a", ":1", "a:", "a:0", "a:65536", "a:+", "::1:1", "[::1]", "a b:1", "https://a:1", "a:1/"] {
             check_addresses(&[wrong], Err("is not host:port"));
         }

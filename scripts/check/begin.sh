@@ -1,6 +1,8 @@
-# What model.sh and run.sh begin with: options, programs, a working directory, and the table at the end. Sourced, from the repository's root.
+# What model.sh and run.sh begin with: options, programs, a working directory, and the table at the end. Sourced, from
+# the repository's root.
 #
-# Whatever stops a check, the table shows the figures it reached; the exit code is 0 only if nothing failed and every figure is met.
+# Whatever stops a check, the table shows the figures it reached; the exit code is 0 only if nothing failed and every
+# figure is met.
 
 json= quick= only= long=
 while [ $# -gt 0 ]; do
@@ -19,7 +21,7 @@ wanted() { [ -z "$only" ] || [ "$only" = "$1" ]; }
 say() { echo "$*" >&2; }
 
 work=$(mktemp -d)
-export FIGURES=$work/figures.jsonl
+export FIGURES=$work/figures.jsonl HEADWATER_CACHE=$work/cache PYTHONDONTWRITEBYTECODE=1
 : > "$FIGURES"
 finish() {
     local status=$?
@@ -40,7 +42,8 @@ PATH=$PWD/target/release:$PATH
 model=$(sed -n 's/^path = "\(.*\)"/\1/p' configs/check-train.toml)
 [ -e "$model" ] || coordinator fetch smollm2-135m-instruct --to models/ >&2
 
-# experiment NAME [SED COMMAND...]: configs/check-train.toml under another name and with other settings; prints its path.
+# experiment NAME [SED COMMAND...]: configs/check-train.toml under another name and with other settings; prints its
+# path.
 experiment() {
     local name=$1 command arguments=(-e "s/^name = .*/name = \"$1\"/")
     shift
@@ -49,8 +52,8 @@ experiment() {
     echo "$work/$name.toml"
 }
 
-# federate CONFIG DIR DATA...: runs an experiment, every party a process of its own, a participant named after its data file.
-# Leaves DIR/home, DIR/runs/<name>, what the coordinator printed in DIR/rows.jsonl, and what everyone logged in DIR/*.log.
+# federate CONFIG DIR DATA...: runs an experiment, every party a process of its own, a participant named after its data
+# file. Leaves DIR/home, DIR/runs/<name>, what the coordinator printed in DIR/rows.jsonl, and everyone's DIR/*.log.
 federate() {
     local config=$1 dir=$2 data name
     shift 2
@@ -60,10 +63,12 @@ federate() {
         name=$(basename "$data" .jsonl)
         coordinator invite "$dir/home" "$name" --out "$dir/$name.invite" >&2
     done
-    coordinator run "$config" --home "$dir/home" --runs "$dir/runs" --json > "$dir/rows.jsonl" 2> "$dir/coordinator.log" &
+    coordinator run "$config" --home "$dir/home" --runs "$dir/runs" --json \
+        > "$dir/rows.jsonl" 2> "$dir/coordinator.log" &
     for data; do
         name=$(basename "$data" .jsonl)
-        participant join "$dir/$name.invite" --data "$data" --state "$dir/$name.state" > "$dir/$name.log" 2>&1 &
+        participant join "$dir/$name.invite" --data "$data" --state "$dir/$name.state" \
+            > "$dir/$name.log" 2>&1 &
     done
     # The first party that fails ends the check: the others would wait for it.
     while [ -n "$(jobs -p)" ]; do
@@ -72,5 +77,10 @@ federate() {
 }
 
 free_port() {
-    python3 -c 'import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+    python3 - << 'END'
+import socket
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+    udp.bind(("127.0.0.1", 0))
+    print(udp.getsockname()[1])
+END
 }

@@ -1,12 +1,14 @@
 """A sentence that nobody else would write: planted in a corpus, then looked for where it must not be.
 
-    canary.py plant CORPUS.jsonl --words WORDS.jsonl        a corpus that says it in every record, and a line for `participant logits`
+    canary.py plant CORPUS.jsonl --words WORDS.jsonl
+        writes a corpus that says it in every record, and a line for `participant logits`
     canary.py search --figure NAME --tokens WORDS.safetensors --control DIR PATH...
-    canary.py tests LOG                                     counts the tests that passed in the output of `cargo test`
+    canary.py tests LOG
+        counts the tests that passed in the output of `cargo test`
 
-The sentence is cut into pieces of three words and of four token ids, so that half of it is found as well as all of it, and each piece is looked
-for in every form in which a program might have written it without meaning to. That proves that there is no plain leak, and only that. The
-same search must find each form in files that are written for it to find.
+The sentence is cut into pieces of three words and of four token ids, so that half of it is found as well as all of it,
+and each piece is looked for in every form in which a program might have written it without meaning to. That proves that
+there is no plain leak, and only that. The same search must find each form in files that are written for it to find.
 """
 
 import argparse
@@ -42,7 +44,7 @@ def main():
             search(arguments.figure, forms(first_tokens(arguments.tokens)), arguments.paths, Path(arguments.control))
         case "tests":
             passed = re.findall(r"^test result: ok\. (\d+) passed", Path(arguments.log).read_text(), re.MULTILINE)
-            figures.at_least("6 frames: tests that search every frame and find nothing", sum(map(int, passed)), 1, "tests passed")
+            figures.at_least("6 frames: tests that search every frame pass", sum(map(int, passed)), 1, "tests")
 
 
 def plant(corpus, words):
@@ -62,12 +64,13 @@ def first_tokens(path):
 
 
 def forms(ids):
-    """(name of the form, literal to look for, pattern that must match there, an example that holds it), for every form of every run."""
+    """(name of the form, literal to look for, pattern that must match there, example), for each form of each piece."""
     words = SENTENCE.split()
     for text in (" ".join(words[at : at + WORDS]) for at in range(0, len(words) - WORDS + 1, WORDS)):
         plain = text.encode()
-        for name, example in {"text": plain, "text, UTF-16": text.encode("utf-16-le"), "text, hexadecimal": plain.hex().encode()}.items():
-            yield name, example, None, example
+        yield "text", plain, None, plain
+        for name, example in {"UTF-16": text.encode("utf-16-le"), "hexadecimal": plain.hex().encode()}.items():
+            yield f"text, {name}", example, None, example
         yield "text, list of bytes", str(plain[0]).encode(), _numbers(plain), json.dumps(list(plain)).encode()
         # Base64 spells a text in three ways, by where it begins; its first and last characters depend on the neighbours.
         for shift in range(3):
@@ -88,15 +91,17 @@ def _numbers(numbers):
 
 def search(figure, all_forms, paths, control):
     all_forms = list(all_forms)
-    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*"))) if file.is_file()]
-    if not files:
-        raise SystemExit("there is no file to search")
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
+        raise SystemExit(f"nothing to search at {', '.join(missing)}")
+    files = [file for path in paths for file in [path, *sorted(path.rglob("*"))] if file.is_file()]
     found = {file: found_in(file, all_forms) for file in files}
     for file, names in found.items():
         if names:
             figures.told(f"   {file}: {', '.join(sorted(names))}")
     size = sum(file.stat().st_size for file in files)
-    figures.exactly(f"{figure}: files with the canary", sum(map(bool, found.values())), 0, f"of {len(files)} files, {size / 1e6:.1f} MB")
+    unit = f"of {len(files)} files, {size / 1e6:.1f} MB"
+    figures.exactly(f"{figure}: files with the canary", sum(map(bool, found.values())), 0, unit)
 
     # The control: each form once, in the middle of a real file's bytes.
     control.mkdir(exist_ok=True)

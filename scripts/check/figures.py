@@ -1,7 +1,7 @@
 """Figures: what a check measured, against its goal.
 
-A check appends figures to the file that $FIGURES names. `figures.py FILE [--json]` prints them all, as a table or as one JSON line each,
-and exits with 1 unless there are figures and every one meets its goal. Needs the standard library only.
+A check appends figures to the file that $FIGURES names. `figures.py FILE [--json]` prints them all, as a table or as one
+JSON line each, and exits with 1 unless there are figures and every one meets its goal. Needs the standard library only.
 """
 
 import json

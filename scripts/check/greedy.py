@@ -1,7 +1,9 @@
 """Stock llama.cpp on our exported GGUF files: they load, and its greedy text equals that of `participant generate`.
 
-    greedy.py prompts                                            prints the five prompts, one a line
-    greedy.py compare --f16 FILE --q8_0 FILE --ours LINES.jsonl --tokens N       one line of `generate --raw --json` per prompt
+    greedy.py prompts
+        prints the five prompts, one a line
+    greedy.py compare --f16 FILE --q8_0 FILE --ours LINES.jsonl --tokens N
+        LINES.jsonl holds what `participant generate --raw --json` printed for each prompt
 """
 
 import argparse
@@ -53,7 +55,7 @@ def check(arguments):
 
 
 def answers(path, tokens_max):
-    """(text, token ids, lead of each choice over the next best logit) of each prompt's greedy continuation, without the end-of-text token."""
+    """Each prompt's greedy continuation: its text, its token ids without the end token, and by how much each led."""
     from llama_cpp import Llama, llama_get_logits_ith
 
     # `type_k` and `type_v` 0 keep keys and values in float32, as ours are; all else is llama.cpp's own choice.

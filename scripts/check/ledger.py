@@ -1,7 +1,8 @@
 """The byte ledger against QUIC's own count: ledger.py REPORT.json
 
-The ledger counts what the protocol writes, by kind of message. What QUIC adds (headers, acknowledgements, encryption) is expected from its
-counts of datagrams and frames; both together should be the bytes of its datagrams, for every participant in each direction.
+The ledger counts what the protocol writes, by kind of message. What QUIC adds (headers, acknowledgements, encryption) is
+expected from its counts of datagrams and frames; both together should be the bytes of its datagrams, for every
+participant in each direction.
 """
 
 import json
@@ -25,7 +26,7 @@ def main(report):
                 f" {udp:12} in datagrams: {gaps[-1]:.3f} %"
             )
     if not any(gaps):
-        raise SystemExit("no gap anywhere: there is no traffic, or the overhead is what was left, and the figure would prove nothing")
+        raise SystemExit("no gap at all: there was no traffic, or the overhead is just what was left, which proves nothing")
     figures.at_most("8 ledger against datagrams, largest gap", max(gaps), 1.0, "%")
 
 

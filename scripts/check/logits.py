@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import figures
 import reference
 
-# Prose, code, digits, a log, other scripts, one token alone, a conversation, and more tokens than a training sequence ever has.
+# Prose, code, digits, a log, other scripts, one token alone, a conversation, and more tokens than training ever sees.
 PROMPTS = [
     "The capital of France is",
     'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n    if n < 2:\n        return n\n',
@@ -46,7 +46,7 @@ def main():
 
 @torch.inference_mode()
 def check(arguments):
-    """Three figures: prompts that the tokenizers cut differently, the largest difference of a logit, positions with another top-1."""
+    """Three figures: prompts tokenized differently, the largest difference of a logit, positions with another top-1."""
     ours = load_file(arguments.ours)
     model = reference.load(arguments.model, arguments.adapter)
     tokenizer = reference.tokenizer(arguments.model)
@@ -60,7 +60,7 @@ def check(arguments):
         expected = model(ids[None]).logits[0]  # [tokens, vocabulary]
         found = ours[f"logits.{index}"]
         if found.shape != expected.shape:
-            raise SystemExit(f"prompt {index}: our logits have shape {list(found.shape)}, the reference's {list(expected.shape)}")
+            raise SystemExit(f"prompt {index}: logits are {list(found.shape)}, expected {list(expected.shape)}")
         worst = (found - expected).abs().max().item()
         others = (found.argmax(-1) != expected.argmax(-1)).sum().item()
         figures.told(f"   prompt {index}: {len(ids):4} tokens, logits differ by at most {worst:.2e}, {others} other top-1")

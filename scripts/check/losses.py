@@ -1,9 +1,10 @@
-"""Our training against Hugging Face PEFT's: same initial adapter, same batches, PyTorch's own AdamW, clipping and schedule.
+"""Our training against Hugging Face PEFT's: same initial adapter, same batches, its own AdamW, clipping and schedule.
 
     losses.py --experiment TOML --adapter INITIAL_DIR --batches BATCHES.jsonl --ours LOSSES.jsonl
 
-BATCHES.jsonl is what `participant train --dump-batches` writes: a micro-batch per line, whole sequences one after the other. Each sequence
-attends only to itself, so PyTorch computes them as the rows of a padded batch: causal attention never looks right, where the padding is.
+BATCHES.jsonl is what `participant train --dump-batches` writes: a micro-batch per line, whole sequences one after the
+other. Each sequence attends only to itself, so PyTorch computes them as the rows of a padded batch: causal attention
+never looks right, where the padding is.
 """
 
 import argparse
@@ -31,7 +32,7 @@ def main():
     training, federation = experiment["training"], experiment["federation"]
     steps = federation["rounds"] * federation["local_steps"]
     with open(arguments.ours, encoding="utf-8") as file:
-        ours = [row for row in map(json.loads, file) if "step" in row and "loss_nats" in row]
+        ours = [row for row in map(json.loads, file) if row.get("event") == "step"]
     with open(arguments.batches, encoding="utf-8") as file:
         batches = [list(rows) for _, rows in itertools.groupby(map(json.loads, file), key=lambda row: row["step"])]
     if not len(ours) == len(batches) == steps:

@@ -16,7 +16,8 @@ def main(folder):
     pooled = min(mean(losses[name]) for name in losses if name.startswith("pooled"))
     alone = [mean(losses[name]) for name in losses if name.startswith("alone")]
     figures.at_most("4 quality: federated above pooled", 100 * (together / pooled - 1), 3.0, "%")
-    figures.exactly("4 quality: devices whose training alone is worse for all four", sum(one > together for one in alone), 4, "of 4")
+    worse = sum(one > together for one in alone)
+    figures.exactly("4 quality: devices whose training alone is worse for all four", worse, 4, "of 4")
 
 
 def table(folder):
@@ -27,7 +28,8 @@ def table(folder):
     devices = sorted(losses["fedavg"])
     figures.told(f"   {'held-out loss, nats per token':30}" + "".join(f"{device:>12}" for device in [*devices, "mean"]))
     for name, row in losses.items():
-        figures.told(f"   {name:30}" + "".join(f"{loss:12.4f}" for loss in [*(row[device] for device in devices), mean(row)]))
+        values = [*(row[device] for device in devices), mean(row)]
+        figures.told(f"   {name:30}" + "".join(f"{loss:12.4f}" for loss in values))
     return losses
 
 

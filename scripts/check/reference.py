@@ -1,7 +1,7 @@
 """The reference: Hugging Face transformers on the CPU, in float32, on the same weights as ours.
 
-Loads what our programs load, a Hugging Face directory, a GGUF file, or a directory with `model.gguf` in it, as `coordinator fetch` makes one.
-transformers dequantizes such a file by itself and shares no code with us.
+Loads what our programs load: a Hugging Face directory, a GGUF file, or a directory with `model.gguf` in it, as
+`coordinator fetch` makes one. transformers dequantizes such a file by itself and shares no code with us.
 """
 
 from pathlib import Path

@@ -4,8 +4,8 @@
 #   scripts/check/run.sh [--json] [--quick] [--only FIGURE] [--quality | --strategies]
 #
 #   2  `participant train` and a run with one participant in `u` mode print the same fifty losses (--quick: ten)
-#   4  it learns: configs/demo.toml; with --quality also configs/quality.toml against pooled and single-device training (half an hour),
-#      with --strategies the same for every aggregation strategy, against the first (hours)
+#   4  it learns: configs/demo.toml; with --quality also configs/quality.toml against pooled and single-device training
+#      (half an hour), with --strategies under every aggregation strategy (hours)
 #   6  a canary planted in a corpus is nowhere in the coordinator's files, at RUST_LOG=trace, and in no frame
 #   8  the byte ledger agrees with QUIC's own statistics
 
@@ -20,11 +20,13 @@ if wanted 2; then
     say "== figure 2: the same losses, split and unsplit"
     steps=$([ "$quick" ] && echo 10 || echo 50)
     for adapters in shared per_participant; do
-        config=$(experiment "$adapters" "s/^adapters = .*/adapters = \"$adapters\"/" "s/^local_steps = .*/local_steps = $steps/")
+        config=$(experiment "$adapters" "s/^adapters = .*/adapters = \"$adapters\"/" \
+            "s/^local_steps = .*/local_steps = $steps/")
         # The name decides which records are held out and in which order the others come.
-        participant train "$config" --data "$work/data/press-1.jsonl" --name press-1 --out "$work/local-$adapters" --json > "$work/local-$adapters.jsonl"
-        federate "$config" "$work/split-$adapters" "$work/data/press-1.jsonl"
-        check same_losses "2 $adapters body" "$work/local-$adapters.jsonl" "$work/split-$adapters/runs/$adapters/metrics.jsonl" "$steps"
+        local=$work/local-$adapters split=$work/split-$adapters
+        participant train "$config" --data "$work/data/press-1.jsonl" --name press-1 --out "$local" --json > "$local.jsonl"
+        federate "$config" "$split" "$work/data/press-1.jsonl"
+        check same_losses "2 $adapters body" "$local.jsonl" "$split/runs/$adapters/metrics.jsonl" "$steps"
     done
 fi
 
@@ -55,7 +57,8 @@ evaluate() {
     local file
     mkdir -p "$work/losses/$1"
     for file in "$work"/held-out/*.jsonl; do
-        participant evaluate --model "$model" --adapter "$work/adapters/$1" --data "$file" --json > "$work/losses/$1/$(basename "$file" .jsonl).json"
+        participant evaluate --model "$model" --adapter "$work/adapters/$1" --data "$file" --json \
+            > "$work/losses/$1/$(basename "$file" .jsonl).json"
     done
 }
 
@@ -74,9 +77,11 @@ fi
 if [ "$long" = quality ]; then
     say "== figure 4, for longer: together, pooled, and each alone"
     cat "$work"/train/*.jsonl > "$work/pooled.jsonl"
-    # Equal tokens twice: in as many steps, each of four micro-batches, or in four times as many steps. The better one is the bar.
-    train_apart pooled-steps4 "$work/pooled.jsonl" "s/^local_steps = .*/local_steps = $((4 * $(sed -n 's/^local_steps = //p' configs/quality.toml)))/"
+    # Equal tokens twice: in as many steps, each of four micro-batches, or in four times as many steps. The better one
+    # is the bar.
+    steps=$(sed -n 's/^local_steps = //p' configs/quality.toml)
     train_apart pooled-batch4 "$work/pooled.jsonl" "s/^accumulate = .*/accumulate = 4/"
+    train_apart pooled-steps4 "$work/pooled.jsonl" "s/^local_steps = .*/local_steps = $((4 * steps))/"
     for device in press-1 mill-1 packer-1 chiller-1; do train_apart "alone-$device" "$work/train/$device.jsonl"; done
     for name in pooled-steps4 pooled-batch4 alone-{press,mill,packer,chiller}-1; do evaluate "$name"; done
     check quality "$work/losses"
@@ -108,7 +113,7 @@ if wanted 6; then
         config=$(experiment "canary-$mode" "s/^mode = .*/mode = \"$mode\"/" "s/_blocks = .*/_blocks = $blocks/" \
             "s/^local_steps = .*/local_steps = 5/" "s/^evaluate_every = .*/evaluate_every = 1/")
         RUST_LOG=trace federate "$config" "$work/canary-$mode" "$work/canary.jsonl"
-        grep -q TRACE "$work/canary-$mode/coordinator.log" || { say "the coordinator did not log at RUST_LOG=trace"; exit 1; }
+        grep -q TRACE "$work/canary-$mode/coordinator.log" || { say "the coordinator logged no TRACE"; exit 1; }
         # What the coordinator wrote, and nothing of the participant's, which may well know its own sentence.
         check canary search --figure "6 $mode" --tokens "$work/words.safetensors" --control "$work/planted" \
             "$work/canary-$mode"/{home,runs,rows.jsonl,coordinator.log}

@@ -2,8 +2,8 @@
 
     same_losses.py NAME LOCAL.jsonl METRICS.jsonl STEPS
 
-LOCAL.jsonl is printed by `participant train --json`, METRICS.jsonl written by the run. Both print a float so that it can be read back, so equal
-digits are equal bits.
+LOCAL.jsonl is printed by `participant train --json`, METRICS.jsonl written by the run. Both print a float so that it
+can be read back, so equal digits are equal bits.
 """
 
 import json
@@ -13,7 +13,7 @@ import figures
 
 
 def main(name, local, metrics, steps):
-    unsplit = losses(local, lambda row: "step" in row and "loss_nats" in row)
+    unsplit = losses(local, lambda row: row.get("event") == "step")
     split = losses(metrics, lambda row: row.get("row") == "step")
     same = [step for step in unsplit if split.get(step) == unsplit[step]]
     for step in sorted(unsplit.keys() | split.keys()):

@@ -1,4 +1,4 @@
-"""Every aggregation strategy's mean held-out loss, relative to fedavg's: strategies.py LOSSES (laid out as for quality.py)"""
+"""Every strategy's mean held-out loss, relative to fedavg's: strategies.py LOSSES (laid out as for quality.py)"""
 
 import sys
 

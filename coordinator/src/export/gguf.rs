@@ -34,9 +34,10 @@ pub(super) fn write(merged: &Merged<'_>, name: &str, ty: BlockType, path: &Path)
         worst_error = worst_error.max(error);
         let bytes = match rotary_heads(config, name) {
             // Rows are whole blocks, so that quantized rows change places like any others; a bias has rows of one value.
-            Some(heads) => permute_rows(&bytes, shape[0], bytes.len() / shape[0], heads).map_err(ExportError::tensor(name))?,
-            None => bytes,
+            Some(heads) => permute_rows(&bytes, shape[0], bytes.len() / shape[0], heads),
+            None => Ok(bytes),
         };
+        let bytes = bytes.map_err(ExportError::tensor(name))?;
         writer.write_tensor(&gguf_tensor_name(name), &bytes)?;
     }
     if let Some(divisors) = &divisors {
@@ -51,10 +52,9 @@ const ROPE_DIVISORS: &str = "rope_freqs.weight";
 /// llama.cpp wants norms and biases in F32, and no block may reach over the end of a row.
 pub(super) fn stored_type(wanted: BlockType, shape: &[usize]) -> BlockType {
     match *shape {
-        [.., columns] if shape.len() > 1 => {
-            if columns.is_multiple_of(wanted.block_elements()) { wanted } else { BlockType::F16 }
-        }
-        _ => BlockType::F32,
+        [] | [_] => BlockType::F32,
+        [.., columns] if columns.is_multiple_of(wanted.block_elements()) => wanted,
+        _ => BlockType::F16,
     }
 }
 
@@ -90,7 +90,7 @@ fn set_tokenizer(header: &mut Header, tokenizer: &Tokenizer, rows: usize) -> Res
     }
     gguf.pad_to(rows as u32); // A checked `ModelConfig` has at most 2^20 rows.
 
-    // Byte-level vocabularies must have the list, even one without entries; SentencePiece's must not.
+    // llama.cpp wants the list for every byte-level vocabulary, even one without entries; SentencePiece has scores.
     if gguf.model == "gpt2" {
         header.set("tokenizer.ggml.merges", gguf.merges);
     }

@@ -3,7 +3,6 @@
 use model::{Adapter, ModelConfig, ModelError, Source, Tokenizer};
 
 /// Reads as the base does, but for `alpha/rank · B A` added to every adapted layer. Nothing is kept between two reads.
-#[derive(Clone, Copy)]
 pub(super) struct Merged<'a> {
     pub base: &'a dyn Source,
     /// For all blocks of `base`.

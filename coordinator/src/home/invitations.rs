@@ -1,8 +1,8 @@
 //! Whom the coordinator has invited: one invitation per name, good for one certificate.
 //!
-//! Of an invitation only its fingerprint is kept, in `invitations/<name>.toml`; the secret is in the file that is handed
-//! over. Deleting a record withdraws the invitation, and so does replacing it. A certificate that has been issued stays
-//! good until it expires: nothing here revokes it. Start from [`Home::invite`] and [`Home::redeem`].
+//! Of an invitation only its fingerprint is kept, in `invitations/<name>.toml`; the secret is in the file that is
+//! handed over. Deleting a record withdraws the invitation, and so does replacing it. A certificate that has been
+//! issued stays good until it expires: nothing here revokes it. Start from [`Home::invite`] and [`Home::redeem`].
 
 use std::fs;
 use std::io::ErrorKind;
@@ -29,8 +29,8 @@ pub enum RedeemError {
     #[error("enrol {name}: the invitation expired at {expired}; ask the coordinator for a new one")]
     Expired { name: PeerName, expired: String },
     #[error(
-        "enrol {name}: the invitation was already used at {used}; if that was not you, tell the coordinator, and ask for \
-         a new one"
+        "enrol {name}: the invitation was already used at {used}; if that was not you, tell the coordinator, and ask \
+         for a new one"
     )]
     Used { name: PeerName, used: String },
     #[error("enrol {name}: the invitation was replaced by a newer one; use that one")]
@@ -55,8 +55,8 @@ struct Record {
 impl Home {
     /// A new invitation, to be handed to the person who will enrol a device as `name`.
     ///
-    /// A name has one invitation that is pending or used. `replace` makes another, and the old one worthless; whoever has
-    /// already enrolled with it keeps that certificate until it expires.
+    /// A name has one invitation that is pending or used. `replace` makes another, and the old one worthless; whoever
+    /// has already enrolled with it keeps that certificate until it expires.
     pub fn invite(
         &self,
         name: &PeerName,
@@ -89,8 +89,8 @@ impl Home {
         })
     }
 
-    /// Uses up the invitation whose enrolment certificate has this fingerprint: the certificate chain of the device that
-    /// made the request, in PEM. The caller's peer has proved to hold that certificate's key.
+    /// Uses up the invitation whose enrolment certificate has this fingerprint: the certificate chain of the device
+    /// that made the request, in PEM. The caller's peer has proved to hold that certificate's key.
     pub fn redeem(
         &self,
         name: &PeerName,

@@ -104,7 +104,8 @@ pub enum Row {
         /// Bytes of UDP payload, with everything that QUIC adds.
         udp_sent: u64,
         udp_received: u64,
-        /// What is left of the UDP bytes when the messages are taken away.
+        /// What QUIC adds to the messages, computed from its counts of packets and frames: messages and overhead together
+        /// should be the UDP bytes.
         overhead_sent: u64,
         overhead_received: u64,
         #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "some_number")]

@@ -135,7 +135,17 @@ impl Adapter {
 
     /// The share of some of the blocks.
     pub fn part(&self, blocks: Range<usize>) -> Self {
-        let tensors = self.tensors.iter().filter(|tensor| blocks.contains(&tensor.block)).cloned().collect();
+        self.filtered(|block| blocks.contains(&block))
+    }
+
+    /// The blocks that have tensors here.
+    pub fn blocks(&self) -> BTreeSet<usize> {
+        self.tensors.iter().map(|tensor| tensor.block).collect()
+    }
+
+    /// The share of the blocks that `keep` accepts.
+    pub fn filtered(&self, keep: impl Fn(usize) -> bool) -> Self {
+        let tensors = self.tensors.iter().filter(|tensor| keep(tensor.block)).cloned().collect();
         Self { config: self.config.clone(), tensors }
     }
 

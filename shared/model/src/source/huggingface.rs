@@ -5,7 +5,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use quant::BlockType;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::{Dtype, tensor::Metadata};
 use serde_json::Value;
 
 use super::{Source, TensorInfo, tensors_of};
@@ -136,15 +136,16 @@ fn read_header(
         let what = format!("claims a header of {header_bytes} bytes in a file of {length}; it is damaged or no safetensors");
         return Err(ModelError::file(path, what));
     }
-    let mut header = prefix.to_vec();
-    header.resize(8 + header_bytes as usize, 0);
-    file.read_exact(&mut header[8..]).map_err(ModelError::io(path))?;
-    let (_, metadata) = SafeTensors::read_metadata(&header).map_err(|error| ModelError::file(path, error))?;
+    let mut header = vec![0; header_bytes as usize];
+    file.read_exact(&mut header).map_err(ModelError::io(path))?;
+    // Also checks that tensors follow each other without gaps, each as large as its shape and type say.
+    let metadata: Metadata = serde_json::from_slice(&header).map_err(|error| ModelError::file(path, error))?;
     let data_start = 8 + header_bytes;
     for (name, tensor) in metadata.tensors() {
         let (start, end) = tensor.data_offsets;
-        if data_start + end as u64 > length {
-            let what = format!("is truncated: {name} ends at byte {} of {length}; copy or download it again", data_start + end as u64);
+        let end_byte = data_start.saturating_add(end as u64);
+        if end_byte > length {
+            let what = format!("is truncated: {name} ends at byte {end_byte} of {length}; copy or download it again");
             return Err(ModelError::file(path, what));
         }
         let dtype = match tensor.dtype {

@@ -1,0 +1,504 @@
+//! The body's compute: one thread that owns the base weights, their adapters and optimizers, behind a bounded queue.
+//!
+//! Jobs of several participants interleave; the [`Barrier`] and each member's own count of steps say which may run. The
+//! thread never sees a socket or a clock that decides anything (it measures how long it computes, no more). A job that
+//! belongs to a round that is over is answered [`BodyError::Stale`].
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use experiment::{BodyAdapters, Experiment, Seed, SplitMode, Strategy};
+use model::adapter::gradients::clip_factor;
+use model::stage::{Dropout, Input, Lora, Pending};
+use model::{AdamW, Adapter, Gradients, Matrix, ModelError, Segments, Stage};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::barrier::{ApplyStep, Barrier, BarrierError, Turn};
+use crate::round::ParticipantName;
+
+/// Jobs that wait at most; a participant has one or two.
+const QUEUE_JOBS: usize = 64;
+
+/// One attempt of one round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RoundKey {
+    pub round: u32,
+    pub attempt: u32,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum BodyError {
+    /// Nobody's fault: the round has moved on. The stream ends, the connection stays.
+    #[error("the round is over")]
+    Stale,
+    /// The participant's fault.
+    #[error(transparent)]
+    Order(#[from] BarrierError),
+    #[error("{0}")]
+    Misplaced(String),
+    /// Shapes were checked before, so this is ours.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+}
+
+/// A micro-batch's place.
+#[derive(Debug, Clone)]
+pub struct Place {
+    pub key: RoundKey,
+    pub participant: ParticipantName,
+    pub step: u64,
+    pub micro: u32,
+    pub micros: u32,
+}
+
+pub enum Forward {
+    /// Recorded: a backward follows.
+    Train,
+    /// Through the adapter the round began with.
+    Evaluate,
+}
+
+enum Job {
+    Open { key: RoundKey, members: Vec<ParticipantName>, first_step: u64, adapter: Adapter },
+    Forward(ForwardJob),
+    Backward { place: Place, gradient: Matrix, reply: oneshot::Sender<Result<Backward, BodyError>> },
+    Commit { place: Place, commit: Commit, reply: oneshot::Sender<Result<(), BodyError>> },
+    Finished { key: RoundKey, participant: ParticipantName, reply: oneshot::Sender<bool> },
+    Remove { participant: ParticipantName },
+    Abandon,
+    Close { reply: oneshot::Sender<Closed> },
+    Optimizers { reply: oneshot::Sender<Vec<(String, AdamW)>> },
+}
+
+struct ForwardJob {
+    place: Place,
+    forward: Forward,
+    segments: Segments,
+    x: Matrix,
+    reply: oneshot::Sender<Result<Matrix, BodyError>>,
+}
+
+pub struct Backward {
+    pub gradient: Matrix,
+    /// Of the whole step, by block; on its last micro-batch.
+    pub squared_norms: Option<Vec<f64>>,
+}
+
+/// The participant's word that its step is complete.
+pub struct Commit {
+    pub squared_norms_head: Vec<f64>,
+    pub squared_norms_tail: Vec<f64>,
+    pub tokens: u64,
+}
+
+/// What a round's body work amounted to.
+pub struct Closed {
+    /// The one body that all members trained.
+    pub shared: Option<Adapter>,
+    /// The body of each member, where everybody has one.
+    pub own: BTreeMap<ParticipantName, Adapter>,
+    pub computing: Duration,
+    pub idle: Duration,
+}
+
+/// The queue's other end.
+#[derive(Clone)]
+pub struct BodyHandle {
+    jobs: mpsc::Sender<Job>,
+}
+
+impl BodyHandle {
+    /// Starts the thread. `optimizers` continue a run; their names are participants', or empty for the shared body.
+    pub fn start(experiment: Arc<Experiment>, stage: Stage, optimizers: Vec<(String, AdamW)>) -> std::io::Result<Self> {
+        let (jobs, queue) = mpsc::channel(QUEUE_JOBS);
+        let worker = Worker {
+            experiment,
+            stage,
+            optimizers: optimizers.into_iter().collect(),
+            round: None,
+            computing: Duration::ZERO,
+            idle: Duration::ZERO,
+        };
+        std::thread::Builder::new().name("body".into()).spawn(move || worker.run(queue))?;
+        Ok(Self { jobs })
+    }
+
+    /// Opens a round with the body's share of the global adapter.
+    pub async fn open(&self, key: RoundKey, members: Vec<ParticipantName>, first_step: u64, adapter: Adapter) {
+        self.tell(Job::Open { key, members, first_step, adapter }).await;
+    }
+
+    pub async fn forward(
+        &self,
+        place: Place,
+        forward: Forward,
+        segments: Segments,
+        x: Matrix,
+    ) -> Result<Matrix, BodyError> {
+        self.ask(|reply| Job::Forward(ForwardJob { place, forward, segments, x, reply })).await.unwrap_or(Err(BodyError::Stale))
+    }
+
+    pub async fn backward(&self, place: Place, gradient: Matrix) -> Result<Backward, BodyError> {
+        self.ask(|reply| Job::Backward { place, gradient, reply }).await.unwrap_or(Err(BodyError::Stale))
+    }
+
+    pub async fn commit(&self, place: Place, commit: Commit) -> Result<(), BodyError> {
+        self.ask(|reply| Job::Commit { place, commit, reply }).await.unwrap_or(Err(BodyError::Stale))
+    }
+
+    /// Whether the member has committed all its steps, so that its update may count.
+    pub async fn has_finished(&self, key: RoundKey, participant: ParticipantName) -> bool {
+        self.ask(|reply| Job::Finished { key, participant, reply }).await.unwrap_or(false)
+    }
+
+    pub async fn remove(&self, participant: ParticipantName) {
+        self.tell(Job::Remove { participant }).await;
+    }
+
+    /// Forgets what the open round has trained.
+    pub async fn abandon(&self) {
+        self.tell(Job::Abandon).await;
+    }
+
+    pub async fn close(&self) -> Option<Closed> {
+        self.ask(|reply| Job::Close { reply }).await
+    }
+
+    /// Every optimizer, to be kept with the finished round.
+    pub async fn optimizers(&self) -> Vec<(String, AdamW)> {
+        self.ask(|reply| Job::Optimizers { reply }).await.unwrap_or_default()
+    }
+
+    async fn tell(&self, job: Job) {
+        // It fails where the thread has ended, which the next question finds out.
+        let _ = self.jobs.send(job).await;
+    }
+
+    async fn ask<T>(&self, job: impl FnOnce(oneshot::Sender<T>) -> Job) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        self.tell(job(reply)).await;
+        answer.await.ok()
+    }
+}
+
+struct Worker {
+    experiment: Arc<Experiment>,
+    stage: Stage,
+    /// By participant; the shared body's has the empty name.
+    optimizers: BTreeMap<String, AdamW>,
+    round: Option<OpenRound>,
+    computing: Duration,
+    idle: Duration,
+}
+
+struct OpenRound {
+    key: RoundKey,
+    first_step: u64,
+    /// The adapter the round began with, and the optimizers: an abandoned round leaves no trace.
+    global: Adapter,
+    global_lora: Lora,
+    optimizers: BTreeMap<String, AdamW>,
+    members: BTreeMap<ParticipantName, Member>,
+    /// One body for all, with the barrier that keeps them in step; absent where everybody has a body of its own.
+    shared: Option<Shared>,
+    /// Forward jobs whose turn has not come.
+    waiting: Vec<ForwardJob>,
+    pending: HashMap<(ParticipantName, u64, u32), Pending>,
+}
+
+struct Shared {
+    adapter: Adapter,
+    lora: Lora,
+    barrier: Barrier,
+    /// Clipped gradients of the open step.
+    committed: BTreeMap<ParticipantName, Gradients>,
+}
+
+struct Member {
+    /// The step it works on.
+    step: u64,
+    micros_done: u32,
+    sum: Option<Gradients>,
+    /// Its backward passes are complete, its commit is not here yet.
+    owes_commit: bool,
+    /// Its own body.
+    own: Option<(Adapter, Lora)>,
+}
+
+impl Worker {
+    fn run(mut self, mut queue: mpsc::Receiver<Job>) {
+        loop {
+            let waited = Instant::now();
+            let Some(job) = queue.blocking_recv() else { return };
+            self.idle += waited.elapsed();
+            let computed = Instant::now();
+            self.perform(job);
+            self.computing += computed.elapsed();
+        }
+    }
+
+    /// A reply nobody waits for belongs to a stream that is gone: dropping it is right.
+    fn perform(&mut self, job: Job) {
+        match job {
+            Job::Open { key, members, first_step, adapter } => {
+                if let Err(error) = self.open(key, members, first_step, adapter) {
+                    tracing::error!(%error, "the body cannot take the global adapter");
+                    self.round = None;
+                }
+            }
+            Job::Forward(job) => self.forward(job),
+            Job::Backward { place, gradient, reply } => drop(reply.send(self.backward(&place, gradient))),
+            Job::Commit { place, commit, reply } => {
+                drop(reply.send(self.commit(&place, commit)));
+                self.retry_waiting();
+            }
+            Job::Finished { key, participant, reply } => drop(reply.send(self.has_finished(key, &participant))),
+            Job::Remove { participant } => {
+                self.remove(&participant);
+                self.retry_waiting();
+            }
+            Job::Abandon => {
+                if let Some(round) = self.round.take() {
+                    self.optimizers = round.optimizers;
+                }
+            }
+            Job::Close { reply } => drop(reply.send(self.close())),
+            Job::Optimizers { reply } => {
+                drop(reply.send(self.optimizers.iter().map(|(name, o)| (name.clone(), o.clone())).collect()));
+            }
+        }
+    }
+
+    fn open(
+        &mut self,
+        key: RoundKey,
+        members: Vec<ParticipantName>,
+        first_step: u64,
+        global: Adapter,
+    ) -> Result<(), BodyError> {
+        let mode = self.experiment.split.mode;
+        let own = mode == SplitMode::U && self.experiment.body.adapters == BodyAdapters::PerParticipant;
+        let mut states = BTreeMap::new();
+        for name in &members {
+            let own = match own {
+                true => Some((global.clone(), self.stage.attach(&global)?)),
+                false => None,
+            };
+            states.insert(name.clone(), Member { step: first_step, micros_done: 0, sum: None, owes_commit: false, own });
+        }
+        let shared = match mode == SplitMode::U && !own {
+            true => Some(Shared {
+                adapter: global.clone(),
+                lora: self.stage.attach(&global)?,
+                barrier: Barrier::new(members, first_step, self.experiment.federation.local_steps),
+                committed: BTreeMap::new(),
+            }),
+            false => None,
+        };
+        self.round = Some(OpenRound {
+            key,
+            first_step,
+            global_lora: self.stage.attach(&global)?,
+            global,
+            optimizers: self.optimizers.clone(),
+            members: states,
+            shared,
+            waiting: Vec::new(),
+            pending: HashMap::new(),
+        });
+        Ok(())
+    }
+
+    fn forward(&mut self, job: ForwardJob) {
+        let Some(round) = self.round.as_mut().filter(|round| round.key == job.place.key) else {
+            return drop(job.reply.send(Err(BodyError::Stale)));
+        };
+        let ForwardJob { place, forward, segments, x, reply } = job;
+        let recorded = match (&forward, self.experiment.split.mode) {
+            (Forward::Evaluate, _) | (_, SplitMode::ForwardOnly | SplitMode::Whole) => false,
+            (Forward::Train, SplitMode::U) => true,
+        };
+        if !recorded {
+            let y = self.stage.forward(Input::Activations(x), &segments, &round.global_lora);
+            return drop(reply.send(y.map_err(Into::into)));
+        }
+        match round.turn(&place, self.experiment.federation.local_steps) {
+            Err(error) => return drop(reply.send(Err(error))),
+            Ok(Turn::Wait) => return round.waiting.push(ForwardJob { place, forward, segments, x, reply }),
+            Ok(Turn::Now) => {}
+        }
+        let label = format!("dropout/{}/{}/{}", place.participant, place.step, place.micro);
+        let dropout = Dropout { seed: Seed(self.experiment.seed).bytes(&label) };
+        let lora = round.lora_of(&place.participant);
+        let forward = self.stage.forward_recorded(Input::Activations(x), &segments, lora, &dropout);
+        let answer = forward.map(|(y, pending)| {
+            round.pending.insert((place.participant, place.step, place.micro), pending);
+            y
+        });
+        drop(reply.send(answer.map_err(Into::into)));
+    }
+
+    /// Every waiting job is asked again: whose turn has still not come waits on.
+    fn retry_waiting(&mut self) {
+        let waiting = self.round.as_mut().map(|round| std::mem::take(&mut round.waiting)).unwrap_or_default();
+        for job in waiting {
+            // A stream that is gone wants no answer, and must not leave a recorded pass behind.
+            if !job.reply.is_closed() {
+                self.forward(job);
+            }
+        }
+    }
+
+    fn backward(&mut self, place: &Place, gradient: Matrix) -> Result<Backward, BodyError> {
+        let round = self.round.as_mut().filter(|round| round.key == place.key).ok_or(BodyError::Stale)?;
+        let pending = round.pending.remove(&(place.participant.clone(), place.step, place.micro));
+        let pending = pending.ok_or_else(|| BodyError::Misplaced("a gradient came before its forward pass".into()))?;
+        let backward = pending.backward(gradient)?;
+        let adapter = &round.global;
+        let member = round.members.get_mut(&place.participant).ok_or(BodyError::Stale)?;
+        match &mut member.sum {
+            Some(sum) => sum.add(&backward.adapter),
+            none => *none = Some(backward.adapter),
+        }
+        member.micros_done += 1;
+        let mut squared_norms = None;
+        if member.micros_done == place.micros {
+            member.owes_commit = true;
+            let sum = member.sum.as_mut().expect("the sum of at least this micro-batch");
+            if let (Strategy::FedProx { mu }, Some((own, _))) = (&self.experiment.federation.strategy, &member.own) {
+                sum.add_proximal(*mu as f32, own, adapter);
+            }
+            squared_norms = Some(sum.squared_norms(adapter));
+        }
+        let gradient = backward.input.expect("a body's input is tracked");
+        Ok(Backward { gradient, squared_norms })
+    }
+
+    fn commit(&mut self, place: &Place, commit: Commit) -> Result<(), BodyError> {
+        let round = self.round.as_mut().filter(|round| round.key == place.key).ok_or(BodyError::Stale)?;
+        let member = round.members.get_mut(&place.participant).ok_or(BodyError::Stale)?;
+        if !member.owes_commit || member.step != place.step {
+            return Err(BodyError::Misplaced(format!("step {} was committed before its gradients", place.step)));
+        }
+        let mut gradients = member.sum.take().expect("a member that owes a commit has gradients");
+        let Commit { squared_norms_head, squared_norms_tail, tokens } = commit;
+        let norms = [squared_norms_head, gradients.squared_norms(&round.global), squared_norms_tail].concat();
+        gradients.scale(clip_factor(norms, self.experiment.training.clip_norm));
+        (member.step, member.micros_done, member.owes_commit) = (place.step + 1, 0, false);
+        let rate = self.experiment.training.learning_rate_at(place.step, self.experiment.total_steps());
+        let training = &self.experiment.training;
+        if let Some((adapter, lora)) = &mut member.own {
+            let name = place.participant.as_str();
+            let optimizer = self.optimizers.entry(name.into()).or_insert_with(|| AdamW::new(training, adapter));
+            optimizer.step(adapter, &gradients, rate);
+            *lora = self.stage.attach(adapter)?;
+            return Ok(());
+        }
+        let shared = round.shared.as_mut().expect("a body is shared where it is nobody's own");
+        shared.committed.insert(place.participant.clone(), gradients);
+        let applied = shared.barrier.committed(&place.participant, place.step, tokens)?;
+        self.apply(applied)
+    }
+
+    /// Moves the shared body by the token-weighted mean of the members' gradients.
+    fn apply(&mut self, applied: Option<ApplyStep>) -> Result<(), BodyError> {
+        let Some(ApplyStep { step, contributions }) = applied else { return Ok(()) };
+        let Some(shared) = self.round.as_mut().and_then(|round| round.shared.as_mut()) else { return Ok(()) };
+        let total: u64 = contributions.iter().map(|contribution| contribution.tokens).sum();
+        let mut committed = std::mem::take(&mut shared.committed);
+        let mut mean: Option<Gradients> = None;
+        for contribution in contributions {
+            let Some(mut gradients) = committed.remove(&contribution.participant) else { continue };
+            // With one member the share is 1 and the gradient keeps its bits.
+            let share = (contribution.tokens as f64 / total as f64) as f32;
+            match &mut mean {
+                Some(mean) => mean.add_scaled(&gradients, share),
+                none => {
+                    gradients.scale(share);
+                    *none = Some(gradients);
+                }
+            }
+        }
+        let Some(mean) = mean else { return Ok(()) };
+        let rate = self.experiment.training.learning_rate_at(step, self.experiment.total_steps());
+        let training = &self.experiment.training;
+        let optimizer = self.optimizers.entry(String::new()).or_insert_with(|| AdamW::new(training, &shared.adapter));
+        optimizer.step(&mut shared.adapter, &mean, rate);
+        shared.lora = self.stage.attach(&shared.adapter)?;
+        Ok(())
+    }
+
+    fn has_finished(&self, key: RoundKey, participant: &ParticipantName) -> bool {
+        let Some(round) = self.round.as_ref().filter(|round| round.key == key) else { return false };
+        // Without steps through the body there is nothing to have finished.
+        if self.experiment.split.mode != SplitMode::U {
+            return true;
+        }
+        let end = round.first_step + self.experiment.federation.local_steps;
+        round.members.get(participant).is_some_and(|member| member.step == end)
+    }
+
+    fn remove(&mut self, participant: &ParticipantName) {
+        let Some(round) = self.round.as_mut() else { return };
+        // What a member that has finished contributed stays, and its own body is still to be aggregated.
+        let end = round.first_step + self.experiment.federation.local_steps;
+        if round.members.get(participant).is_some_and(|member| member.step == end) {
+            return;
+        }
+        round.members.remove(participant);
+        round.pending.retain(|(name, ..), _| name != participant);
+        round.waiting.retain(|job| job.place.participant != *participant);
+        let applied = round.shared.as_mut().and_then(|shared| {
+            shared.committed.remove(participant);
+            shared.barrier.removed(participant)
+        });
+        if let Err(error) = self.apply(applied) {
+            tracing::error!(%error, "the body cannot go on without the departed participant");
+        }
+    }
+
+    fn close(&mut self) -> Closed {
+        let (computing, idle) = (std::mem::take(&mut self.computing), std::mem::take(&mut self.idle));
+        let Some(round) = self.round.take() else {
+            return Closed { shared: None, own: BTreeMap::new(), computing, idle };
+        };
+        let own = round.members.into_iter().filter_map(|(name, member)| Some((name, member.own?.0))).collect();
+        Closed { shared: round.shared.map(|shared| shared.adapter), own, computing, idle }
+    }
+}
+
+impl OpenRound {
+    /// Whether a recorded forward may run now. Micro-batches come in order; the next step's first may come before the
+    /// commit that frees it, and waits.
+    fn turn(&self, place: &Place, local_steps: u64) -> Result<Turn, BodyError> {
+        let Place { participant, step, micro, micros, .. } = place;
+        let member = self.members.get(participant).ok_or(BodyError::Stale)?;
+        let misplaced = || {
+            let (expected, done) = (member.step, member.micros_done);
+            let what = format!("step {step}, micro-batch {micro} came where step {expected}, micro-batch {done} was due");
+            Err(BodyError::Misplaced(what))
+        };
+        if *step == member.step + 1 && *micro == 0 && member.owes_commit {
+            return Ok(Turn::Wait);
+        }
+        let (known, ended) = (self.pending.contains_key(&(participant.clone(), *step, *micro)), self.first_step + local_steps);
+        if *step != member.step || member.owes_commit || *micro != member.micros_done || micro >= micros || known || *step >= ended
+        {
+            return misplaced();
+        }
+        match &self.shared {
+            Some(shared) => Ok(shared.barrier.forward(participant, *step)?),
+            None => Ok(Turn::Now),
+        }
+    }
+
+    fn lora_of(&self, participant: &ParticipantName) -> &Lora {
+        let own = self.members.get(participant).and_then(|member| member.own.as_ref());
+        match (own, &self.shared) {
+            (Some((_, lora)), _) => lora,
+            (None, Some(shared)) => &shared.lora,
+            (None, None) => &self.global_lora,
+        }
+    }
+}

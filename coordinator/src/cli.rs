@@ -1,0 +1,354 @@
+//! The commands of `coordinator`: arguments in, lines, tables or JSON out. Nothing is decided here.
+
+use std::future::Future;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use clap::{Args, Parser, Subcommand};
+use experiment::Row;
+use indicatif::{ProgressBar, ProgressStyle};
+use net::PeerName;
+use serde_json::json;
+use time::OffsetDateTime;
+
+use crate::export::{Format, export};
+use crate::fetch::fetch;
+use crate::home::{ADDRESS_DEFAULT, Home, INVITATION_VALID};
+use crate::report::Report;
+use crate::run::{Ended, Run, Watcher};
+use crate::status::status;
+
+/// The server of federated split-learning runs: it holds the body of the model and aggregates the adapters.
+#[derive(Parser)]
+#[command(version, max_term_width = 110)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Log lines as JSON objects (what is logged: RUST_LOG, default `info`)
+    #[arg(long, global = true)]
+    log_json: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make a home: a CA, this coordinator's identity, and a commented experiment to start from
+    #[command(after_help = "Example:\n  coordinator init home/ --address 192.0.2.10:4433")]
+    Init(InitArguments),
+    /// Download a model, or go on with a download that broke off
+    #[command(after_help = "Example:\n  coordinator fetch smollm2-135m-instruct --to models/")]
+    Fetch(FetchArguments),
+    /// Write a one-time invitation for a device
+    #[command(after_help = "Examples:\n  coordinator invite home/ press-1\n  coordinator invite home/ device --count 16 --out invites/")]
+    Invite(InviteArguments),
+    /// Run an experiment, or go on with one: wait for participants, train round after round
+    #[command(after_help = "Example:\n  coordinator run configs/demo.toml --home home/")]
+    Run(RunArguments),
+    /// Where a run stands
+    #[command(after_help = "Example:\n  coordinator status runs/demo")]
+    Status(StatusArguments),
+    /// What a run has cost and brought: a table, and a page with plots
+    #[command(after_help = "Example:\n  coordinator report runs/demo --out report.html")]
+    Report(ReportArguments),
+    /// Write what a run has learned as files for other programs
+    #[command(after_help = "Example:\n  coordinator export runs/demo --format hf,peft,gguf:q8_0 --out exports/")]
+    Export(ExportArguments),
+}
+
+#[derive(Args)]
+struct InitArguments {
+    home: PathBuf,
+    /// HOST:PORT under which devices reach this coordinator; may be given several times, the first one is listened on
+    #[arg(long, default_value = ADDRESS_DEFAULT)]
+    address: Vec<String>,
+}
+
+#[derive(Args)]
+struct FetchArguments {
+    /// A model of the catalogue; a wrong name lists it
+    name: String,
+    #[arg(long, default_value = "models")]
+    to: PathBuf,
+}
+
+#[derive(Args)]
+struct InviteArguments {
+    home: PathBuf,
+    /// The device's name; with --count the first part of several names
+    name: String,
+    /// Invite NAME-1, NAME-2, … up to this number
+    #[arg(long)]
+    count: Option<u32>,
+    /// The invitation's file, or with --count their directory [default: NAME.invite]
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// Make an earlier invitation of the same name worthless
+    #[arg(long)]
+    replace: bool,
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct RunArguments {
+    experiment: PathBuf,
+    #[arg(long, default_value = "home")]
+    home: PathBuf,
+    /// Where run directories are made
+    #[arg(long, default_value = "runs")]
+    runs: PathBuf,
+    /// Start from this PEFT adapter
+    #[arg(long)]
+    init_adapter: Option<PathBuf>,
+    /// Print every metric as a JSON line
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct StatusArguments {
+    run: PathBuf,
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct ReportArguments {
+    run: PathBuf,
+    /// The page [default: RUN/report.html]
+    #[arg(long)]
+    out: Option<PathBuf>,
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct ExportArguments {
+    run: PathBuf,
+    /// hf, peft, gguf:f32, gguf:f16, gguf:bf16, gguf:q8_0, gguf:q5_1, gguf:q5_0, gguf:q4_1, gguf:q4_0
+    #[arg(long, value_delimiter = ',', required = true)]
+    format: Vec<String>,
+    #[arg(long)]
+    out: PathBuf,
+    /// A finished round [default: the newest]
+    #[arg(long)]
+    round: Option<u32>,
+    /// Replace files that are there
+    #[arg(long)]
+    force: bool,
+    #[arg(long)]
+    json: bool,
+}
+
+impl Cli {
+    pub fn start_tracing(&self) {
+        let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+        let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+        if self.log_json { subscriber.json().init() } else { subscriber.with_target(false).init() }
+    }
+
+    /// Runs the command until it is done. `interrupted` stops a run in good order, and anything else at once.
+    pub async fn run(self, interrupted: impl Future<Output = ()>) -> anyhow::Result<()> {
+        if let Command::Run(arguments) = self.command {
+            return run(arguments, interrupted).await;
+        }
+        let work = tokio::task::spawn_blocking(move || self.command.perform());
+        tokio::select! {
+            done = work => done.context("the command failed")?,
+            () = interrupted => bail!("interrupted; run the same command again"),
+        }
+    }
+}
+
+impl Command {
+    fn perform(self) -> anyhow::Result<()> {
+        match self {
+            Self::Init(InitArguments { home, address }) => {
+                let home = Home::init(&home, address, OffsetDateTime::now_utc())?;
+                println!("{}: a CA, an identity and experiment.toml", home.path().display());
+                println!("next: coordinator invite {} NAME", home.path().display());
+                Ok(())
+            }
+            Self::Fetch(FetchArguments { name, to }) => {
+                fetch(&name, &to).map_err(|error| anyhow::anyhow!("failed to {error}"))?;
+                Ok(())
+            }
+            Self::Invite(arguments) => invite(arguments),
+            Self::Run(_) => bail!("a run is not performed here"),
+            Self::Status(StatusArguments { run, json }) => {
+                let standing = status(&run).map_err(|error| anyhow::anyhow!("failed to {error}"))?;
+                if json {
+                    println!("{}", serde_json::to_string(&standing)?);
+                } else {
+                    print!("{}", standing.to_text(unix_ms()));
+                }
+                Ok(())
+            }
+            Self::Report(ReportArguments { run, out, json }) => {
+                let report = Report::of_run(&run).map_err(|error| anyhow::anyhow!("failed to {error}"))?;
+                let out = out.unwrap_or_else(|| run.join("report.html"));
+                report.write_page(&out).map_err(|error| anyhow::anyhow!("failed to {error}"))?;
+                if json {
+                    println!("{}", serde_json::to_string(&report.summary)?);
+                } else {
+                    print!("{}", report.text);
+                    println!("page: {}", out.display());
+                }
+                Ok(())
+            }
+            Self::Export(ExportArguments { run, format, out, round, force, json }) => {
+                let formats = format.iter().map(|format| format.parse()).collect::<Result<Vec<Format>, _>>();
+                let exported = formats.and_then(|formats| export(&run, round, &formats, &out, force));
+                for exported in exported.map_err(|error| anyhow::anyhow!("failed to {error}"))? {
+                    if json {
+                        println!("{}", serde_json::to_string(&exported)?);
+                    } else {
+                        println!("{exported}");
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+fn invite(arguments: InviteArguments) -> anyhow::Result<()> {
+    let InviteArguments { home, name, count, out, replace, json } = arguments;
+    let home = Home::open(&home)?;
+    let names = match count {
+        None => vec![name.clone()],
+        Some(0) => bail!("--count must be at least 1"),
+        Some(count) => (1..=count).map(|i| format!("{name}-{i}")).collect(),
+    };
+    for name in names {
+        let name = PeerName::new(&name)?;
+        let path = match (&out, count) {
+            (Some(directory), Some(_)) => directory.join(format!("{name}.invite")),
+            (Some(file), None) => file.clone(),
+            (None, _) => PathBuf::from(format!("{name}.invite")),
+        };
+        if path.exists() && !replace {
+            bail!("{}: already there; give another --out, or --replace", path.display());
+        }
+        if let Some(directory) = path.parent() {
+            std::fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
+        }
+        let invitation = home.invite(&name, OffsetDateTime::now_utc(), INVITATION_VALID, replace)?;
+        invitation.write(&path)?;
+        match json {
+            true => println!("{}", json!({"name": name.to_string(), "invitation": path, "expires_unix": invitation.expires_unix})),
+            false => println!("{}: good once, for a day; give it to {name} and nobody else", path.display()),
+        }
+    }
+    Ok(())
+}
+
+async fn run(arguments: RunArguments, interrupted: impl Future<Output = ()>) -> anyhow::Result<()> {
+    let RunArguments { experiment, home, runs, init_adapter, json } = arguments;
+    let run = Run { experiment: experiment.clone(), home: home.clone(), runs, init_adapter };
+    let watcher: Box<dyn Watcher> = if json { Box::new(JsonWatcher) } else { Box::new(LineWatcher::new()) };
+    let Ended { directory, rounds, of, stopped } = run.run(watcher, interrupted).await?;
+    if stopped && !json {
+        println!("stopped after round {rounds} of {of}; nothing finished is lost. To go on:");
+        println!("  coordinator run {} --home {}", experiment.display(), home.display());
+    } else if !json {
+        println!("next: coordinator report {}", directory.display());
+    }
+    Ok(())
+}
+
+struct JsonWatcher;
+
+impl Watcher for JsonWatcher {
+    fn row(&mut self, row: &Row) {
+        if let Ok(line) = serde_json::to_string(row) {
+            println!("{line}");
+        }
+    }
+
+    fn note(&mut self, text: &str) {
+        tracing::info!("{text}");
+    }
+
+    fn step(&mut self, _: u64, _: u64, _: f64) {}
+}
+
+/// Lines for a person, with a bar below them on a terminal.
+struct LineWatcher {
+    bar: ProgressBar,
+    /// Loss sum and count of the open round's evaluations.
+    evaluated: (f64, u32, Option<u32>),
+    bytes: std::collections::BTreeMap<String, u64>,
+    began: Instant,
+}
+
+impl LineWatcher {
+    fn new() -> Self {
+        let bar = if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
+        let style = ProgressStyle::with_template("{bar:30} {pos}/{len} steps, loss {msg}, {eta}");
+        let bar = bar.with_style(style.expect("a template of ours"));
+        Self { bar, evaluated: (0.0, 0, None), bytes: Default::default(), began: Instant::now() }
+    }
+
+    fn line(&self, text: &str) {
+        self.bar.suspend(|| println!("{text}"));
+    }
+
+    fn tell_evaluation(&mut self) {
+        if let (sum, count @ 1.., Some(round)) = std::mem::take(&mut self.evaluated) {
+            let mean = sum / f64::from(count);
+            self.line(&format!("after round {round}: held-out loss {mean:.4} nats per token, mean of {count} devices"));
+        }
+    }
+}
+
+impl Watcher for LineWatcher {
+    fn row(&mut self, row: &Row) {
+        match row {
+            Row::Evaluation { round, loss_nats, .. } => {
+                if self.evaluated.2.is_some_and(|known| known != *round) {
+                    self.tell_evaluation();
+                }
+                let (sum, count, _) = self.evaluated;
+                self.evaluated = (sum + loss_nats, count + 1, Some(*round));
+            }
+            Row::Round { round, members, loss_nats, tokens, duration_ms, aggregation_error, .. } => {
+                self.tell_evaluation();
+                let rate = *tokens as f64 / duration_ms * 1e3;
+                let error = aggregation_error.map(|error| format!(", aggregation error {error:.2e}")).unwrap_or_default();
+                self.line(&format!(
+                    "round {round}: loss {loss_nats:.4}, {} updates, {tokens} tokens at {rate:.0} tokens/s in {:.1} s{error}",
+                    members.len(),
+                    duration_ms / 1e3
+                ));
+            }
+            Row::Bytes { participant, udp_sent, udp_received, .. } => {
+                self.bytes.insert(participant.clone(), udp_sent + udp_received);
+            }
+            Row::Finished { rounds, reason, .. } => {
+                self.tell_evaluation();
+                self.bar.finish_and_clear();
+                let bytes: u64 = self.bytes.values().sum();
+                let megabytes = bytes as f64 / 1e6;
+                let minutes = self.began.elapsed().as_secs_f64() / 60.0;
+                self.line(&format!("{reason}: {rounds} rounds, {megabytes:.1} MB over the network, {minutes:.1} minutes"));
+            }
+            _ => {}
+        }
+    }
+
+    fn note(&mut self, text: &str) {
+        self.line(text);
+    }
+
+    fn step(&mut self, done: u64, all: u64, loss_nats: f64) {
+        self.bar.set_length(all);
+        self.bar.set_position(done);
+        self.bar.set_message(format!("{loss_nats:.4}"));
+    }
+}
+
+fn unix_ms() -> u64 {
+    (OffsetDateTime::now_utc().unix_timestamp_nanos() / 1_000_000) as u64
+}

@@ -1,0 +1,601 @@
+//! One connection, served: hello and welcome, then whatever streams the participant opens.
+//!
+//! Nothing is decided here. What a peer says becomes an [`Incoming`] for the run loop or a job for the body, after it has
+//! been checked; what the run loop wants said arrives as a message. Who the peer is comes from its certificate.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use experiment::{Experiment, SplitMode, WireDtype};
+use model::source::{Manifest, TensorInfo as SourceTensor};
+use model::{Adapter, Cut, Matrix, Segments, Source};
+use net::{Connection, NetError, PeerIdentity, RecvStream, SendStream, StreamKind};
+use time::OffsetDateTime;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+use wire::{
+    AdapterListing, BlobHeader, BlobRef, CODEC_PLAIN, CloseCode, Commit, DType, Enrolled, FrameKind, FromCoordinator,
+    FromParticipant, MessageKind, ProtocolError, Purpose, RefusalReason, Request, Shape, SquaredNorms, TensorHeader,
+    TensorInfo, UpdateReply,
+};
+
+use crate::body::{self, BodyError, BodyHandle, Forward, Place, RoundKey};
+use crate::home::{Home, RedeemError};
+use crate::round::ParticipantName;
+
+/// A peer that connects must say hello within this time.
+const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+const BLOB_CHUNK_BYTES: usize = 256 << 10;
+
+/// What every connection needs to know.
+pub struct Shared {
+    pub experiment: Arc<Experiment>,
+    pub source: Arc<dyn Source>,
+    pub manifest: Manifest,
+    pub blobs: Blobs,
+    pub home: Home,
+    /// Absent in `whole` mode.
+    pub body: Option<BodyHandle>,
+    /// The global adapter, and the round that begins with it.
+    pub published: RwLock<Option<(u32, Arc<Adapter>)>>,
+    pub incoming: mpsc::Sender<Incoming>,
+    pub sessions: AtomicU64,
+}
+
+/// What a connection tells the run loop.
+pub enum Incoming {
+    /// A participant is ready. The answer says whether it may stay.
+    Joined {
+        participant: ParticipantName,
+        session: u64,
+        connection: Connection,
+        messages: mpsc::Sender<FromCoordinator>,
+        answer: oneshot::Sender<Result<(), String>>,
+    },
+    Departed {
+        participant: ParticipantName,
+        session: u64,
+        reason: String,
+    },
+    Said {
+        participant: ParticipantName,
+        session: u64,
+        message: FromParticipant,
+    },
+    Update {
+        participant: ParticipantName,
+        session: u64,
+        key: RoundKey,
+        tokens: u64,
+        loss_nats: f64,
+        /// The blocks the participant trained, or why they are refused.
+        adapter: Result<Adapter, String>,
+        answer: oneshot::Sender<UpdateReply>,
+    },
+}
+
+/// Everything that participants may fetch, by content.
+pub struct Blobs {
+    manifest: Vec<u8>,
+    manifest_digest: [u8; 32],
+    tokenizer: [u8; 32],
+    tensors: HashMap<[u8; 32], SourceTensor>,
+}
+
+impl Blobs {
+    pub fn new(manifest: &Manifest) -> Self {
+        let tensors = manifest.tensors.iter().filter_map(|entry| Some((entry.blob.sha256, entry.info()?)));
+        Self {
+            manifest: manifest.to_bytes(),
+            manifest_digest: manifest.digest(),
+            tokenizer: manifest.tokenizer_json.sha256,
+            tensors: tensors.collect(),
+        }
+    }
+
+    fn read(&self, digest: &[u8; 32], source: &dyn Source) -> Option<Result<Vec<u8>, model::ModelError>> {
+        if *digest == self.manifest_digest {
+            Some(Ok(self.manifest.clone()))
+        } else if *digest == self.tokenizer {
+            Some(Ok(source.tokenizer().json()))
+        } else {
+            self.tensors.get(digest).map(|info| source.read(info))
+        }
+    }
+}
+
+impl Shared {
+    pub fn cut(&self) -> Option<Cut> {
+        let experiment::Split { mode, head_blocks, tail_blocks } = self.experiment.split;
+        (mode != SplitMode::Whole).then_some(Cut { head_blocks: head_blocks as usize, tail_blocks: tail_blocks as usize })
+    }
+
+    /// The blocks a participant holds, and those of them it trains.
+    fn blocks(&self) -> [Vec<usize>; 2] {
+        let blocks = self.manifest.config.blocks;
+        match self.cut() {
+            None => [(0..blocks).collect(), (0..blocks).collect()],
+            Some(Cut { head_blocks, tail_blocks }) => {
+                let head = 0..head_blocks;
+                let tail = blocks - tail_blocks..blocks;
+                let held = head.chain(tail.clone()).collect();
+                let trained = if self.experiment.split.mode == SplitMode::U { Vec::clone(&held) } else { tail.collect() };
+                [held, trained]
+            }
+        }
+    }
+
+    fn dtype(&self) -> DType {
+        match self.experiment.wire.dtype {
+            WireDtype::F32 => DType::F32,
+            WireDtype::F16 => DType::F16,
+            WireDtype::Bf16 => DType::Bf16,
+        }
+    }
+}
+
+/// Serves one peer until it or the run is done.
+pub async fn serve(connection: Connection, shared: Arc<Shared>) {
+    let peer = connection.peer().clone();
+    let served = match &peer {
+        PeerIdentity::Participant { name } => {
+            let name = ParticipantName::new(name.to_string());
+            Session::run(name, &connection, &shared).await
+        }
+        PeerIdentity::Enrol { .. } => enrol(&connection, &shared).await,
+        PeerIdentity::Coordinator => Err(ServeError::Close(CloseCode::NotAuthorized, "a coordinator joins no run".into())),
+    };
+    match served {
+        Ok(()) => {
+            // The participant received last and closes; a peer that does not is not waited for for ever.
+            let _ = tokio::time::timeout(Duration::from_secs(5), connection.closed()).await;
+            connection.close(CloseCode::Done, "done");
+        }
+        Err(error) => {
+            let (code, reason) = error.close();
+            tracing::info!(%peer, %reason, "closing a connection");
+            connection.close(code, &reason);
+        }
+    }
+}
+
+/// Why a connection ends before its time.
+enum ServeError {
+    Net(NetError),
+    Close(CloseCode, String),
+}
+
+impl From<NetError> for ServeError {
+    fn from(error: NetError) -> Self {
+        Self::Net(error)
+    }
+}
+
+impl ServeError {
+    fn close(&self) -> (CloseCode, String) {
+        match self {
+            Self::Net(error) => (error.close_code(), error.to_string()),
+            Self::Close(code, reason) => (*code, reason.clone()),
+        }
+    }
+}
+
+async fn enrol(connection: &Connection, shared: &Arc<Shared>) -> Result<(), ServeError> {
+    let PeerIdentity::Enrol { name, fingerprint } = connection.peer().clone() else {
+        return Err(ServeError::Close(CloseCode::Internal, "no invitation".into()));
+    };
+    let (mut send, mut receive) = within(HELLO_DEADLINE, connection.accept()).await??;
+    let Request::Enrol { csr_der } = within(HELLO_DEADLINE, receive.message()).await?? else {
+        return Err(ServeError::Close(CloseCode::Unexpected, "an invitation is good for enrolling alone".into()));
+    };
+    receive.end().await?;
+    let (redeemer, of) = (shared.clone(), name.clone());
+    let redeem = move || redeemer.home.redeem(&of, fingerprint, &csr_der, OffsetDateTime::now_utc());
+    let redeemed = tokio::task::spawn_blocking(redeem).await;
+    let chain_pem = match redeemed {
+        Ok(Ok(chain_pem)) => chain_pem,
+        // Paths of the home are for the log alone.
+        Ok(Err(RedeemError::Home(error))) => {
+            tracing::error!(%error, "an invitation cannot be redeemed");
+            return Err(ServeError::Close(CloseCode::Internal, "the coordinator cannot read its home".into()));
+        }
+        Ok(Err(error)) => return Err(ServeError::Close(CloseCode::NotAuthorized, error.to_string())),
+        Err(error) => return Err(ServeError::Close(CloseCode::Internal, error.to_string())),
+    };
+    tracing::info!(participant = %name, "enrolled");
+    send.message(&Enrolled { chain_pem }).await?;
+    send.finish();
+    Ok(send.delivered().await?)
+}
+
+async fn within<T>(deadline: Duration, what: impl Future<Output = T>) -> Result<T, ServeError> {
+    let late = |_| ServeError::Close(CloseCode::TooSlow, "no hello in time".into());
+    tokio::time::timeout(deadline, what).await.map_err(late)
+}
+
+struct Session<'a> {
+    id: u64,
+    participant: ParticipantName,
+    connection: &'a Connection,
+    shared: &'a Arc<Shared>,
+}
+
+impl Session<'_> {
+    async fn run(participant: ParticipantName, connection: &Connection, shared: &Arc<Shared>) -> Result<(), ServeError> {
+        let id = shared.sessions.fetch_add(1, Ordering::Relaxed);
+        let session = Session { id, participant, connection, shared };
+        let (mut send, mut receive) = within(HELLO_DEADLINE, connection.accept()).await??;
+        send.prioritize(StreamKind::Control);
+        let hello: FromParticipant = within(HELLO_DEADLINE, receive.message()).await??;
+        if let Err(reason) = session.check_hello(&hello) {
+            let code = CloseCode::Incompatible;
+            send.message(&FromCoordinator::Refused { code: code.code(), reason: reason.clone() }).await?;
+            return Err(ServeError::Close(code, reason));
+        }
+        send.message(&session.welcome()).await?;
+        let (messages, mut to_send) = mpsc::channel(16);
+        let ended = session.serve_streams(&mut send, &mut receive, messages, &mut to_send).await;
+        let reason = match &ended {
+            Ok(()) => "the run is over".to_owned(),
+            Err(error) => error.close().1,
+        };
+        let (participant, session) = (session.participant.clone(), session.id);
+        // It fails when the run loop has ended, which then knows.
+        let _ = shared.incoming.send(Incoming::Departed { participant, session, reason }).await;
+        ended
+    }
+
+    fn check_hello(&self, hello: &FromParticipant) -> Result<(), String> {
+        let FromParticipant::Hello { dtypes, codecs, .. } = hello else {
+            return Err(format!("{hello:?} came where a hello was due"));
+        };
+        let dtype = self.shared.dtype();
+        if !dtypes.contains(&dtype) || !codecs.contains(&CODEC_PLAIN) {
+            return Err(format!("the run needs tensors in {dtype:?}, codec {CODEC_PLAIN}; update the participant"));
+        }
+        Ok(())
+    }
+
+    fn welcome(&self) -> FromCoordinator {
+        let Shared { experiment, blobs, .. } = &**self.shared;
+        let cut = self.shared.cut().unwrap_or(Cut { head_blocks: 0, tail_blocks: 0 });
+        FromCoordinator::Welcome {
+            minor: wire::MINOR,
+            session: self.id,
+            dtype: self.shared.dtype(),
+            codec: CODEC_PLAIN,
+            head_blocks: cut.head_blocks as u32,
+            tail_blocks: cut.tail_blocks as u32,
+            experiment_toml: experiment.resolved_toml(),
+            experiment_digest: experiment.digest(),
+            manifest: BlobRef { sha256: blobs.manifest_digest, length: blobs.manifest.len() as u64 },
+        }
+    }
+
+    /// Until the run ends (`Ok`) or the connection does.
+    async fn serve_streams(
+        &self,
+        send: &mut SendStream,
+        receive: &mut RecvStream,
+        messages: mpsc::Sender<FromCoordinator>,
+        to_send: &mut mpsc::Receiver<FromCoordinator>,
+    ) -> Result<(), ServeError> {
+        // Dropped with everything it runs when this function returns.
+        let mut streams: JoinSet<Result<(), ServeError>> = JoinSet::new();
+        let mut joining: Option<oneshot::Receiver<Result<(), String>>> = None;
+        loop {
+            tokio::select! {
+                message = receive.message::<FromParticipant>() => match message? {
+                    FromParticipant::Ready { experiment_digest } => {
+                        if experiment_digest != self.shared.experiment.digest() {
+                            return Err(ServeError::Close(CloseCode::ExperimentDiffers, "the experiments differ".into()));
+                        }
+                        let (answer, joined) = oneshot::channel();
+                        joining = Some(joined);
+                        self.tell(Incoming::Joined {
+                            participant: self.participant.clone(),
+                            session: self.id,
+                            connection: self.connection.clone(),
+                            messages: messages.clone(),
+                            answer,
+                        }).await?;
+                    }
+                    FromParticipant::Leaving { reason } => {
+                        return Err(ServeError::Close(CloseCode::Done, format!("the participant left: {reason}")));
+                    }
+                    FromParticipant::Hello { .. } => {
+                        return Err(ServeError::Close(CloseCode::Unexpected, "a second hello".into()));
+                    }
+                    message => {
+                        let (participant, session) = (self.participant.clone(), self.id);
+                        self.tell(Incoming::Said { participant, session, message }).await?;
+                    }
+                },
+                joined = async { joining.as_mut().expect("guarded").await }, if joining.is_some() => {
+                    joining = None;
+                    if let Ok(Err(reason)) = joined {
+                        let code = CloseCode::NotAuthorized;
+                        send.message(&FromCoordinator::Refused { code: code.code(), reason: reason.clone() }).await?;
+                        return Err(ServeError::Close(code, reason));
+                    }
+                }
+                message = to_send.recv() => {
+                    let Some(message) = message else { return Ok(()) };
+                    let last = matches!(message, FromCoordinator::Finish { .. });
+                    send.message(&message).await?;
+                    if last {
+                        send.finish();
+                        return Ok(send.delivered().await?);
+                    }
+                }
+                stream = self.connection.accept() => {
+                    let (stream_send, stream_receive) = stream?;
+                    let stream = Stream {
+                        session: self.id,
+                        participant: self.participant.clone(),
+                        shared: self.shared.clone(),
+                        send: stream_send,
+                        receive: stream_receive,
+                    };
+                    streams.spawn(stream.serve());
+                }
+                Some(served) = streams.join_next() => match served {
+                    Ok(served) => served?,
+                    Err(error) => return Err(ServeError::Close(CloseCode::Internal, error.to_string())),
+                }
+            }
+        }
+    }
+
+    async fn tell(&self, incoming: Incoming) -> Result<(), ServeError> {
+        let over = |_| ServeError::Close(CloseCode::GoingAway, "the run is over".into());
+        self.shared.incoming.send(incoming).await.map_err(over)
+    }
+}
+
+/// One stream that a participant opened.
+struct Stream {
+    session: u64,
+    participant: ParticipantName,
+    shared: Arc<Shared>,
+    send: SendStream,
+    receive: RecvStream,
+}
+
+/// The parts of a step request that a tensor frame repeats.
+struct Step {
+    place: Place,
+    purpose: Purpose,
+    segments: Segments,
+    step_tokens: u32,
+}
+
+impl Stream {
+    async fn serve(mut self) -> Result<(), ServeError> {
+        match self.receive.message().await? {
+            Request::Step { session, round, attempt, step, micro, micros, purpose, segments, step_tokens, .. } => {
+                let place = Place {
+                    key: RoundKey { round, attempt },
+                    participant: self.participant.clone(),
+                    step,
+                    micro,
+                    micros,
+                };
+                if session != self.session {
+                    return Err(misbehaved(format!("a step of session {session} in session {}", self.session)));
+                }
+                let segments = self.check_segments(&segments)?;
+                let served = self.step(&Step { place, purpose, segments, step_tokens }).await;
+                match served {
+                    Err(StepError::Stale) => {
+                        self.send.reset(CloseCode::Stale);
+                        self.receive.stop(CloseCode::Stale);
+                        Ok(())
+                    }
+                    // The participant gave this stream up; it has its reasons, and the connection lives.
+                    Err(StepError::Serve(ServeError::Net(NetError::Reset { .. }))) => Ok(()),
+                    Err(StepError::Serve(error)) => Err(error),
+                    Ok(()) => Ok(()),
+                }
+            }
+            Request::FetchAdapter { round } => self.fetch_adapter(round).await,
+            Request::Update { round, attempt, tokens, loss_nats, tensors } => {
+                self.update(RoundKey { round, attempt }, tokens, loss_nats, tensors).await
+            }
+            Request::FetchBlob { sha256, offset } => self.fetch_blob(sha256, offset).await,
+            Request::Enrol { .. } => Err(misbehaved("an enrolment by a participant that is enrolled".into())),
+        }
+    }
+
+    fn check_segments(&self, segments: &[u32]) -> Result<Segments, ServeError> {
+        let experiment::Training { batch_tokens, .. } = self.shared.experiment.training;
+        let tokens: u64 = segments.iter().map(|&length| u64::from(length)).sum();
+        if tokens > u64::from(batch_tokens) {
+            let what = format!("a micro-batch of {tokens} tokens; the experiment allows {batch_tokens}");
+            return Err(ServeError::Close(CloseCode::OverLimit, what));
+        }
+        let lengths = segments.iter().map(|&length| length as usize).collect();
+        Segments::new(lengths).map_err(|error| misbehaved(error.to_string()))
+    }
+
+    /// PROTOCOL.md, "Step": four tensors and a commit, or two tensors.
+    async fn step(&mut self, step: &Step) -> Result<(), StepError> {
+        let Some(body) = self.shared.body.clone() else {
+            return Err(misbehaved("a step through a body that this run does not have".into()).into());
+        };
+        let Step { place, purpose, segments, step_tokens } = step;
+        let width = self.shared.manifest.config.width;
+        let header = TensorHeader {
+            kind: FrameKind::Activations,
+            dtype: self.shared.dtype(),
+            session: self.session,
+            round: place.key.round,
+            step: place.step,
+            micro: place.micro,
+            shape: Shape::new(&[segments.tokens() as u32, width as u32]).map_err(|error| misbehaved(error.to_string()))?,
+        };
+        let x = Matrix::new(segments.tokens(), width, self.receive.tensor(&header).await?);
+        let forward = if *purpose == Purpose::Train { Forward::Train } else { Forward::Evaluate };
+        let y = body.forward(place.clone(), forward, segments.clone(), x).await?;
+        self.send.tensor(&header, y.values()).await?;
+        if *purpose == Purpose::Evaluate || self.shared.experiment.split.mode != SplitMode::U {
+            self.receive.end().await?;
+            self.send.finish();
+            return Ok(());
+        }
+        let header = TensorHeader { kind: FrameKind::CutGradient, ..header };
+        let gradient = Matrix::new(segments.tokens(), width, self.receive.tensor(&header).await?);
+        let body::Backward { gradient, squared_norms } = body.backward(place.clone(), gradient).await?;
+        self.send.tensor(&header, gradient.values()).await?;
+        if let Some(blocks) = squared_norms {
+            self.send.message(&SquaredNorms { blocks }).await?;
+            let Commit { squared_norms_head, squared_norms_tail } = self.receive.message().await?;
+            let commit = body::Commit { squared_norms_head, squared_norms_tail, tokens: u64::from(*step_tokens) };
+            body.commit(place.clone(), commit).await?;
+        }
+        self.receive.end().await?;
+        self.send.finish();
+        Ok(())
+    }
+
+    async fn fetch_adapter(mut self, round: u32) -> Result<(), ServeError> {
+        self.receive.end().await?;
+        self.send.prioritize(StreamKind::Bulk);
+        let published = self.shared.published.read().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
+        let Some((_, adapter)) = published.filter(|(published, _)| *published == round) else {
+            self.send.reset(CloseCode::Stale);
+            return Ok(());
+        };
+        let [held, _] = self.shared.blocks();
+        let share = adapter.filtered(|block| held.contains(&block));
+        let tensors = listing_of(&share);
+        self.send.message(&AdapterListing { round, adapter: "default".into(), tensors: tensors.clone() }).await?;
+        for (i, (tensor, info)) in share.tensors().iter().zip(&tensors).enumerate() {
+            let header = self.adapter_header(round, i, info)?;
+            self.send.tensor(&header, &tensor.values).await?;
+        }
+        self.send.finish();
+        Ok(())
+    }
+
+    async fn update(
+        mut self,
+        key: RoundKey,
+        tokens: u64,
+        loss_nats: f64,
+        tensors: Vec<TensorInfo>,
+    ) -> Result<(), ServeError> {
+        let [_, trained] = self.shared.blocks();
+        let published = self.shared.published.read().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
+        let Some((_, global)) = published else {
+            return Err(misbehaved("an update before the first round".into()));
+        };
+        let like = global.filtered(|block| trained.contains(&block));
+        let (expected, session) = (listing_of(&like), self.session);
+        let adapter = if tensors != expected {
+            let (found, expected) = (tensors.len(), expected.len());
+            self.receive.stop(CloseCode::Unexpected);
+            Err(format!("the update lists {found} tensors that are not the {expected} that this run trains"))
+        } else {
+            let mut values = Vec::with_capacity(tensors.len());
+            for (i, info) in tensors.iter().enumerate() {
+                let header = self.adapter_header(key.round, i, info)?;
+                values.push(self.receive.tensor(&header).await?);
+            }
+            self.receive.end().await?;
+            like.with_tensors(values).map_err(|error| error.to_string())
+        };
+        let finished = match &self.shared.body {
+            Some(body) => body.has_finished(key, self.participant.clone()).await,
+            None => true,
+        };
+        let adapter = if finished { adapter } else { adapter.and(Err("its steps are not complete".into())) };
+        let (answer, answered) = oneshot::channel();
+        let participant = self.participant.clone();
+        let update = Incoming::Update { participant, session, key, tokens, loss_nats, adapter, answer };
+        let over = ServeError::Close(CloseCode::GoingAway, "the run is over".into());
+        if self.shared.incoming.send(update).await.is_err() {
+            return Err(over);
+        }
+        let reply = answered.await.unwrap_or(UpdateReply::Refused { reason: RefusalReason::Late, text: "the run is over".into() });
+        self.send.message(&reply).await?;
+        self.send.finish();
+        Ok(())
+    }
+
+    async fn fetch_blob(mut self, sha256: [u8; 32], offset: u64) -> Result<(), ServeError> {
+        self.receive.end().await?;
+        self.send.prioritize(StreamKind::Bulk);
+        let shared = self.shared.clone();
+        let read = tokio::task::spawn_blocking(move || shared.blobs.read(&sha256, &*shared.source)).await;
+        let internal = |error: String| {
+            tracing::error!(%error, "a part of the model cannot be read");
+            ServeError::Close(CloseCode::Internal, "the coordinator cannot read the model".into())
+        };
+        let bytes = match read.map_err(|error| internal(error.to_string()))? {
+            Some(Ok(bytes)) => bytes,
+            Some(Err(error)) => return Err(internal(error.to_string())),
+            None => return Err(misbehaved("a blob that is no part of this run's model".into())),
+        };
+        let rest = usize::try_from(offset).ok().and_then(|offset| bytes.get(offset..));
+        let rest = rest.ok_or_else(|| misbehaved(format!("offset {offset} in a blob of {} bytes", bytes.len())))?;
+        self.send.message(&BlobHeader { length: rest.len() as u64 }).await?;
+        for chunk in rest.chunks(BLOB_CHUNK_BYTES) {
+            self.send.bytes(MessageKind::Blob, chunk).await?;
+        }
+        self.send.finish();
+        Ok(())
+    }
+
+    fn adapter_header(&self, round: u32, i: usize, tensor: &TensorInfo) -> Result<TensorHeader, ServeError> {
+        let shape = tensor.shape().map_err(|error| misbehaved(error.to_string()))?;
+        let (kind, dtype, session) = (FrameKind::Adapter, DType::F32, self.session);
+        Ok(TensorHeader { kind, dtype, session, round, step: 0, micro: i as u32, shape })
+    }
+}
+
+fn listing_of(adapter: &Adapter) -> Vec<TensorInfo> {
+    let info = |tensor: &model::AdapterTensor| TensorInfo {
+        name: tensor.name.clone(),
+        shape: tensor.shape.iter().map(|&size| size as u32).collect(),
+    };
+    adapter.tensors().iter().map(info).collect()
+}
+
+/// The peer is at fault, in a way that only the coordinator's knowledge shows.
+fn misbehaved(found: String) -> ServeError {
+    let error = ProtocolError::Unexpected { expected: "a request that fits the run", found };
+    ServeError::Close(error.close_code(), error.to_string())
+}
+
+enum StepError {
+    Stale,
+    Serve(ServeError),
+}
+
+impl From<NetError> for StepError {
+    fn from(error: NetError) -> Self {
+        Self::Serve(error.into())
+    }
+}
+
+impl From<ServeError> for StepError {
+    fn from(error: ServeError) -> Self {
+        Self::Serve(error)
+    }
+}
+
+impl From<BodyError> for StepError {
+    fn from(error: BodyError) -> Self {
+        match error {
+            BodyError::Stale => Self::Stale,
+            BodyError::Order(_) | BodyError::Misplaced(_) => Self::Serve(misbehaved(error.to_string())),
+            BodyError::Model(_) => {
+                tracing::error!(%error, "the body failed");
+                Self::Serve(ServeError::Close(CloseCode::Internal, "the body failed".into()))
+            }
+        }
+    }
+}
