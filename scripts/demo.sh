@@ -131,7 +131,7 @@ coordinator report "demo/runs/$name" --out demo/report.html
 phase "exporting"
 coordinator export "demo/runs/$name" --format hf,peft,gguf:f32,gguf:f16,gguf:q8_0 --out demo/exports
 
-# The first line of a device's log, asked of the model that none of the devices showed it to.
+# The question is the first in the log of a device, which never sent it to anyone.
 phase "asking the result a question"
 field() { sed -n "1s/.*\"$1\":\"\([^\"]*\)\".*/\1/p" demo/data/press-1.jsonl; }
 prompt=$(field prompt)

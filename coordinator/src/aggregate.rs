@@ -172,7 +172,8 @@ mod tests {
         // Two members of half the adapter's rank fit into it exactly.
         let deltas = |adapter: &Adapter| adapter.pairs().map(|pair| adapter.delta(pair)).collect::<Vec<_>>();
         let (a, b, mean) = (deltas(&members[0].adapter), deltas(&members[1].adapter), deltas(&aggregate.adapter));
-        let expected: f64 = a.iter().flatten().zip(b.iter().flatten()).map(|(a, b)| f64::from((a + b) / 2.0).powi(2)).sum();
+        let expected: f64 =
+            a.iter().flatten().zip(b.iter().flatten()).map(|(a, b)| f64::from((a + b) / 2.0).powi(2)).sum();
         let found: f64 = mean.iter().flatten().map(|x| f64::from(*x).powi(2)).sum();
         assert!(found <= expected * 1.000001 && found > expected * 0.5, "{found} of {expected}");
     }

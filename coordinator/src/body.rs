@@ -136,7 +136,9 @@ impl BodyHandle {
         segments: Segments,
         x: Matrix,
     ) -> Result<Matrix, BodyError> {
-        self.ask(|reply| Job::Forward(ForwardJob { place, forward, segments, x, reply })).await.unwrap_or(Err(BodyError::Stale))
+        self.ask(|reply| Job::Forward(ForwardJob { place, forward, segments, x, reply }))
+            .await
+            .unwrap_or(Err(BodyError::Stale))
     }
 
     pub async fn backward(&self, place: Place, gradient: Matrix) -> Result<Backward, BodyError> {
@@ -285,7 +287,8 @@ impl Worker {
                 true => Some((global.clone(), self.stage.attach(&global)?)),
                 false => None,
             };
-            states.insert(name.clone(), Member { step: first_step, micros_done: 0, sum: None, owes_commit: false, own });
+            states
+                .insert(name.clone(), Member { step: first_step, micros_done: 0, sum: None, owes_commit: false, own });
         }
         let shared = match mode == SplitMode::U && !own {
             true => Some(Shared {
@@ -476,14 +479,21 @@ impl OpenRound {
         let member = self.members.get(participant).ok_or(BodyError::Stale)?;
         let misplaced = || {
             let (expected, done) = (member.step, member.micros_done);
-            let what = format!("step {step}, micro-batch {micro} came where step {expected}, micro-batch {done} was due");
+            let what =
+                format!("step {step}, micro-batch {micro} came where step {expected}, micro-batch {done} was due");
             Err(BodyError::Misplaced(what))
         };
         if *step == member.step + 1 && *micro == 0 && member.owes_commit {
             return Ok(Turn::Wait);
         }
-        let (known, ended) = (self.pending.contains_key(&(participant.clone(), *step, *micro)), self.first_step + local_steps);
-        if *step != member.step || member.owes_commit || *micro != member.micros_done || micro >= micros || known || *step >= ended
+        let (known, ended) =
+            (self.pending.contains_key(&(participant.clone(), *step, *micro)), self.first_step + local_steps);
+        if *step != member.step
+            || member.owes_commit
+            || *micro != member.micros_done
+            || micro >= micros
+            || known
+            || *step >= ended
         {
             return misplaced();
         }

@@ -29,7 +29,9 @@ impl Checkpoint {
             let (taken, first, second) = optimizer.state();
             steps.insert(format!("optimizer/{name}/steps"), [taken as i64]);
             for (which, moments) in [("first", first), ("second", second)] {
-                values.extend(moments.iter().enumerate().map(|(i, m)| (format!("optimizer/{name}/{which}/{i}"), m.clone())));
+                values.extend(
+                    moments.iter().enumerate().map(|(i, m)| (format!("optimizer/{name}/{which}/{i}"), m.clone())),
+                );
             }
         }
         values.extend(self.strategy.iter().map(|(name, vector)| (format!("strategy/{name}"), vector.clone())));
@@ -70,7 +72,9 @@ impl Checkpoint {
             if let Some(vector) = name.strip_prefix("strategy/") {
                 strategy.push((vector.to_owned(), floats(name).unwrap_or_default()));
             }
-            let Some(owner) = name.strip_prefix("optimizer/").and_then(|rest| rest.strip_suffix("/steps")) else { continue };
+            let Some(owner) = name.strip_prefix("optimizer/").and_then(|rest| rest.strip_suffix("/steps")) else {
+                continue;
+            };
             let count = file.tensor(name).ok().and_then(|view| view.data().try_into().ok()).map(i64::from_le_bytes);
             let count = count.and_then(|count| u64::try_from(count).ok());
             let count = count.ok_or_else(|| damaged(format!("{name} is no count")))?;

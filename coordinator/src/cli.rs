@@ -40,7 +40,9 @@ enum Command {
     #[command(after_help = "Example:\n  coordinator fetch smollm2-135m-instruct --to models/")]
     Fetch(FetchArguments),
     /// Write a one-time invitation for a device
-    #[command(after_help = "Examples:\n  coordinator invite home/ press-1\n  coordinator invite home/ device --count 16 --out invites/")]
+    #[command(
+        after_help = "Examples:\n  coordinator invite home/ press-1\n  coordinator invite home/ device --count 16 --out invites/"
+    )]
     Invite(InviteArguments),
     /// Run an experiment, or go on with one: wait for participants, train round after round
     #[command(after_help = "Example:\n  coordinator run configs/demo.toml --home home/")]
@@ -143,8 +145,9 @@ struct ExportArguments {
 
 impl Cli {
     pub fn start_tracing(&self) {
+        let ansi = std::io::stderr().is_terminal();
         let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
-        let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+        let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi);
         if self.log_json { subscriber.json().init() } else { subscriber.with_target(false).init() }
     }
 
@@ -237,7 +240,10 @@ fn invite(arguments: InviteArguments) -> anyhow::Result<()> {
         let invitation = home.invite(&name, OffsetDateTime::now_utc(), INVITATION_VALID, replace)?;
         invitation.write(&path)?;
         match json {
-            true => println!("{}", json!({"name": name.to_string(), "invitation": path, "expires_unix": invitation.expires_unix})),
+            true => println!(
+                "{}",
+                json!({"name": name.to_string(), "invitation": path, "expires_unix": invitation.expires_unix})
+            ),
             false => println!("{}: good once, for a day; give it to {name} and nobody else", path.display()),
         }
     }
@@ -316,7 +322,8 @@ impl Watcher for LineWatcher {
             Row::Round { round, members, loss_nats, tokens, duration_ms, aggregation_error, .. } => {
                 self.tell_evaluation();
                 let rate = *tokens as f64 / duration_ms * 1e3;
-                let error = aggregation_error.map(|error| format!(", aggregation error {error:.2e}")).unwrap_or_default();
+                let error =
+                    aggregation_error.map(|error| format!(", aggregation error {error:.2e}")).unwrap_or_default();
                 self.line(&format!(
                     "round {round}: loss {loss_nats:.4}, {} updates, {tokens} tokens at {rate:.0} tokens/s in {:.1} s{error}",
                     members.len(),
@@ -332,7 +339,9 @@ impl Watcher for LineWatcher {
                 let bytes: u64 = self.bytes.values().sum();
                 let megabytes = bytes as f64 / 1e6;
                 let minutes = self.began.elapsed().as_secs_f64() / 60.0;
-                self.line(&format!("{reason}: {rounds} rounds, {megabytes:.1} MB over the network, {minutes:.1} minutes"));
+                self.line(&format!(
+                    "{reason}: {rounds} rounds, {megabytes:.1} MB over the network, {minutes:.1} minutes"
+                ));
             }
             _ => {}
         }

@@ -57,7 +57,9 @@ pub enum RunError {
     BodyFailed(u32),
     #[error("the model has digest {found}; the experiment's `model.sha256` is {expected}")]
     OtherModel { expected: String, found: String },
-    #[error("round {round} was abandoned {attempts} times; rounds before it are kept. Run the same command again to go on")]
+    #[error(
+        "round {round} was abandoned {attempts} times; rounds before it are kept. Run the same command again to go on"
+    )]
     Abandoned { round: u32, attempts: u32 },
 }
 
@@ -301,7 +303,9 @@ impl Conductor {
                 let now_ms = self.now_ms();
                 let actions = self.rounds.handle(Event::Joined { participant: participant.clone() }, now_ms);
                 let refused = actions.iter().find_map(|action| match action {
-                    Action::RefuseJoin { participant: refused, reason } if *refused == participant => Some(reason.to_string()),
+                    Action::RefuseJoin { participant: refused, reason } if *refused == participant => {
+                        Some(reason.to_string())
+                    }
                     _ => None,
                 });
                 // A peer that is gone already reports its departure.
@@ -355,7 +359,16 @@ impl Conductor {
         match message {
             FromParticipant::StepFinished { round, step, loss_nats, tokens, compute_ms, wait_ms } => {
                 let name = participant.to_string();
-                self.record(&Row::Step { round, step, participant: name, loss_nats, tokens, compute_ms, wait_ms, energy_j: None })?;
+                self.record(&Row::Step {
+                    round,
+                    step,
+                    participant: name,
+                    loss_nats,
+                    tokens,
+                    compute_ms,
+                    wait_ms,
+                    energy_j: None,
+                })?;
                 if let Some(status) = self.participants.get_mut(&participant) {
                     (status.round, status.step, status.loss_nats) = (round, step, Some(loss_nats));
                 }
@@ -379,7 +392,11 @@ impl Conductor {
     }
 
     /// Performs the machine's actions in their order; returns why the run is over, if it is.
-    async fn perform(&mut self, actions: Vec<Action>, judged: Option<Judged>) -> Result<Option<FinishReason>, RunError> {
+    async fn perform(
+        &mut self,
+        actions: Vec<Action>,
+        judged: Option<Judged>,
+    ) -> Result<Option<FinishReason>, RunError> {
         let mut judged = judged;
         let mut finish = None;
         for action in actions {
@@ -417,7 +434,11 @@ impl Conductor {
                     }
                     if let Some(open) = self.open.take() {
                         for participant in open.cohort {
-                            self.send(&participant, FromCoordinator::RoundClosed { round, outcome: Outcome::Abandoned }).await;
+                            self.send(
+                                &participant,
+                                FromCoordinator::RoundClosed { round, outcome: Outcome::Abandoned },
+                            )
+                            .await;
                         }
                     }
                 }
@@ -459,8 +480,14 @@ impl Conductor {
         for participant in &participants {
             self.set_state(participant, "evaluating");
             let (round, attempt) = (key.round, key.attempt);
-            let start =
-                FromCoordinator::StartRound { round, attempt, first_step, local_steps: 0, evaluate: true, train: false };
+            let start = FromCoordinator::StartRound {
+                round,
+                attempt,
+                first_step,
+                local_steps: 0,
+                evaluate: true,
+                train: false,
+            };
             self.send(participant, start).await;
         }
         self.state = "evaluating".into();
@@ -521,7 +548,8 @@ impl Conductor {
             };
             members.push(Member { weight: contribution.tokens as f64, adapter });
         }
-        let aggregated = tokio::task::block_in_place(|| self.aggregator.aggregate(&self.adapter, &members, shared_body))?;
+        let aggregated =
+            tokio::task::block_in_place(|| self.aggregator.aggregate(&self.adapter, &members, shared_body))?;
         self.adapter = Arc::new(aggregated.adapter);
         self.keep(round).await?;
         self.finished = round;
@@ -571,7 +599,12 @@ impl Conductor {
         Ok(self.directory.finish_round(round)?)
     }
 
-    async fn end(mut self, reason: FinishReason, listener: Listener, mut peers: JoinSet<()>) -> Result<Ended, RunError> {
+    async fn end(
+        mut self,
+        reason: FinishReason,
+        listener: Listener,
+        mut peers: JoinSet<()>,
+    ) -> Result<Ended, RunError> {
         let (rounds, of) = (self.finished, self.shared.experiment.federation.rounds);
         let text = match reason {
             FinishReason::Completed => "completed".to_owned(),
@@ -640,7 +673,8 @@ impl Conductor {
         let federation = &self.shared.experiment.federation;
         let slowest = self.open.as_ref().map_or(0, |open| {
             let steps = open.cohort.iter().filter_map(|name| self.participants.get(name));
-            let done = steps.map(|status| if status.round == open.key.round { status.step + 1 - open.first_step } else { 0 });
+            let done =
+                steps.map(|status| if status.round == open.key.round { status.step + 1 - open.first_step } else { 0 });
             done.min().unwrap_or(0)
         });
         let status = Status {

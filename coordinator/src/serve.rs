@@ -109,7 +109,8 @@ impl Blobs {
 impl Shared {
     pub fn cut(&self) -> Option<Cut> {
         let experiment::Split { mode, head_blocks, tail_blocks } = self.experiment.split;
-        (mode != SplitMode::Whole).then_some(Cut { head_blocks: head_blocks as usize, tail_blocks: tail_blocks as usize })
+        (mode != SplitMode::Whole)
+            .then_some(Cut { head_blocks: head_blocks as usize, tail_blocks: tail_blocks as usize })
     }
 
     /// The blocks a participant holds, and those of them it trains.
@@ -121,7 +122,8 @@ impl Shared {
                 let head = 0..head_blocks;
                 let tail = blocks - tail_blocks..blocks;
                 let held = head.chain(tail.clone()).collect();
-                let trained = if self.experiment.split.mode == SplitMode::U { Vec::clone(&held) } else { tail.collect() };
+                let trained =
+                    if self.experiment.split.mode == SplitMode::U { Vec::clone(&held) } else { tail.collect() };
                 [held, trained]
             }
         }
@@ -145,7 +147,9 @@ pub async fn serve(connection: Connection, shared: Arc<Shared>) {
             Session::run(name, &connection, &shared).await
         }
         PeerIdentity::Enrol { .. } => enrol(&connection, &shared).await,
-        PeerIdentity::Coordinator => Err(ServeError::Close(CloseCode::NotAuthorized, "a coordinator joins no run".into())),
+        PeerIdentity::Coordinator => {
+            Err(ServeError::Close(CloseCode::NotAuthorized, "a coordinator joins no run".into()))
+        }
     };
     match served {
         Ok(()) => {
@@ -223,7 +227,11 @@ struct Session<'a> {
 }
 
 impl Session<'_> {
-    async fn run(participant: ParticipantName, connection: &Connection, shared: &Arc<Shared>) -> Result<(), ServeError> {
+    async fn run(
+        participant: ParticipantName,
+        connection: &Connection,
+        shared: &Arc<Shared>,
+    ) -> Result<(), ServeError> {
         let id = shared.sessions.fetch_add(1, Ordering::Relaxed);
         let session = Session { id, participant, connection, shared };
         let (mut send, mut receive) = within(HELLO_DEADLINE, connection.accept()).await??;
@@ -434,7 +442,8 @@ impl Stream {
             round: place.key.round,
             step: place.step,
             micro: place.micro,
-            shape: Shape::new(&[segments.tokens() as u32, width as u32]).map_err(|error| misbehaved(error.to_string()))?,
+            shape: Shape::new(&[segments.tokens() as u32, width as u32])
+                .map_err(|error| misbehaved(error.to_string()))?,
         };
         let x = Matrix::new(segments.tokens(), width, self.receive.tensor(&header).await?);
         let forward = if *purpose == Purpose::Train { Forward::Train } else { Forward::Evaluate };
@@ -519,7 +528,9 @@ impl Stream {
         if self.shared.incoming.send(update).await.is_err() {
             return Err(over);
         }
-        let reply = answered.await.unwrap_or(UpdateReply::Refused { reason: RefusalReason::Late, text: "the run is over".into() });
+        let reply = answered
+            .await
+            .unwrap_or(UpdateReply::Refused { reason: RefusalReason::Late, text: "the run is over".into() });
         self.send.message(&reply).await?;
         self.send.finish();
         Ok(())

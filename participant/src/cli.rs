@@ -47,13 +47,17 @@ enum Command {
         participant swarm configs/demo.toml --count 16 --data all.jsonl --invites invites/")]
     Swarm(SwarmArguments),
     /// Continue a prompt
-    #[command(after_help = "Example:\n  participant generate --model exports/model-q8_0.gguf --prompt \"Who are you?\"")]
+    #[command(
+        after_help = "Example:\n  participant generate --model exports/model-q8_0.gguf --prompt \"Who are you?\""
+    )]
     Generate(GenerateArguments),
     /// Loss and perplexity per token of a model on a file
     #[command(after_help = "Example:\n  participant evaluate --model exports/hf --data held-out.jsonl")]
     Evaluate(EvaluateArguments),
     /// Write the logits of prompts to a safetensors file, to compare with other runtimes
-    #[command(after_help = "Example:\n  participant logits --model exports/hf --prompts prompts.jsonl --out logits.safetensors")]
+    #[command(
+        after_help = "Example:\n  participant logits --model exports/hf --prompts prompts.jsonl --out logits.safetensors"
+    )]
     Logits(LogitsArguments),
     /// Write the adapter an experiment starts from, in PEFT's format
     #[command(after_help = "Example:\n  participant init-adapter configs/demo.toml --out initial/")]
@@ -240,15 +244,18 @@ struct DeviceLogArguments {
 
 impl Cli {
     pub fn start_tracing(&self) {
+        let ansi = std::io::stderr().is_terminal();
         let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
-        let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+        let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi);
         if self.log_json { subscriber.json().init() } else { subscriber.with_target(false).init() }
     }
 
     /// Runs the command until it is done or `interrupted`.
     pub async fn run(self, interrupted: impl Future<Output = ()>) -> anyhow::Result<()> {
         let again = match &self.command {
-            Command::Join(_) | Command::Swarm(_) => "the coordinator goes on at quorum; run the same command again to rejoin",
+            Command::Join(_) | Command::Swarm(_) => {
+                "the coordinator goes on at quorum; run the same command again to rejoin"
+            }
             _ => "nothing was written; run the same command again to start over",
         };
         tokio::select! {
@@ -456,7 +463,9 @@ fn print_step(json: bool, name: Option<&str>, round: Option<u32>, report: &StepR
         println!("{line}");
     } else {
         let name = name.map(|name| format!("{name}: ")).unwrap_or_default();
-        println!("{name}step {step}: loss {loss_nats:.4} ({tokens} tokens, computing {compute_ms:.0} ms, waiting {wait_ms:.0} ms)");
+        println!(
+            "{name}step {step}: loss {loss_nats:.4} ({tokens} tokens, computing {compute_ms:.0} ms, waiting {wait_ms:.0} ms)"
+        );
     }
 }
 

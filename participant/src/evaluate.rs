@@ -43,7 +43,8 @@ impl Runner {
         let text = std::fs::read_to_string(prompts).map_err(ParticipantError::io(prompts))?;
         let mut tensors: Vec<(Vec<i64>, Matrix)> = Vec::new();
         for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-            let refused = |what: String| ParticipantError::Usage(format!("{}, line {}: {what}", prompts.display(), i + 1));
+            let refused =
+                |what: String| ParticipantError::Usage(format!("{}, line {}: {what}", prompts.display(), i + 1));
             let prompt: Value = serde_json::from_str(line).map_err(|error| refused(error.to_string()))?;
             let tokens: Vec<u32> = match (&prompt["tokens"], &prompt["text"]) {
                 (Value::Array(tokens), _) => {
@@ -63,7 +64,8 @@ impl Runner {
         }
         let mut views = BTreeMap::new();
         for (i, (tokens, logits)) in tensors.iter().enumerate() {
-            let view = |dtype, shape: Vec<usize>, bytes| TensorView::new(dtype, shape, bytes).expect("shapes of our own");
+            let view =
+                |dtype, shape: Vec<usize>, bytes| TensorView::new(dtype, shape, bytes).expect("shapes of our own");
             let shape = vec![logits.rows(), logits.columns()];
             views.insert(format!("logits.{i}"), view(Dtype::F32, shape, bytemuck::cast_slice(logits.values())));
             views.insert(format!("tokens.{i}"), view(Dtype::I64, vec![tokens.len()], bytemuck::cast_slice(tokens)));

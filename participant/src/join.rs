@@ -58,7 +58,8 @@ impl Join {
                 Err(error) => failure = Some(error),
             }
         }
-        Err(failure.unwrap_or_else(|| ParticipantError::Usage("the invitation names no address; give --address".into())))
+        Err(failure
+            .unwrap_or_else(|| ParticipantError::Usage("the invitation names no address; give --address".into())))
     }
 
     async fn connect(

@@ -31,7 +31,11 @@ pub struct LocalTraining {
 /// What happens, in order.
 pub enum Happened {
     /// Mean loss on the held-out records, of the adapter after `step` steps.
-    Evaluated { step: u64, loss_nats: f64, tokens: usize },
+    Evaluated {
+        step: u64,
+        loss_nats: f64,
+        tokens: usize,
+    },
     Stepped(StepReport),
     Saved(PathBuf),
 }

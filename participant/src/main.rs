@@ -22,11 +22,20 @@ fn main() -> ExitCode {
     let code = match runtime.block_on(cli.run(interrupted)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", told(&error));
             ExitCode::FAILURE
         }
     };
     // Work that Ctrl-C abandoned is not waited for.
     runtime.shutdown_background();
     code
+}
+
+/// The error and its causes, without those that an outer message already quotes.
+fn told(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |told, cause| match told.as_str() {
+        "" => cause,
+        outer if outer.contains(&cause) => told,
+        outer => format!("{outer}: {cause}"),
+    })
 }

@@ -140,7 +140,8 @@ impl Participant {
         receive: &mut RecvStream,
     ) -> Result<Session, ParticipantError> {
         let dtypes = vec![DType::F32, DType::F16, DType::Bf16];
-        let hello = FromParticipant::Hello { minor: wire::MINOR, dtypes, codecs: vec![CODEC_PLAIN], software: SOFTWARE.into() };
+        let hello =
+            FromParticipant::Hello { minor: wire::MINOR, dtypes, codecs: vec![CODEC_PLAIN], software: SOFTWARE.into() };
         send.message(&hello).await?;
         match receive.message().await? {
             FromCoordinator::Welcome {
@@ -317,7 +318,9 @@ impl RoundWork<'_> {
         send.finish();
         match receive.message().await? {
             UpdateReply::Accepted => {}
-            UpdateReply::Refused { text, .. } => tracing::warn!(round, reason = %text, "the coordinator refused the update"),
+            UpdateReply::Refused { text, .. } => {
+                tracing::warn!(round, reason = %text, "the coordinator refused the update")
+            }
         }
         Ok(receive.end().await?)
     }
@@ -325,7 +328,15 @@ impl RoundWork<'_> {
     fn adapter_header(&self, i: usize, tensor: &TensorInfo) -> Result<TensorHeader, ParticipantError> {
         let shape = Shape::new(&tensor.shape).map_err(|error| ParticipantError::Coordinator(error.to_string()))?;
         let (session, round) = (self.session, self.round);
-        Ok(TensorHeader { kind: FrameKind::Adapter, dtype: DType::F32, session, round, step: 0, micro: i as u32, shape })
+        Ok(TensorHeader {
+            kind: FrameKind::Adapter,
+            dtype: DType::F32,
+            session,
+            round,
+            step: 0,
+            micro: i as u32,
+            shape,
+        })
     }
 }
 

@@ -32,7 +32,8 @@ impl LoadedStages<'_> {
         part: Part,
         device: &ComputeDevice,
     ) -> Result<Arc<Stage>, ParticipantError> {
-        let mut same_model = self.loaded.iter().filter(|(digest, _)| *digest == self.model_digest).map(|(_, stage)| stage);
+        let mut same_model =
+            self.loaded.iter().filter(|(digest, _)| *digest == self.model_digest).map(|(_, stage)| stage);
         let on_device = |stage: &&Arc<Stage>| stage.device().backend() == device.backend();
         if let Some(stage) = same_model.clone().find(|stage| *stage.part() == part && on_device(stage)) {
             return Ok(stage.clone());

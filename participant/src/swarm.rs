@@ -57,7 +57,8 @@ impl Swarm {
         }
         let mut ended = Vec::new();
         while let Some(joined) = running.join_next().await {
-            let (name, result) = joined.map_err(|error| ParticipantError::Usage(format!("a participant failed: {error}")))?;
+            let (name, result) =
+                joined.map_err(|error| ParticipantError::Usage(format!("a participant failed: {error}")))?;
             ended.push((name, result?));
         }
         ended.sort();

@@ -159,7 +159,8 @@ impl Trainer {
         let micro_batches = self.data.batches.next().expect("batches never end");
         let tokens: usize = micro_batches.iter().map(|batch| batch.trained_tokens as usize).sum();
         let micros = micro_batches.len() as u32;
-        let mut work = Work { step, micros, step_tokens: tokens as u32, waited: Duration::ZERO, nats: 0.0, sums: [None, None] };
+        let mut work =
+            Work { step, micros, step_tokens: tokens as u32, waited: Duration::ZERO, nats: 0.0, sums: [None, None] };
         for (micro, batch) in micro_batches.iter().enumerate() {
             let micro = micro as u32;
             let label = format!("dropout/{}/{step}/{micro}", self.name);
@@ -228,7 +229,15 @@ impl Trainer {
         let Side { stage, lora, .. } = &self.tail;
         let step_tokens = work.step_tokens as usize;
         let (loss, backward) = compute(|| {
-            stage.loss_backward(Input::Activations(y), &segments, &batch.targets, step_tokens, lora, dropout, trains_head)
+            stage.loss_backward(
+                Input::Activations(y),
+                &segments,
+                &batch.targets,
+                step_tokens,
+                lora,
+                dropout,
+                trains_head,
+            )
         })?;
         work.nats += loss.nats;
         work.add(1, backward.adapter);

@@ -86,9 +86,12 @@ impl ModelConfig {
             config[key].as_u64().map(|n| n as usize).ok_or_else(|| format!("has no whole number `{key}`"))
         };
         let (width, heads) = (size("hidden_size")?, size("num_attention_heads")?);
-        let rope = if config["rope_parameters"].is_object() { &config["rope_parameters"] } else { &config["rope_scaling"] };
+        let rope =
+            if config["rope_parameters"].is_object() { &config["rope_parameters"] } else { &config["rope_scaling"] };
         let rope_base = config["rope_theta"].as_f64().or(rope["rope_theta"].as_f64()).unwrap_or(10_000.0);
-        for (key, wanted) in [("hidden_act", json!("silu")), ("mlp_bias", json!(false)), ("use_sliding_window", json!(false))] {
+        for (key, wanted) in
+            [("hidden_act", json!("silu")), ("mlp_bias", json!(false)), ("use_sliding_window", json!(false))]
+        {
             let found = &config[key];
             if !found.is_null() && *found != wanted {
                 return Err(format!("{key} = {found} is not supported (only {wanted})"));

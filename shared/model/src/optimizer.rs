@@ -133,7 +133,9 @@ mod tests {
     fn a_restored_optimizer_continues_bit_for_bit() {
         let mut adapter = adapter(experiment::Factors::Both);
         let gradients = |adapter: &Adapter, scale: f32| {
-            Gradients::new(adapter.tensors().iter().map(|t| t.values.iter().map(|x| x * scale + 0.1).collect()).collect())
+            Gradients::new(
+                adapter.tensors().iter().map(|t| t.values.iter().map(|x| x * scale + 0.1).collect()).collect(),
+            )
         };
         let mut optimizer = AdamW::new(&training(), &adapter);
         let first_gradients = gradients(&adapter, 1.0);

@@ -74,7 +74,12 @@ impl AdapterConfig {
 impl Adapter {
     /// The start of every experiment: A uniform in ±1/√in (as PEFT and `torch.nn.Linear` draw it), B zero, so that
     /// the adapted model equals the base model. Each tensor has a generator of its own: any part starts alike anywhere.
-    pub fn seeded(config: AdapterConfig, model: &ModelConfig, blocks: Range<usize>, seed: Seed) -> Result<Self, ModelError> {
+    pub fn seeded(
+        config: AdapterConfig,
+        model: &ModelConfig,
+        blocks: Range<usize>,
+        seed: Seed,
+    ) -> Result<Self, ModelError> {
         Self::build(config, model, blocks, |name, [rows, columns], is_a| {
             if !is_a {
                 return vec![0.0; rows * columns];

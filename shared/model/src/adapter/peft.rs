@@ -96,9 +96,8 @@ impl Adapter {
             if view.shape() != shape {
                 return Err(format!("{name} has shape {:?}; expected {shape:?}", view.shape()));
             }
-            let values = crate::source::floats(view.dtype(), view.data()).ok_or_else(|| {
-                format!("{name} has type {:?}; expected F32, F16 or BF16", view.dtype())
-            })?;
+            let values = crate::source::floats(view.dtype(), view.data())
+                .ok_or_else(|| format!("{name} has type {:?}; expected F32, F16 or BF16", view.dtype()))?;
             match values.iter().position(|value| !value.is_finite()) {
                 Some(at) => Err(format!("{name} holds {} at {at}", values[at])),
                 None => Ok(values),

@@ -21,7 +21,8 @@ impl GgufModel {
         let reader = Reader::open(path).map_err(|error| refused(format!("failed to {error}")))?;
         let config = read_config(&reader).map_err(refused)?.checked().map_err(refused)?;
         let vocabulary = reader.vocabulary().map_err(|error| refused(format!("failed to {error}")))?;
-        let tokenizer = Tokenizer::from_gguf(tokenizer_metadata(vocabulary)).map_err(|error| refused(error.to_string()))?;
+        let tokenizer =
+            Tokenizer::from_gguf(tokenizer_metadata(vocabulary)).map_err(|error| refused(error.to_string()))?;
         let tensors = tensors_of(&config).into_iter().map(|(name, shape)| {
             let stored = gguf_tensor_name(&name);
             let info = reader.tensor(&stored).map_err(|error| refused(format!("failed to {error}")))?;
@@ -30,9 +31,10 @@ impl GgufModel {
             }
             match info.ty {
                 TensorType::Block(dtype) => Ok(TensorInfo { name, shape, dtype }),
-                TensorType::Foreign(_) => {
-                    Err(refused(format!("{stored} is stored as {}, which is not supported; requantize the file", info.ty.name())))
-                }
+                TensorType::Foreign(_) => Err(refused(format!(
+                    "{stored} is stored as {}, which is not supported; requantize the file",
+                    info.ty.name()
+                ))),
             }
         });
         let tensors = tensors.collect::<Result<_, _>>()?;
@@ -146,7 +148,8 @@ fn read_config(reader: &Reader) -> Result<ModelConfig, String> {
     if let Some(rotary) = optional("rope.dimension_count")?.filter(|&rotary| rotary != head_size) {
         return Err(format!("rotates {rotary} of {head_size} channels of a head, which is not supported"));
     }
-    if let Some(scaling) = reader.optional::<&str>(&key("rope.scaling.type")).map_err(failed)?.filter(|s| *s != "none") {
+    if let Some(scaling) = reader.optional::<&str>(&key("rope.scaling.type")).map_err(failed)?.filter(|s| *s != "none")
+    {
         return Err(format!("has RoPE scaling `{scaling}`; only llama 3's is supported"));
     }
     let embedding = reader.tensor("token_embd.weight").map_err(failed)?;

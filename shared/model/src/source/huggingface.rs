@@ -133,7 +133,8 @@ fn read_header(
     file.read_exact(&mut prefix).map_err(|_| ModelError::file(path, "is truncated; copy or download it again"))?;
     let header_bytes = u64::from_le_bytes(prefix);
     if header_bytes > HEADER_BYTES_MAX.min(length.saturating_sub(8)) {
-        let what = format!("claims a header of {header_bytes} bytes in a file of {length}; it is damaged or no safetensors");
+        let what =
+            format!("claims a header of {header_bytes} bytes in a file of {length}; it is damaged or no safetensors");
         return Err(ModelError::file(path, what));
     }
     let mut header = vec![0; header_bytes as usize];

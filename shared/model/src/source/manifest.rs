@@ -133,7 +133,8 @@ mod hex_digest {
 
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<[u8; 32], D::Error> {
         let text = String::deserialize(deserializer)?;
-        let digit_pairs = text.as_bytes().chunks(2).map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok());
+        let digit_pairs =
+            text.as_bytes().chunks(2).map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok());
         let bytes: Option<Vec<u8>> = digit_pairs.collect();
         let digest = bytes.filter(|_| text.len() == 64).and_then(|bytes| bytes.try_into().ok());
         digest.ok_or_else(|| D::Error::custom(format!("`{text}` is no SHA-256 digest")))

@@ -17,6 +17,8 @@ pub struct BlobStore {
 
 /// Writes one blob; what has arrived stays when the connection is lost, and the next writer continues behind it.
 pub struct BlobWriter {
+    /// Held until the blob is complete or given up.
+    _lock: File,
     blob: Blob,
     file: File,
     written: u64,
@@ -49,8 +51,18 @@ impl BlobStore {
         Ok(bytes)
     }
 
-    /// Opens a blob for writing behind the bytes that an earlier attempt left.
-    pub fn resume(&self, blob: &Blob) -> Result<BlobWriter, ModelError> {
+    /// Opens a blob for writing behind the bytes that an earlier attempt left; nothing, if it has come meanwhile.
+    ///
+    /// Waits while another participant of this machine, in this process or another, writes to the store: what it fetches
+    /// need not be fetched again.
+    pub fn resume(&self, blob: &Blob) -> Result<Option<BlobWriter>, ModelError> {
+        let path = self.directory.join("lock");
+        let lock =
+            OpenOptions::new().write(true).create(true).truncate(false).open(&path).map_err(ModelError::io(&path))?;
+        lock.lock().map_err(ModelError::io(&path))?;
+        if self.holds(blob) {
+            return Ok(None);
+        }
         let complete = self.path(blob);
         let partial = complete.with_extension("part");
         let mut file = OpenOptions::new().append(true).create(true).open(&partial).map_err(ModelError::io(&partial))?;
@@ -60,7 +72,7 @@ impl BlobStore {
             file = OpenOptions::new().append(true).open(&partial).map_err(ModelError::io(&partial))?;
             written = 0;
         }
-        Ok(BlobWriter { blob: *blob, file, written, partial, complete })
+        Ok(Some(BlobWriter { _lock: lock, blob: *blob, file, written, partial, complete }))
     }
 }
 
@@ -96,7 +108,10 @@ impl BlobWriter {
         let found: [u8; 32] = hash.finalize().into();
         if found != self.blob.sha256 || self.written != self.blob.bytes {
             std::fs::remove_file(&self.partial).map_err(io())?;
-            let what = format!("has SHA-256 {}, not the one it was announced with; it is fetched anew", experiment::hex(&found));
+            let what = format!(
+                "has SHA-256 {}, not the one it was announced with; it is fetched anew",
+                experiment::hex(&found)
+            );
             return Err(ModelError::file(&self.partial, what));
         }
         std::fs::rename(&self.partial, &self.complete).map_err(io())
@@ -156,15 +171,16 @@ mod tests {
         let store = BlobStore::open(directory.path()).unwrap();
         let bytes = b"headwater".repeat(1000);
         let blob = Blob::of(&bytes);
-        let mut writer = store.resume(&blob).unwrap();
+        let mut writer = store.resume(&blob).unwrap().unwrap();
         writer.write(&bytes[..4000]).unwrap();
         drop(writer);
         assert!(!store.holds(&blob));
-        let mut writer = store.resume(&blob).unwrap();
+        let mut writer = store.resume(&blob).unwrap().unwrap();
         assert_eq!(writer.written(), 4000);
         writer.write(&bytes[4000..]).unwrap();
         writer.finish().unwrap();
         assert!(store.holds(&blob));
+        assert!(store.resume(&blob).unwrap().is_none());
         assert_eq!(store.read(&blob).unwrap(), bytes);
     }
 
@@ -173,11 +189,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let store = BlobStore::open(directory.path()).unwrap();
         let blob = Blob::of(b"expected");
-        let mut writer = store.resume(&blob).unwrap();
+        let mut writer = store.resume(&blob).unwrap().unwrap();
         writer.write(b"received").unwrap();
         assert!(writer.finish().unwrap_err().to_string().contains("SHA-256"));
-        assert_eq!(store.resume(&blob).unwrap().written(), 0);
-        let mut writer = store.resume(&blob).unwrap();
+        let mut writer = store.resume(&blob).unwrap().unwrap();
+        assert_eq!(writer.written(), 0);
         assert!(writer.write(b"far too long").is_err());
     }
 }

@@ -28,8 +28,9 @@ impl Layout {
         // transformers rounds frequency and angle to f32; doing the same keeps long positions equal to it.
         let frequencies: Vec<f32> = config.rope_frequencies().into_iter().map(|f| f as f32).collect();
         let positions = segments.lengths().iter().flat_map(|&length| start..start + length);
-        let angles: Vec<f32> =
-            positions.flat_map(|position| frequencies.iter().map(move |frequency| position as f32 * frequency)).collect();
+        let angles: Vec<f32> = positions
+            .flat_map(|position| frequencies.iter().map(move |frequency| position as f32 * frequency))
+            .collect();
         let shape = [segments.tokens(), 1, frequencies.len()];
         let table = |f: fn(f32) -> f32| {
             let values: Vec<f32> = angles.iter().copied().map(f).collect();
@@ -38,10 +39,7 @@ impl Layout {
         let mut lengths = segments.lengths().to_vec();
         lengths.sort_unstable();
         lengths.dedup();
-        let masks = lengths
-            .into_iter()
-            .map(|length| (length, causal_mask(length, start + length, device)))
-            .collect();
+        let masks = lengths.into_iter().map(|length| (length, causal_mask(length, start + length, device))).collect();
         Self {
             segments: segments.clone(),
             cos: table(f32::cos),

@@ -62,13 +62,8 @@ impl Stage {
             let upload = |tensor: &crate::AdapterTensor| {
                 Tensor::from_data(TensorData::new(tensor.values.clone(), tensor.shape), self.device().inner())
             };
-            block[target_index(&a.target).expect("an adapter has known targets")] = Some(Pair {
-                a: upload(a),
-                b: upload(b),
-                scale,
-                dropout: adapter.config.dropout,
-                name: a.name.clone(),
-            });
+            block[target_index(&a.target).expect("an adapter has known targets")] =
+                Some(Pair { a: upload(a), b: upload(b), scale, dropout: adapter.config.dropout, name: a.name.clone() });
         }
         let train = adapter.config.trains();
         Ok(Lora { frozen: Leaves { blocks, train }, train })

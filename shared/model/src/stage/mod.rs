@@ -83,7 +83,8 @@ impl Stage {
             let values = source.tensor(name, &[config.vocabulary, config.width])?;
             Ok(Tensor::from_data(TensorData::new(values, [config.vocabulary, config.width]), device.inner()))
         };
-        let lent = lend.and_then(|stage| stage.embedding.clone().or(stage.lm_head.clone().filter(|_| config.tied_embeddings)));
+        let lent =
+            lend.and_then(|stage| stage.embedding.clone().or(stage.lm_head.clone().filter(|_| config.tied_embeddings)));
         let tied = config.tied_embeddings && part.lm_head;
         let embedding_table = match lent {
             Some(table) if part.embedding || tied => Some(table),
@@ -95,7 +96,8 @@ impl Stage {
             true => Some(table("lm_head.weight")?),
             false => None,
         };
-        let norm = part.lm_head.then(|| RmsNorm::load(source, "model.norm.weight", config.width, device)).transpose()?;
+        let norm =
+            part.lm_head.then(|| RmsNorm::load(source, "model.norm.weight", config.width, device)).transpose()?;
         let blocks = part.blocks.clone().map(|index| Block::load(source, index, device)).collect::<Result<_, _>>()?;
         let embedding = embedding_table.filter(|_| part.embedding);
         Ok(Self { config, part, device: device.clone(), embedding, blocks, norm, lm_head })
@@ -310,9 +312,10 @@ impl Pending {
         }
         // The sum's own gradient is 1, so the product hands `gradient` on without rounding.
         let mut gradients = (output * gradient).sum().backward();
-        let input = self.input.take().map(|leaf| {
-            to_matrix(leaf.grad_remove(&mut gradients).expect("the input is part of the graph"))
-        });
+        let input = self
+            .input
+            .take()
+            .map(|leaf| to_matrix(leaf.grad_remove(&mut gradients).expect("the input is part of the graph")));
         Backward { input, adapter: self.leaves.gradients(Some(&mut gradients)) }
     }
 }

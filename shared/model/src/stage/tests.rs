@@ -47,9 +47,8 @@ fn unsplit(source: &dyn Source, device: &ComputeDevice, adapter: &Adapter, batch
     let lora = stage.attach(adapter).unwrap();
     let Batch { tokens, targets, segments } = batch;
     let dropout = Dropout { seed: [9; 32] };
-    let (loss, backward) = stage
-        .loss_backward(Input::Tokens(tokens), segments, targets, 50, &lora, &dropout, false)
-        .unwrap();
+    let (loss, backward) =
+        stage.loss_backward(Input::Tokens(tokens), segments, targets, 50, &lora, &dropout, false).unwrap();
     (loss, backward.adapter)
 }
 
@@ -65,9 +64,8 @@ fn split(source: &dyn Source, device: &ComputeDevice, adapter: &Adapter, batch: 
     let dropout = Dropout { seed: [9; 32] };
     let (x, head_pending) = head.forward_recorded(Input::Tokens(tokens), segments, &head_lora, &dropout).unwrap();
     let (x, body_pending) = body.forward_recorded(Input::Activations(x), segments, &body_lora, &dropout).unwrap();
-    let (loss, tail_backward) = tail
-        .loss_backward(Input::Activations(x), segments, targets, 50, &tail_lora, &dropout, true)
-        .unwrap();
+    let (loss, tail_backward) =
+        tail.loss_backward(Input::Activations(x), segments, targets, 50, &tail_lora, &dropout, true).unwrap();
     let body_backward = body_pending.backward(tail_backward.input.unwrap()).unwrap();
     let head_backward = head_pending.backward(body_backward.input.unwrap()).unwrap();
     let gradients = [head_backward.adapter, body_backward.adapter, tail_backward.adapter];

@@ -24,11 +24,14 @@ pub fn logits(source: &dyn Source, tokens: &[u32]) -> Vec<Vec<f32>> {
             y
         };
         let heads = |x: Vec<f64>, position: usize, norm: Option<&str>| -> Vec<Vec<f64>> {
-            let per_head = x.chunks(config.head_size).map(|head| match norm.filter(|_| config.family == Family::Qwen3) {
-                Some(norm) => rms_norm(head, &weight(norm), config.rms_epsilon),
-                None => head.to_vec(),
-            });
-            per_head.map(|head| if norm.is_some() { rotate(&head, position, &config.rope_frequencies()) } else { head }).collect()
+            let per_head =
+                x.chunks(config.head_size).map(|head| match norm.filter(|_| config.family == Family::Qwen3) {
+                    Some(norm) => rms_norm(head, &weight(norm), config.rms_epsilon),
+                    None => head.to_vec(),
+                });
+            per_head
+                .map(|head| if norm.is_some() { rotate(&head, position, &config.rope_frequencies()) } else { head })
+                .collect()
         };
         let (mut queries, mut keys, mut values) = (Vec::new(), Vec::new(), Vec::new());
         for (position, x) in stream.iter().enumerate() {
