@@ -1,32 +1,30 @@
 //! `coordinator run`: what happens becomes events for the round machine, and its actions are performed.
 //!
-//! The decisions are in [`crate::round`], [`crate::barrier`] and [`crate::strategy`]; the streams are in
-//! [`crate::serve`]. This file holds what is between them: who is connected, which updates have come, what goes into the
-//! run directory.
+//! The decisions are in [`crate::round`], [`crate::barrier`] and [`crate::strategy`], the streams in [`crate::serve`].
+//! This file sets a run up, from nothing or from its newest finished round; its conductor then keeps it going.
 
+mod conductor;
 mod ledger;
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, RwLock, atomic::AtomicU64};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use experiment::{Experiment, MetricsLog, Row, RunDirectory, Seed, SplitMode, hex};
+use experiment::{Experiment, Row, RunDirectory, Seed, SplitMode, hex};
 use model::source::Manifest;
 use model::{Adapter, AdapterConfig, ComputeDevice, Source, Stage};
 use net::{Congestion, Connection, Listener, Transport, TransportLimits};
 use time::OffsetDateTime;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinSet;
-use wire::{CloseCode, FromCoordinator, FromParticipant, Outcome, RefusalReason, UpdateReply};
+use wire::CloseCode;
 
-use crate::aggregate::{Aggregator, Member};
-use crate::body::{BodyHandle, Closed, RoundKey};
+use crate::aggregate::Aggregator;
+use crate::body::BodyHandle;
 use crate::checkpoint::Checkpoint;
 use crate::home::Home;
-use crate::round::{Action, Contribution, Event, FinishReason, ParticipantName, Refusal, Rounds};
-use crate::serve::{self, Blobs, Incoming, Shared};
-use crate::status::{ParticipantStatus, Status};
+use crate::round::Rounds;
+use crate::serve::{Blobs, Shared};
+use conductor::Conductor;
 
 pub const SOFTWARE: &str = concat!("headwater coordinator ", env!("CARGO_PKG_VERSION"));
 
@@ -81,13 +79,53 @@ pub trait Watcher: Send {
 }
 
 impl Run {
-    /// Runs the experiment, or what is left of it. `shutdown` stops it between two events; finished rounds stay.
-    pub async fn run(&self, watcher: Box<dyn Watcher>, shutdown: impl Future<Output = ()>) -> Result<Ended, RunError> {
+    /// Runs the experiment, or what is left of it, for the devices that connect to the home's address. `shutdown` stops it
+    /// between two events; finished rounds stay.
+    pub async fn run(
+        &self,
+        mut watcher: Box<dyn Watcher>,
+        shutdown: impl Future<Output = ()>,
+    ) -> Result<Ended, RunError> {
         let experiment = Arc::new(Experiment::from_file(&self.experiment)?);
         let home = Home::open(&self.home)?;
+        let identity = home.identity(OffsetDateTime::now_utc())?;
+        let source = model::source::of_experiment(&experiment)?;
+        let mut listener = Listener::bind(home.listen_address()?, &identity, &transport(&experiment, &*source))?;
+        let address = listener.local_address();
+        let (accepted, connections) = mpsc::channel(16);
+        let (close, mut closing) = oneshot::channel::<String>();
+        let accepting = tokio::spawn(async move {
+            let reason = loop {
+                tokio::select! {
+                    reason = &mut closing => break reason.unwrap_or_default(),
+                    Some(connection) = listener.accept() => {
+                        // It fails once the run no longer takes any.
+                        let _ = accepted.send(connection).await;
+                    }
+                }
+            };
+            listener.close(CloseCode::Done, &reason).await;
+        });
+        watcher.note(&format!("listening on {address}"));
+        let ended = self.serve(experiment, source, home, connections, watcher, shutdown).await;
+        // Where the task has ended by itself there is nothing left to close.
+        let _ = close.send(ended.as_ref().map_or_else(|error| error.to_string(), |_| "the run is over".into()));
+        let _ = tokio::time::timeout(Duration::from_secs(10), accepting).await;
+        ended
+    }
+
+    /// As [`run`](Self::run), over connections that somebody else has made.
+    pub async fn serve(
+        &self,
+        experiment: Arc<Experiment>,
+        source: Arc<dyn Source>,
+        home: Home,
+        connections: mpsc::Receiver<Connection>,
+        watcher: Box<dyn Watcher>,
+        shutdown: impl Future<Output = ()>,
+    ) -> Result<Ended, RunError> {
         ComputeDevice::limit_threads(experiment.device.threads);
         let device = ComputeDevice::new(experiment.device.backend)?;
-        let source = model::source::of_experiment(&experiment)?;
         experiment.check_blocks(source.config().blocks as u32)?;
         let manifest = tokio::task::block_in_place(|| Manifest::of(&*source))?;
         if let Some(expected) = experiment.model.sha256.clone().filter(|sha256| *sha256 != hex(&manifest.digest())) {
@@ -108,8 +146,6 @@ impl Run {
             }
         };
 
-        let identity = home.identity(OffsetDateTime::now_utc())?;
-        let listener = Listener::bind(home.listen_address()?, &identity, &transport(&experiment, &*source))?;
         let (incoming, events) = mpsc::channel(64);
         let shared = Arc::new(Shared {
             experiment: experiment.clone(),
@@ -123,24 +159,10 @@ impl Run {
             // Sessions of a run that was started again must differ from those before.
             sessions: AtomicU64::new(unix_ms()),
         });
-        let mut conductor = Conductor {
-            rounds: Rounds::new(experiment.federation.clone(), finished + 1, Seed(experiment.seed)),
-            metrics: directory.metrics_log()?,
-            directory,
-            aggregator,
-            adapter: Arc::new(adapter),
-            finished,
-            participants: BTreeMap::new(),
-            connections: BTreeMap::new(),
-            open: None,
-            state: "waiting for participants".into(),
-            status_written: None,
-            begun: Instant::now(),
-            shared,
-            watcher,
-        };
-        conductor.announce(&listener)?;
-        conductor.conduct(listener, events, shutdown).await
+        let rounds = Rounds::new(experiment.federation.clone(), finished + 1, Seed(experiment.seed));
+        let mut conductor = Conductor::new(rounds, directory, aggregator, adapter, finished, shared, watcher)?;
+        conductor.announce()?;
+        conductor.conduct(connections, events, shutdown).await
     }
 
     /// The adapter and optimizers of the newest finished round, or the experiment's start.
@@ -181,525 +203,4 @@ fn transport(experiment: &Experiment, source: &dyn Source) -> Transport {
 
 fn unix_ms() -> u64 {
     (OffsetDateTime::now_utc().unix_timestamp_nanos() / 1_000_000) as u64
-}
-
-struct Conductor {
-    rounds: Rounds,
-    directory: RunDirectory,
-    metrics: MetricsLog,
-    aggregator: Aggregator,
-    /// The global adapter.
-    adapter: Arc<Adapter>,
-    finished: u32,
-    /// Everybody who was ever here.
-    participants: BTreeMap<ParticipantName, ParticipantStatus>,
-    connections: BTreeMap<ParticipantName, Connected>,
-    open: Option<OpenRound>,
-    state: String,
-    status_written: Option<Instant>,
-    begun: Instant,
-    shared: Arc<Shared>,
-    watcher: Box<dyn Watcher>,
-}
-
-struct Connected {
-    session: u64,
-    connection: Connection,
-    messages: mpsc::Sender<FromCoordinator>,
-}
-
-struct OpenRound {
-    key: RoundKey,
-    begun: Instant,
-    cohort: Vec<ParticipantName>,
-    first_step: u64,
-    updates: BTreeMap<ParticipantName, Update>,
-    steps_done: u64,
-}
-
-struct Update {
-    adapter: Adapter,
-    loss_nats: f64,
-}
-
-/// An update whose fate the round machine is deciding.
-struct Judged {
-    participant: ParticipantName,
-    adapter: Option<Adapter>,
-    /// Why the content is refused, where it is.
-    reason: Option<String>,
-    tokens: u64,
-    loss_nats: f64,
-    answer: oneshot::Sender<UpdateReply>,
-}
-
-impl Conductor {
-    fn announce(&mut self, listener: &Listener) -> Result<(), RunError> {
-        let experiment = self.shared.experiment.clone();
-        let model_digest = hex(&self.shared.manifest.digest());
-        let row = Row::Run {
-            time_unix_ms: unix_ms(),
-            experiment_digest: hex(&experiment.digest()),
-            model_digest: model_digest.clone(),
-            software: SOFTWARE.into(),
-            energy_j: None,
-        };
-        self.record(&row)?;
-        self.watcher.note(&format!("model {model_digest} of {}", self.shared.source.origin().display()));
-        self.watcher.note(&format!("run directory {}", self.directory.path().display()));
-        if self.finished > 0 {
-            self.watcher.note(&format!("{} of {} rounds are finished", self.finished, experiment.federation.rounds));
-        }
-        let cohort = experiment.federation.cohort;
-        self.watcher.note(&format!("listening on {}; waiting for {cohort} participants", listener.local_address()));
-        self.write_status(true)
-    }
-
-    async fn conduct(
-        mut self,
-        mut listener: Listener,
-        mut events: mpsc::Receiver<Incoming>,
-        shutdown: impl Future<Output = ()>,
-    ) -> Result<Ended, RunError> {
-        tokio::pin!(shutdown);
-        let mut peers = JoinSet::new();
-        let mut stopped = false;
-        let reason = loop {
-            let now_ms = self.now_ms();
-            let deadline = self.rounds.next_deadline_ms().map(|at| Duration::from_millis(at.saturating_sub(now_ms)));
-            let (event, judged) = tokio::select! {
-                connection = listener.accept() => {
-                    if let Some(connection) = connection {
-                        peers.spawn(serve::serve(connection, self.shared.clone()));
-                    }
-                    continue;
-                }
-                // A peer's task that has ended has said so; it is only collected here.
-                Some(_) = peers.join_next() => continue,
-                incoming = events.recv() => match self.receive(incoming.expect("the run holds a sender")).await? {
-                    Some(received) => received,
-                    None => continue,
-                },
-                () = tokio::time::sleep(deadline.unwrap_or(Duration::MAX)), if deadline.is_some() => (Event::Ticked, None),
-                () = &mut shutdown, if !stopped => {
-                    stopped = true;
-                    (Event::StopRequested, None)
-                }
-            };
-            let now_ms = self.now_ms();
-            let actions = self.rounds.handle(event, now_ms);
-            if let Some(reason) = self.perform(actions, judged).await? {
-                break reason;
-            }
-        };
-        self.end(reason, listener, peers).await
-    }
-
-    /// Turns what a connection says into an event, after taking note of it.
-    async fn receive(&mut self, incoming: Incoming) -> Result<Option<(Event, Option<Judged>)>, RunError> {
-        match incoming {
-            Incoming::Joined { participant, session, connection, messages, answer } => {
-                // The machine refuses by an action; asking it first keeps the newcomer out of the tables until then.
-                let now_ms = self.now_ms();
-                let actions = self.rounds.handle(Event::Joined { participant: participant.clone() }, now_ms);
-                let refused = actions.iter().find_map(|action| match action {
-                    Action::RefuseJoin { participant: refused, reason } if *refused == participant => {
-                        Some(reason.to_string())
-                    }
-                    _ => None,
-                });
-                // A peer that is gone already reports its departure.
-                let _ = answer.send(refused.clone().map_or(Ok(()), Err));
-                if refused.is_none() {
-                    self.watcher.note(&format!("{participant} joined"));
-                    self.connections.insert(participant.clone(), Connected { session, connection, messages });
-                    self.set_state(&participant, "connected");
-                }
-                self.perform(actions, None).await?;
-                Ok(None)
-            }
-            Incoming::Departed { participant, session, reason } => {
-                if self.connections.get(&participant).is_none_or(|connected| connected.session != session) {
-                    return Ok(None);
-                }
-                self.record_bytes(&participant)?;
-                self.connections.remove(&participant);
-                self.set_state(&participant, "departed");
-                self.watcher.note(&format!("{participant} departed: {reason}"));
-                let (round, name) = (self.rounds.round(), participant.to_string());
-                self.record(&Row::Departure { round, participant: name, reason, energy_j: None })?;
-                Ok(Some((Event::Departed { participant }, None)))
-            }
-            Incoming::Said { participant, session, message } => {
-                if self.connections.get(&participant).is_none_or(|connected| connected.session != session) {
-                    return Ok(None);
-                }
-                self.said(participant, message)
-            }
-            Incoming::Update { participant, session, key, tokens, loss_nats, adapter, answer } => {
-                if self.connections.get(&participant).is_none_or(|connected| connected.session != session) {
-                    return Ok(None);
-                }
-                let RoundKey { round, attempt } = key;
-                let name = participant.clone();
-                let (event, adapter, reason) = match adapter {
-                    Ok(adapter) => (Event::UpdateArrived { participant, round, attempt, tokens }, Some(adapter), None),
-                    Err(reason) => (Event::UpdateRejected { participant, round, attempt }, None, Some(reason)),
-                };
-                Ok(Some((event, Some(Judged { participant: name, adapter, reason, tokens, loss_nats, answer }))))
-            }
-        }
-    }
-
-    fn said(
-        &mut self,
-        participant: ParticipantName,
-        message: FromParticipant,
-    ) -> Result<Option<(Event, Option<Judged>)>, RunError> {
-        match message {
-            FromParticipant::StepFinished { round, step, loss_nats, tokens, compute_ms, wait_ms } => {
-                let name = participant.to_string();
-                self.record(&Row::Step {
-                    round,
-                    step,
-                    participant: name,
-                    loss_nats,
-                    tokens,
-                    compute_ms,
-                    wait_ms,
-                    energy_j: None,
-                })?;
-                if let Some(status) = self.participants.get_mut(&participant) {
-                    (status.round, status.step, status.loss_nats) = (round, step, Some(loss_nats));
-                }
-                if let Some(open) = self.open.as_mut().filter(|open| open.key.round == round) {
-                    open.steps_done += 1;
-                    let all = open.cohort.len() as u64 * self.shared.experiment.federation.local_steps;
-                    self.watcher.step(open.steps_done, all, loss_nats);
-                }
-                self.write_status(false)?;
-                Ok(None)
-            }
-            FromParticipant::Evaluated { round, loss_nats, tokens } => {
-                if tokens > 0 {
-                    let name = participant.to_string();
-                    self.record(&Row::Evaluation { round, participant: name, loss_nats, tokens, energy_j: None })?;
-                }
-                Ok(Some((Event::Evaluated { participant, round }, None)))
-            }
-            FromParticipant::Hello { .. } | FromParticipant::Ready { .. } | FromParticipant::Leaving { .. } => Ok(None),
-        }
-    }
-
-    /// Performs the machine's actions in their order; returns why the run is over, if it is.
-    async fn perform(
-        &mut self,
-        actions: Vec<Action>,
-        judged: Option<Judged>,
-    ) -> Result<Option<FinishReason>, RunError> {
-        let mut judged = judged;
-        let mut finish = None;
-        for action in actions {
-            match action {
-                // Answered where the join was received.
-                Action::RefuseJoin { .. } => {}
-                Action::WaitFor { round, missing } => {
-                    self.state = "waiting for participants".into();
-                    self.watcher.note(&format!("round {round} waits for {missing} more participants"));
-                    self.write_status(true)?;
-                }
-                Action::StartRound { round, attempt, cohort, first_step, evaluate } => {
-                    self.start_round(RoundKey { round, attempt }, cohort, first_step, evaluate).await?;
-                }
-                Action::AcceptUpdate { .. } => {
-                    if let Some(judged) = judged.take() {
-                        self.accept(judged)?;
-                    }
-                }
-                Action::RefuseUpdate { round, reason, .. } => {
-                    if let Some(judged) = judged.take() {
-                        self.refuse(judged, round, reason)?;
-                    }
-                }
-                Action::RemoveMember { participant } => {
-                    if let Some(body) = &self.shared.body {
-                        body.remove(participant.clone()).await;
-                    }
-                }
-                Action::Aggregate { round, members } => self.aggregate(round, members).await?,
-                Action::AbandonRound { round, attempt, why } => {
-                    self.watcher.note(&format!("round {round}, attempt {attempt} is abandoned: {why}"));
-                    if let Some(body) = &self.shared.body {
-                        body.abandon().await;
-                    }
-                    if let Some(open) = self.open.take() {
-                        for participant in open.cohort {
-                            self.send(
-                                &participant,
-                                FromCoordinator::RoundClosed { round, outcome: Outcome::Abandoned },
-                            )
-                            .await;
-                        }
-                    }
-                }
-                Action::Evaluate { round, participants } => self.evaluate(round, participants).await?,
-                Action::Finish { reason } => finish = Some(reason),
-            }
-        }
-        Ok(finish)
-    }
-
-    async fn start_round(
-        &mut self,
-        key: RoundKey,
-        cohort: Vec<ParticipantName>,
-        first_step: u64,
-        evaluate: bool,
-    ) -> Result<(), RunError> {
-        let RoundKey { round, attempt } = key;
-        self.publish(key, cohort.clone(), first_step).await;
-        let local_steps = self.shared.experiment.federation.local_steps;
-        for participant in &cohort {
-            self.set_state(participant, "training");
-            let start = FromCoordinator::StartRound { round, attempt, first_step, local_steps, evaluate, train: true };
-            self.send(participant, start).await;
-        }
-        let names: Vec<&str> = cohort.iter().map(ParticipantName::as_str).collect();
-        self.watcher.note(&format!("round {round} starts with {}", names.join(", ")));
-        self.open =
-            Some(OpenRound { key, begun: Instant::now(), cohort, first_step, updates: BTreeMap::new(), steps_done: 0 });
-        self.state = "training".into();
-        self.write_status(true)
-    }
-
-    /// The final evaluation is a round without steps, one behind the last.
-    async fn evaluate(&mut self, round: u32, participants: Vec<ParticipantName>) -> Result<(), RunError> {
-        let key = RoundKey { round: round + 1, attempt: 1 };
-        let first_step = u64::from(round) * self.shared.experiment.federation.local_steps;
-        self.publish(key, participants.clone(), first_step).await;
-        for participant in &participants {
-            self.set_state(participant, "evaluating");
-            let (round, attempt) = (key.round, key.attempt);
-            let start = FromCoordinator::StartRound {
-                round,
-                attempt,
-                first_step,
-                local_steps: 0,
-                evaluate: true,
-                train: false,
-            };
-            self.send(participant, start).await;
-        }
-        self.state = "evaluating".into();
-        self.write_status(true)
-    }
-
-    async fn publish(&mut self, key: RoundKey, members: Vec<ParticipantName>, first_step: u64) {
-        let published = Some((key.round, self.adapter.clone()));
-        *self.shared.published.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = published;
-        if let (Some(body), Some(blocks)) = (&self.shared.body, self.body_blocks()) {
-            body.open(key, members, first_step, self.adapter.part(blocks)).await;
-        }
-    }
-
-    fn accept(&mut self, judged: Judged) -> Result<(), RunError> {
-        let Judged { participant, adapter, tokens, loss_nats, answer, .. } = judged;
-        let (Some(open), Some(adapter)) = (&mut self.open, adapter) else { return Ok(()) };
-        let (round, name) = (open.key.round, participant.to_string());
-        open.updates.insert(participant.clone(), Update { adapter, loss_nats });
-        // The participant may be gone; its update counts all the same.
-        let _ = answer.send(UpdateReply::Accepted);
-        self.set_state(&participant, "delivered");
-        self.record(&Row::Update { round, participant: name, tokens, accepted: true, reason: None, energy_j: None })
-    }
-
-    fn refuse(&mut self, judged: Judged, round: u32, refusal: Refusal) -> Result<(), RunError> {
-        let Judged { participant, reason, tokens, answer, .. } = judged;
-        let text = reason.unwrap_or_else(|| refusal.to_string());
-        let reason = match refusal {
-            Refusal::WrongRound { .. } | Refusal::Late | Refusal::Abandoned => RefusalReason::Late,
-            Refusal::NotInCohort | Refusal::Removed => RefusalReason::NotInCohort,
-            Refusal::Duplicate => RefusalReason::Duplicate,
-            Refusal::NoTokens => RefusalReason::WrongCount,
-            Refusal::Content => RefusalReason::WrongTensors,
-        };
-        let _ = answer.send(UpdateReply::Refused { reason, text: text.clone() });
-        self.watcher.note(&format!("an update of {participant} for round {round} is refused: {text}"));
-        let (participant, reason) = (participant.to_string(), Some(text));
-        self.record(&Row::Update { round, participant, tokens, accepted: false, reason, energy_j: None })
-    }
-
-    async fn aggregate(&mut self, round: u32, contributions: Vec<Contribution>) -> Result<(), RunError> {
-        self.state = "aggregating".into();
-        let Some(mut open) = self.open.take() else { return Ok(()) };
-        let closed = match &self.shared.body {
-            Some(body) => body.close().await.ok_or(RunError::BodyFailed(self.finished))?,
-            None => Closed { shared: None, own: BTreeMap::new(), computing: Duration::ZERO, idle: Duration::ZERO },
-        };
-        let Closed { shared: shared_body, mut own, computing, idle } = closed;
-        let (mut members, mut nats, mut tokens) = (Vec::new(), 0.0, 0);
-        for contribution in &contributions {
-            let Some(update) = open.updates.remove(&contribution.participant) else { continue };
-            nats += update.loss_nats * contribution.tokens as f64;
-            tokens += contribution.tokens;
-            let adapter = match own.remove(&contribution.participant) {
-                Some(body) => Adapter::join([update.adapter, body])?,
-                None => update.adapter,
-            };
-            members.push(Member { weight: contribution.tokens as f64, adapter });
-        }
-        let aggregated =
-            tokio::task::block_in_place(|| self.aggregator.aggregate(&self.adapter, &members, shared_body))?;
-        self.adapter = Arc::new(aggregated.adapter);
-        self.keep(round).await?;
-        self.finished = round;
-
-        let row = Row::Round {
-            round,
-            members: contributions.iter().map(|contribution| contribution.participant.to_string()).collect(),
-            loss_nats: nats / tokens as f64,
-            tokens,
-            duration_ms: milliseconds(open.begun.elapsed()),
-            aggregation_error: Some(aggregated.error),
-            body_compute_ms: milliseconds(computing),
-            body_idle_ms: milliseconds(idle),
-            energy_j: None,
-        };
-        self.record(&row)?;
-        for participant in self.connections.keys().cloned().collect::<Vec<_>>() {
-            self.record_bytes(&participant)?;
-        }
-        for participant in open.cohort {
-            let counted = contributions.iter().any(|contribution| contribution.participant == participant);
-            let outcome = match counted {
-                true => Outcome::Aggregated,
-                false => {
-                    let text = "the round was closed without its update".to_owned();
-                    Outcome::Refused { reason: RefusalReason::Late, text }
-                }
-            };
-            self.set_state(&participant, "connected");
-            self.send(&participant, FromCoordinator::RoundClosed { round, outcome }).await;
-        }
-        self.write_status(true)
-    }
-
-    /// Writes the finished round; its marker comes last.
-    async fn keep(&mut self, round: u32) -> Result<(), RunError> {
-        let optimizers = match &self.shared.body {
-            Some(body) => body.optimizers().await,
-            None => Vec::new(),
-        };
-        let state = self.aggregator.strategy().state();
-        let strategy = state.into_iter().map(|(name, vector)| (name.to_owned(), vector.to_vec())).collect();
-        let checkpoint = Checkpoint { adapter: Adapter::clone(&self.adapter), optimizers, strategy };
-        let base = self.shared.source.origin().display().to_string();
-        let directory = self.directory.begin_round(round)?;
-        tokio::task::block_in_place(|| checkpoint.save(&directory, &base))?;
-        Ok(self.directory.finish_round(round)?)
-    }
-
-    async fn end(
-        mut self,
-        reason: FinishReason,
-        listener: Listener,
-        mut peers: JoinSet<()>,
-    ) -> Result<Ended, RunError> {
-        let (rounds, of) = (self.finished, self.shared.experiment.federation.rounds);
-        let text = match reason {
-            FinishReason::Completed => "completed".to_owned(),
-            FinishReason::Stopped => format!("stopped after round {rounds} of {of}"),
-            FinishReason::Failed { round, attempts } => format!("round {round} was abandoned {attempts} times"),
-        };
-        for participant in self.connections.keys().cloned().collect::<Vec<_>>() {
-            self.record_bytes(&participant)?;
-            self.send(&participant, FromCoordinator::Finish { reason: text.clone() }).await;
-        }
-        let duration_ms = milliseconds(self.begun.elapsed());
-        self.record(&Row::Finished { rounds, reason: text.clone(), duration_ms, energy_j: None })?;
-        self.state = if reason == FinishReason::Completed { "finished".into() } else { text.clone() };
-        self.write_status(true)?;
-        // Everybody is told; whoever does not answer is not waited for.
-        let told = async { while peers.join_next().await.is_some() {} };
-        let _ = tokio::time::timeout(Duration::from_secs(10), told).await;
-        listener.close(CloseCode::Done, &text).await;
-        let directory = self.directory.path().to_owned();
-        match reason {
-            FinishReason::Failed { round, attempts } => Err(RunError::Abandoned { round, attempts }),
-            reason => Ok(Ended { directory, rounds, of, stopped: reason == FinishReason::Stopped }),
-        }
-    }
-
-    async fn send(&self, participant: &ParticipantName, message: FromCoordinator) {
-        if let Some(connected) = self.connections.get(participant) {
-            // Full only if the participant reads nothing; then its connection is about to fail, and it departs.
-            let _ = connected.messages.try_send(message);
-        }
-    }
-
-    fn body_blocks(&self) -> Option<std::ops::Range<usize>> {
-        body_blocks(&self.shared.experiment, self.shared.manifest.config.blocks)
-    }
-
-    fn record(&mut self, row: &Row) -> Result<(), RunError> {
-        self.metrics.append(row)?;
-        self.watcher.row(row);
-        Ok(())
-    }
-
-    fn record_bytes(&mut self, participant: &ParticipantName) -> Result<(), RunError> {
-        let Some(connected) = self.connections.get(participant) else { return Ok(()) };
-        let row = ledger::bytes_row(self.finished, participant, &connected.connection);
-        self.record(&row)
-    }
-
-    fn set_state(&mut self, participant: &ParticipantName, state: &str) {
-        let status = self.participants.entry(participant.clone()).or_insert_with(|| ParticipantStatus {
-            name: participant.to_string(),
-            state: String::new(),
-            round: 0,
-            step: 0,
-            loss_nats: None,
-        });
-        status.state = state.into();
-    }
-
-    /// At most once a second, unless something has changed that a reader waits for.
-    fn write_status(&mut self, now: bool) -> Result<(), RunError> {
-        if !now && self.status_written.is_some_and(|written| written.elapsed() < Duration::from_secs(1)) {
-            return Ok(());
-        }
-        self.status_written = Some(Instant::now());
-        let federation = &self.shared.experiment.federation;
-        let slowest = self.open.as_ref().map_or(0, |open| {
-            let steps = open.cohort.iter().filter_map(|name| self.participants.get(name));
-            let done =
-                steps.map(|status| if status.round == open.key.round { status.step + 1 - open.first_step } else { 0 });
-            done.min().unwrap_or(0)
-        });
-        let status = Status {
-            state: self.state.clone(),
-            round: self.rounds.round().min(federation.rounds),
-            rounds: federation.rounds,
-            step: slowest,
-            steps: federation.local_steps,
-            participants: self.participants.values().cloned().collect(),
-            updated_unix_ms: unix_ms(),
-        };
-        Ok(status.write(&self.directory)?)
-    }
-
-    /// Since the run began, on a clock that never goes back.
-    fn now_ms(&self) -> u64 {
-        self.begun.elapsed().as_millis() as u64
-    }
-}
-
-fn milliseconds(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1e3
-}
-
-/// Where a run named by its experiment lies.
-pub fn directory_of(runs: &Path, experiment: &Experiment) -> PathBuf {
-    runs.join(&experiment.name)
 }

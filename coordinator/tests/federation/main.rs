@@ -1,0 +1,10 @@
+//! Whole runs: coordinator and participants in one process over in-memory connections, and once as real processes.
+#![recursion_limit = "512"]
+
+mod hostile;
+mod identities;
+mod oracle;
+mod privacy;
+mod processes;
+mod scenarios;
+mod world;

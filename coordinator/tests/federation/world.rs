@@ -1,0 +1,225 @@
+//! A coordinator and participants in one process, joined by in-memory connections. No sockets, no sleeping.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use coordinator::home::Home;
+use coordinator::run::{Ended, Run, RunError, Watcher};
+use experiment::{Experiment, Row};
+use model::source::BlobStore;
+use model::{Adapter, Source};
+use net::{Connection, PeerIdentity, PeerName, Tap};
+use participant::ParticipantError;
+use participant::data::Record;
+use participant::device_log::{FactoryDevice, generate};
+use participant::session::{Participant, Reporter};
+use participant::stages::Stages;
+use participant::trainer::StepReport;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+
+pub const SMOKE: &str = include_str!("../../../configs/smoke.toml");
+
+/// Directories and the experiment of one test.
+pub struct World {
+    pub directory: tempfile::TempDir,
+    pub experiment: Experiment,
+    pub source: Arc<dyn Source>,
+    stages: Arc<Stages>,
+}
+
+/// A coordinator that is running.
+pub struct Coordinator {
+    pub rows: Arc<Mutex<Vec<Row>>>,
+    connections: mpsc::Sender<Connection>,
+    stop: oneshot::Sender<()>,
+    ended: JoinHandle<Result<Ended, RunError>>,
+    /// Fires whenever a metric row is written.
+    written: mpsc::UnboundedReceiver<Row>,
+}
+
+/// What a participant's reporter saw.
+#[derive(Default)]
+pub struct Seen {
+    pub steps: Mutex<Vec<StepReport>>,
+}
+
+impl World {
+    /// `change` edits the smoke experiment's text.
+    pub fn new(change: impl Fn(&str) -> String) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let text = change(SMOKE);
+        let experiment = Experiment::from_toml(&text, "test.toml").unwrap();
+        std::fs::write(directory.path().join("test.toml"), &text).unwrap();
+        let now = time::OffsetDateTime::now_utc();
+        Home::init(&directory.path().join("home"), vec!["127.0.0.1:0".into()], now).unwrap();
+        let source = model::source::of_experiment(&experiment).unwrap();
+        Self { directory, experiment, source, stages: Arc::new(Stages::default()) }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    pub fn coordinator(&self) -> Coordinator {
+        let run = Run {
+            experiment: self.path("test.toml"),
+            home: self.path("home"),
+            runs: self.path("runs"),
+            init_adapter: None,
+        };
+        let (experiment, source) = (Arc::new(self.experiment.clone()), self.source.clone());
+        let home = Home::open(&run.home).unwrap();
+        let (connections, accepted) = mpsc::channel(16);
+        let (stop, stopped) = oneshot::channel();
+        let rows = Arc::new(Mutex::new(Vec::new()));
+        let (tell, written) = mpsc::unbounded_channel();
+        let watcher = Box::new(Recorder { rows: rows.clone(), tell });
+        let ended = tokio::spawn(async move {
+            let shutdown = async {
+                if stopped.await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            };
+            run.serve(experiment, source, home, accepted, watcher, shutdown).await
+        });
+        Coordinator { rows, connections, stop, ended, written }
+    }
+
+    /// A participant with records of the device log; its name decides which.
+    pub fn participant(&self, name: &str) -> (Participant, Arc<Seen>) {
+        let device: FactoryDevice = name.parse().unwrap();
+        let lines: Vec<String> =
+            generate(experiment::Seed(1), device, 40, None).iter().map(|record| record.json_line()).collect();
+        self.participant_with(name, &lines)
+    }
+
+    pub fn participant_with(&self, name: &str, lines: &[String]) -> (Participant, Arc<Seen>) {
+        let path = self.path(&format!("{name}.jsonl"));
+        std::fs::write(&path, lines.join("\n")).unwrap();
+        let columns = self.experiment.data.columns.clone();
+        let records: Vec<Record> = participant::data::read_records(&path, &columns).unwrap();
+        let seen = Arc::new(Seen::default());
+        let participant = Participant {
+            name: name.into(),
+            records: Box::new(move |_| Ok(records.clone())),
+            store: BlobStore::open(self.path("cache")).unwrap(),
+            model: None,
+            backend: None,
+            threads: None,
+            prepared: None,
+            stages: self.stages.clone(),
+            reporter: seen.clone(),
+        };
+        (participant, seen)
+    }
+
+    /// The global adapter that a finished round left.
+    pub fn adapter(&self, round: u32) -> Adapter {
+        let run = self.path("runs").join(&self.experiment.name);
+        let directory = experiment::RunDirectory::open(&run).unwrap().round_path(round).join("adapter");
+        Adapter::load(&directory, self.source.config()).unwrap()
+    }
+}
+
+impl Coordinator {
+    /// The participant's end of a new connection.
+    pub async fn connect(&self, name: &str) -> Connection {
+        self.connect_tapped(name, Arc::new(|_: &[u8]| ())).await
+    }
+
+    pub async fn connect_tapped(&self, name: &str, tap: Tap) -> Connection {
+        let name = PeerName::new(name).unwrap();
+        let peer = PeerIdentity::Participant { name };
+        let (ours, theirs) = Connection::pair_tapped(peer, PeerIdentity::Coordinator, tap);
+        self.connections.send(theirs).await.unwrap();
+        ours
+    }
+
+    /// Starts a participant over a connection of its own.
+    pub async fn join(&self, mut participant: Participant) -> JoinHandle<Joined> {
+        let connection = self.connect(&participant.name).await;
+        tokio::spawn(async move {
+            let ended = participant.run(&connection).await;
+            connection.close(wire::CloseCode::Done, "the test's participant has ended");
+            (participant, ended)
+        })
+    }
+
+    /// Waits for a metric row that fits.
+    pub async fn until(&mut self, fits: impl Fn(&Row) -> bool) -> Row {
+        loop {
+            let row = self.written.recv().await.expect("the run ended before such a row was written");
+            if fits(&row) {
+                return row;
+            }
+        }
+    }
+
+    pub async fn end(self) -> Result<Ended, RunError> {
+        self.ended.await.unwrap()
+    }
+
+    pub async fn stop(self) -> Result<Ended, RunError> {
+        self.stop.send(()).unwrap();
+        self.ended.await.unwrap()
+    }
+}
+
+pub type Joined = (Participant, Result<String, ParticipantError>);
+
+struct Recorder {
+    rows: Arc<Mutex<Vec<Row>>>,
+    tell: mpsc::UnboundedSender<Row>,
+}
+
+impl Watcher for Recorder {
+    fn row(&mut self, row: &Row) {
+        self.rows.lock().unwrap().push(row.clone());
+        let _ = self.tell.send(row.clone());
+    }
+
+    fn note(&mut self, _: &str) {}
+
+    fn step(&mut self, _: u64, _: u64, _: f64) {}
+}
+
+impl Reporter for Seen {
+    fn step(&self, _: u32, report: &StepReport) {
+        self.steps.lock().unwrap().push(*report);
+    }
+
+    fn evaluated(&self, _: u32, _: f64, _: u64) {}
+
+    fn round_closed(&self, _: u32, _: &str) {}
+}
+
+/// Runs the experiment to its end with these participants, each over one connection.
+pub async fn run_to_the_end(world: &World, names: &[&str]) -> BTreeMap<String, Vec<StepReport>> {
+    let coordinator = world.coordinator();
+    let mut joined = Vec::new();
+    for name in names {
+        let (participant, seen) = world.participant(name);
+        joined.push((*name, seen, coordinator.join(participant).await));
+    }
+    let ended = coordinator.end().await.unwrap();
+    assert!(!ended.stopped);
+    let mut steps = BTreeMap::new();
+    for (name, seen, joined) in joined {
+        let (_, reason) = joined.await.unwrap();
+        assert_eq!(reason.unwrap(), "completed", "{name}");
+        let seen = seen.steps.lock().unwrap().clone();
+        steps.insert(name.to_owned(), seen);
+    }
+    steps
+}
+
+pub fn loss_bits(steps: &[StepReport]) -> Vec<(u64, u64, u64)> {
+    steps.iter().map(|report| (report.step, report.loss_nats.to_bits(), report.tokens)).collect()
+}
+
+/// One participant is a cohort.
+pub fn alone(text: &str) -> String {
+    text.replace("cohort = 2", "cohort = 1").replace("quorum = 2", "quorum = 1")
+}
