@@ -7,7 +7,7 @@ use crate::factors::{self, FactorsError, Pair};
 use crate::strategy::{self, Strategy, StrategyError, Update};
 
 pub struct Aggregator {
-    strategy: Box<dyn Strategy + Send>,
+    strategy: Box<dyn Strategy + Send + Sync>,
     average: Average,
 }
 

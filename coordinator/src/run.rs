@@ -72,7 +72,7 @@ pub struct Ended {
 }
 
 /// What a person or a script watches.
-pub trait Watcher: Send {
+pub trait Watcher: Send + Sync {
     fn row(&mut self, row: &Row);
     fn note(&mut self, text: &str);
     fn step(&mut self, done: u64, all: u64, loss_nats: f64);

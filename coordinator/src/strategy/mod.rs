@@ -70,7 +70,7 @@ pub enum StrategyError {
 }
 
 /// The strategy that the experiment names, at the start of its run.
-pub fn from_experiment(strategy: &experiment::Strategy) -> Box<dyn Strategy + Send> {
+pub fn from_experiment(strategy: &experiment::Strategy) -> Box<dyn Strategy + Send + Sync> {
     use experiment::Strategy as Named;
     match *strategy {
         Named::FedAvg => Box::new(FedAvg),

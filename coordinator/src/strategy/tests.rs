@@ -76,7 +76,7 @@ pub fn check_resumes<S: Strategy>(fresh: impl Fn() -> S) {
     fresh().restore(Vec::new()).expect("a run may stop before its first round");
 }
 
-fn all_strategies() -> Vec<Box<dyn Strategy + Send>> {
+fn all_strategies() -> Vec<Box<dyn Strategy + Send + Sync>> {
     use experiment::Strategy as Named;
     let [learning_rate, beta1, beta2, tau] = [0.1, 0.9, 0.99, 1e-3];
     [

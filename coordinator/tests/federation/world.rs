@@ -53,7 +53,7 @@ impl World {
         let experiment = Experiment::from_toml(&text, "test.toml").unwrap();
         std::fs::write(directory.path().join("test.toml"), &text).unwrap();
         let now = time::OffsetDateTime::now_utc();
-        Home::init(&directory.path().join("home"), vec!["127.0.0.1:0".into()], now).unwrap();
+        Home::init(&directory.path().join("home"), vec!["127.0.0.1:4433".into()], now).unwrap();
         let source = model::source::of_experiment(&experiment).unwrap();
         Self { directory, experiment, source, stages: Arc::new(Stages::default()) }
     }
