@@ -7,8 +7,8 @@
 #   3  fifty losses of fine-tuning equal PEFT's, from the same initial adapter on the same batches (--quick: fifteen)
 #   5  exports: PEFT loads the adapter, transformers the directory, llama.cpp the GGUF files, and all say what we say
 #
-# The oracles go into a virtual environment of their own, .venv-check/, once: some 6 GB where PyTorch's CPU index is out
-# of reach, and llama.cpp is compiled, 10 to 15 minutes on two cores.
+# The oracles go into a virtual environment of their own, .venv-check/, once: some 6 GB with PyTorch's default build, and
+# llama.cpp is compiled, 10 to 15 minutes on two cores.
 
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -18,9 +18,11 @@ say "== the oracles, in .venv-check/"
 if [ ! -e .venv-check/installed.txt ] || ! cmp -s .venv-check/installed.txt scripts/check/requirements.txt; then
     python3 -m venv .venv-check
     echo '*' > .venv-check/.gitignore
-    # PyTorch's CPU build is a tenth of the size, but its index is not within everyone's reach.
-    .venv-check/bin/pip install --retries 0 --timeout 10 --index-url https://download.pytorch.org/whl/cpu \
-        "$(grep '^torch==' scripts/check/requirements.txt)" >&2 || say "it cannot be reached: taking the default build"
+    # PyTorch's CPU build is a tenth of the size: set TORCH_INDEX_URL to its index where that is within reach.
+    if [ -n "${TORCH_INDEX_URL:-}" ]; then
+        torch=$(grep '^torch==' scripts/check/requirements.txt)
+        .venv-check/bin/pip install --index-url "$TORCH_INDEX_URL" "$torch" >&2
+    fi
     CMAKE_ARGS=-DLLAVA_BUILD=OFF .venv-check/bin/pip install --requirement scripts/check/requirements.txt >&2
     cp scripts/check/requirements.txt .venv-check/installed.txt
 fi

@@ -119,6 +119,6 @@ if wanted 6; then
             "$work/canary-$mode"/{home,runs,rows.jsonl,coordinator.log}
     done
     # Frames are searched where they can be read, between the processes' ends of a connection: in a test.
-    cargo test --release -p participant canary > "$work/test.log" 2>&1 || { cat "$work/test.log" >&2; exit 1; }
+    cargo test --release --workspace canary > "$work/test.log" 2>&1 || { cat "$work/test.log" >&2; exit 1; }
     check canary tests "$work/test.log"
 fi

@@ -1,0 +1,209 @@
+//! Runs in which something happens: departures, restarts, other modes and strategies.
+
+use experiment::Row;
+use model::Adapter;
+
+use crate::world::{World, loss_bits, run_to_the_end};
+
+const TWO: [&str; 2] = ["mill-1", "press-1"];
+
+fn with_quorum(quorum: u32) -> impl Fn(&str) -> String {
+    move |text| text.replace("quorum = 2", &format!("quorum = {quorum}")).replace("rounds = 2", "rounds = 3")
+}
+
+fn is_step(row: &Row, of: &str, wanted: u64) -> bool {
+    matches!(row, Row::Step { participant, step, .. } if participant == of && *step == wanted)
+}
+
+/// Mean held-out loss after a round.
+fn held_out(rows: &[Row], wanted: u32) -> f64 {
+    let losses: Vec<f64> = rows
+        .iter()
+        .filter_map(|row| match row {
+            Row::Evaluation { round, loss_nats, .. } if *round == wanted => Some(*loss_nats),
+            _ => None,
+        })
+        .collect();
+    assert!(!losses.is_empty(), "nobody evaluated round {wanted}");
+    losses.iter().sum::<f64>() / losses.len() as f64
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_round_goes_on_at_quorum_without_a_participant_that_departs() {
+    let world = World::new(with_quorum(1));
+    let mut coordinator = world.coordinator();
+    let (press, _) = world.participant("press-1");
+    let (mill, _) = world.participant("mill-1");
+    let (press, mill) = (coordinator.join(press).await, coordinator.join(mill).await);
+    coordinator.until(|row| is_step(row, "mill-1", 1)).await;
+    mill.abort();
+    let rows = coordinator.rows.clone();
+    assert_eq!(coordinator.end().await.unwrap().rounds, 3);
+    assert_eq!(press.await.unwrap().1.unwrap(), "completed");
+    let rows = rows.lock().unwrap();
+    assert!(rows.iter().any(|row| matches!(row, Row::Departure { participant, .. } if participant == "mill-1")));
+    let members = |wanted| rows.iter().find_map(|row| match row {
+        Row::Round { round, members, .. } if *round == wanted => Some(members.clone()),
+        _ => None,
+    });
+    assert_eq!(members(1).unwrap(), ["press-1"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_was_stopped_goes_on_as_if_it_never_had_been() {
+    for adapters in ["shared", "per_participant"] {
+        let change = |text: &str| format!("{}\n[body]\nadapters = \"{adapters}\"\n", with_quorum(2)(text));
+        let calm = World::new(change);
+        let calm_steps = run_to_the_end(&calm, &TWO).await;
+
+        let world = World::new(change);
+        let mut coordinator = world.coordinator();
+        let mut joined = Vec::new();
+        for name in TWO {
+            joined.push(coordinator.join(world.participant(name).0).await);
+        }
+        // In the middle of the second round.
+        coordinator.until(|row| is_step(row, "press-1", 7)).await;
+        let stopped = coordinator.stop().await.unwrap();
+        assert!(stopped.stopped && stopped.rounds == 1, "{stopped:?}");
+
+        // The devices keep their state and join again.
+        let coordinator = world.coordinator();
+        let mut again = Vec::new();
+        for joined in joined {
+            let (mut participant, _) = joined.await.unwrap();
+            let seen = std::sync::Arc::new(crate::world::Seen::default());
+            participant.reporter = seen.clone();
+            again.push((participant.name.clone(), seen, coordinator.join(participant).await));
+        }
+        assert_eq!(coordinator.end().await.unwrap().rounds, 3);
+        for (name, seen, joined) in again {
+            assert_eq!(joined.await.unwrap().1.unwrap(), "completed");
+            let seen = seen.steps.lock().unwrap().clone();
+            assert_eq!(loss_bits(&seen), loss_bits(&calm_steps[&name][5..]), "{name}, {adapters}");
+        }
+        assert_eq!(world.adapter(3), calm.adapter(3), "{adapters}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_abandoned_round_is_trained_again_to_the_same_end() {
+    let calm = World::new(with_quorum(2));
+    run_to_the_end(&calm, &TWO).await;
+
+    let world = World::new(with_quorum(2));
+    let mut coordinator = world.coordinator();
+    let press = coordinator.join(world.participant("press-1").0).await;
+    let (mut mill, _) = world.participant("mill-1");
+    let connection = coordinator.connect("mill-1").await;
+    let cut = connection.clone();
+    let first = tokio::spawn(async move {
+        let ended = mill.run(&connection).await;
+        (mill, ended)
+    });
+    coordinator.until(|row| is_step(row, "mill-1", 6)).await;
+    cut.close(wire::CloseCode::GoingAway, "the cable is pulled");
+    let (mill, ended) = first.await.unwrap();
+    assert!(ended.is_err());
+    coordinator.until(|row| matches!(row, Row::Departure { .. })).await;
+    let mill = coordinator.join(mill).await;
+    assert_eq!(coordinator.end().await.unwrap().rounds, 3);
+    for joined in [press, mill] {
+        assert_eq!(joined.await.unwrap().1.unwrap(), "completed");
+    }
+    assert_eq!(world.adapter(3), calm.adapter(3));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_mode_learns() {
+    type Change = fn(&str) -> String;
+    let modes: [(&str, Change); 3] = [
+        ("u", |text| text.to_owned()),
+        ("forward_only", |text| text.replace("mode = \"u\"", "mode = \"forward_only\"")),
+        ("whole", |text| {
+            text.replace("mode = \"u\"", "mode = \"whole\"").replace("_blocks = 1", "_blocks = 0")
+        }),
+    ];
+    for (mode, change) in modes {
+        let world = World::new(change);
+        let coordinator = world.coordinator();
+        let rows = coordinator.rows.clone();
+        let mut joined = Vec::new();
+        for name in TWO {
+            joined.push(coordinator.join(world.participant(name).0).await);
+        }
+        coordinator.end().await.unwrap();
+        for joined in joined {
+            joined.await.unwrap().1.unwrap();
+        }
+        let rows = rows.lock().unwrap();
+        assert!(held_out(&rows, 2) < held_out(&rows, 0), "{mode}");
+        check_crossed(mode, &rows);
+    }
+}
+
+/// Which kinds of message a mode needs, and which it promises never to send.
+fn check_crossed(mode: &str, rows: &[Row]) {
+    let crossed = |kind: &str| {
+        rows.iter().any(|row| match row {
+            Row::Bytes { sent, received, .. } => sent.contains_key(kind) || received.contains_key(kind),
+            _ => false,
+        })
+    };
+    assert_eq!(crossed("activations"), mode != "whole", "{mode}");
+    assert_eq!(crossed("cut_gradient"), mode == "u", "{mode}");
+    assert!(crossed("update"), "{mode}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_forward_only_mode_head_and_body_stay() {
+    let world = World::new(|text| text.replace("mode = \"u\"", "mode = \"forward_only\""));
+    run_to_the_end(&world, &TWO).await;
+    let (first, last): (Adapter, Adapter) = (world.adapter(1), world.adapter(2));
+    assert_eq!(first.part(0..3), last.part(0..3));
+    assert_ne!(first.part(3..4), last.part(3..4));
+    assert!(last.part(0..3).pairs().all(|[_, b]| b.values.iter().all(|&value| value == 0.0)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_strategy_and_wire_type_finishes_a_run() {
+    let strategies = [
+        "{ name = \"fedprox\", mu = 0.1 }",
+        "{ name = \"fedavgm\", learning_rate = 1.0, momentum = 0.5 }",
+        "{ name = \"fedadam\", learning_rate = 0.01, beta1 = 0.9, beta2 = 0.99, tau = 0.001 }",
+        "{ name = \"fedyogi\", learning_rate = 0.01, beta1 = 0.9, beta2 = 0.99, tau = 0.001 }",
+        "{ name = \"trimmed_mean\", trim = 0 }",
+        "{ name = \"median\" }",
+    ];
+    for (i, strategy) in strategies.into_iter().enumerate() {
+        let dtype = ["f16", "bf16"][i % 2];
+        let world = World::new(|text| {
+            let text = text.replace("{ name = \"fedavg\" }", strategy);
+            format!("{text}\n[wire]\ndtype = \"{dtype}\"\n")
+        });
+        let steps = run_to_the_end(&world, &TWO).await;
+        assert!(steps.values().flatten().all(|report| report.loss_nats.is_finite()), "{strategy}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frozen_factor_stays_and_its_mean_is_exact() {
+    let world = World::new(|text| text.replace("rank = 4", "rank = 4\nfactors = \"freeze_a\""));
+    let coordinator = world.coordinator();
+    let rows = coordinator.rows.clone();
+    let mut joined = Vec::new();
+    for name in TWO {
+        joined.push(coordinator.join(world.participant(name).0).await);
+    }
+    coordinator.end().await.unwrap();
+    for joined in joined {
+        joined.await.unwrap().1.unwrap();
+    }
+    for row in rows.lock().unwrap().iter() {
+        if let Row::Round { aggregation_error: Some(error), .. } = row {
+            assert!(*error < 1e-6, "{error}");
+        }
+    }
+    let (first, last) = (world.adapter(1), world.adapter(2));
+    assert!(first.pairs().zip(last.pairs()).all(|([a, _], [b, _])| a == b));
+}
