@@ -14,6 +14,9 @@ use experiment::{Federation, Seed};
 /// A round is abandoned at most this many times; then the run fails rather than repeat itself for ever.
 pub const ATTEMPTS_MAX: u32 = 5;
 
+/// Whoever has lost its connection has this long to come back before the next round starts without it.
+const REJOIN_MS: u64 = 10_000;
+
 /// The round machine. Rounds are numbered from 1; round 0 is the adapter nobody has trained yet.
 ///
 /// A round closes when every member that is still in it has delivered, or at its deadline. A member that departs, or
@@ -259,7 +262,7 @@ impl Rounds {
             State::Training { closes_ms, .. } | State::Evaluating { closes_ms, .. } => Some(*closes_ms),
             State::Gathering { since_ms: Some(since_ms) } if !self.is_unstarted() => {
                 let quorum_is_here = self.connected.len() >= self.quorum();
-                quorum_is_here.then(|| self.deadline_after(*since_ms))
+                quorum_is_here.then(|| self.gathered_by(*since_ms))
             }
             State::Gathering { .. } | State::Finished => None,
         }
@@ -428,7 +431,7 @@ impl Rounds {
 
     fn start_if_gathered(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
         let State::Gathering { since_ms } = self.state else { return };
-        let patience_is_over = now_ms >= self.deadline_after(since_ms.unwrap_or(now_ms));
+        let patience_is_over = now_ms >= self.gathered_by(since_ms.unwrap_or(now_ms));
         // A run begins complete; what has begun goes on with a quorum when a full cohort is long in coming.
         let needed = if self.is_unstarted() || !patience_is_over { self.cohort() } else { self.quorum() };
         let missing = needed.saturating_sub(self.connected.len());
@@ -484,6 +487,11 @@ impl Rounds {
 
     fn quorum(&self) -> usize {
         self.federation.quorum as usize
+    }
+
+    /// When a round that is not the run's first starts with a quorum, if its cohort is still not complete.
+    fn gathered_by(&self, since_ms: u64) -> u64 {
+        since_ms.saturating_add(REJOIN_MS).min(self.deadline_after(since_ms))
     }
 
     fn deadline_after(&self, start_ms: u64) -> u64 {

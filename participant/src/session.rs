@@ -24,11 +24,14 @@ use crate::{parts, progress};
 
 pub const SOFTWARE: &str = concat!("headwater participant ", env!("CARGO_PKG_VERSION"));
 
+/// Reads a participant's records.
+pub type Records = Box<dyn Fn(&Experiment) -> Result<Vec<Record>, ParticipantError> + Send + Sync>;
+
 /// What a participant brings to every connection, and keeps from one to the next.
 pub struct Participant {
     pub name: String,
     /// Gives the participant's records, once the experiment says which columns they lie in.
-    pub records: Box<dyn Fn(&Experiment) -> Result<Vec<Record>, ParticipantError> + Send + Sync>,
+    pub records: Records,
     pub store: BlobStore,
     /// A local copy of the base model, instead of the coordinator's parts.
     pub model: Option<PathBuf>,

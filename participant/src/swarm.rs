@@ -2,7 +2,7 @@
 //! identity and connection; they share the base weights in memory.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use experiment::Experiment;
 use model::source::BlobStore;
@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 use crate::ParticipantError;
 use crate::data::{Record, partition, read_records};
 use crate::join::{Join, default_state};
-use crate::session::{Participant, Reporter};
+use crate::session::{Participant, Records, Reporter};
 use crate::stages::Stages;
 
 pub struct Swarm {
@@ -42,7 +42,7 @@ impl Swarm {
             let name = invitation.name.to_string();
             let mut participant = Participant {
                 name: name.clone(),
-                records: once(records),
+                records: given(records),
                 store: self.store.clone(),
                 model: None,
                 backend: None,
@@ -99,8 +99,6 @@ fn natural_order(path: &Path) -> (String, u64) {
     (letters, number)
 }
 
-/// Hands the records out at the first preparation and copies them at any later one.
-fn once(records: Vec<Record>) -> Box<dyn Fn(&Experiment) -> Result<Vec<Record>, ParticipantError> + Send + Sync> {
-    let records = Mutex::new(records);
-    Box::new(move |_| Ok(records.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()))
+fn given(records: Vec<Record>) -> Records {
+    Box::new(move |_| Ok(records.clone()))
 }

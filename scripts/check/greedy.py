@@ -14,7 +14,7 @@ import figures
 PROMPTS = [
     "The capital of France is",
     "Water boils at a temperature of",
-    "To start the press, first",
+    "The three primary colors are",
     "The opposite of hot is",
     "A coordinator is someone who",
 ]

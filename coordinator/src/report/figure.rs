@@ -120,7 +120,7 @@ fn draw_bars(svg: &mut String, bars: &[Bar]) -> Result<(), Problem> {
     let parts = |bar: &Bar| bar.parts.map(|part| if part.is_finite() { part.max(0.0) } else { 0.0 });
     let longest = bars.iter().map(|bar| parts(bar).iter().sum::<f64>()).fold(0.0, f64::max);
     let pixels = |value: f64| if longest > 0.0 { (value / longest * f64::from(WIDTH)).round() as i32 } else { 0 };
-    let text = |h_pos| (("sans-serif", 17)).into_font().color(&INK.color()).pos(Pos::new(h_pos, VPos::Bottom));
+    let text = |h_pos| ("sans-serif", 17).into_font().color(&INK.color()).pos(Pos::new(h_pos, VPos::Bottom));
     for (index, bar) in bars.iter().enumerate() {
         let top = BAR_ROW * index as i32 + 24;
         let [first, second] = parts(bar);

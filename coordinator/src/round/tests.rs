@@ -605,3 +605,14 @@ proptest! {
         prop_assert_eq!(ledger.last_aggregated, federation.rounds);
     }
 }
+
+#[test]
+fn a_departed_participant_holds_the_next_round_up_for_seconds_and_not_for_a_deadline() {
+    let long = Federation { deadline_s: 3600, ..federation(2, 2, 1) };
+    let mut rounds = Rounds::new(long, 1, Seed(0));
+    let _joins = [rounds.handle(joined("anna"), 1), rounds.handle(joined("bert"), 2)];
+    let _removes = rounds.handle(departed("bert"), 3);
+    let _aggregates = rounds.handle(update("anna", 1), 4);
+    assert_eq!(rounds.next_deadline_ms(), Some(4 + REJOIN_MS));
+    assert_eq!(rounds.handle(Event::Ticked, 4 + REJOIN_MS), vec![start(2, "anna")]);
+}

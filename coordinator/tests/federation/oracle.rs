@@ -10,7 +10,7 @@ use participant::dataset::Dataset;
 use participant::local::{Happened, LocalTraining};
 use participant::trainer::StepReport;
 
-use crate::world::{World, alone, loss_bits, run_to_the_end};
+use crate::world::{StepBits, World, alone, loss_bits, run_to_the_end};
 
 fn per_participant(text: &str) -> String {
     format!("{text}\n[body]\nadapters = \"per_participant\"\n")
@@ -36,7 +36,8 @@ fn demanding(text: &str) -> String {
 fn on_backend(backend: Backend) -> impl Fn(&str) -> String {
     let name = if backend == Backend::Ndarray { "ndarray" } else { "flex" };
     move |text| {
-        let text: String = text.lines().filter(|line| !line.starts_with("backend")).map(|line| format!("{line}\n")).collect();
+        let text: String =
+            text.lines().filter(|line| !line.starts_with("backend")).map(|line| format!("{line}\n")).collect();
         match text.contains("[device]") {
             true => text.replace("[device]", &format!("[device]\nbackend = \"{name}\"")),
             false => format!("{text}\n[device]\nbackend = \"{name}\"\n"),
@@ -134,11 +135,11 @@ struct Side {
     ends: Adapter,
     optimizer: AdamW,
     data: Dataset,
-    losses: Vec<(u64, u64, u64)>,
+    losses: Vec<StepBits>,
     tokens: u64,
 }
 
-fn shared_body_by_definition(world: &World) -> (Vec<Vec<(u64, u64, u64)>>, Adapter) {
+fn shared_body_by_definition(world: &World) -> (Vec<Vec<StepBits>>, Adapter) {
     let experiment = &world.experiment;
     let (training, federation) = (&experiment.training, &experiment.federation);
     let model = world.source.config();

@@ -42,10 +42,12 @@ async fn the_round_goes_on_at_quorum_without_a_participant_that_departs() {
     assert_eq!(press.await.unwrap().1.unwrap(), "completed");
     let rows = rows.lock().unwrap();
     assert!(rows.iter().any(|row| matches!(row, Row::Departure { participant, .. } if participant == "mill-1")));
-    let members = |wanted| rows.iter().find_map(|row| match row {
-        Row::Round { round, members, .. } if *round == wanted => Some(members.clone()),
-        _ => None,
-    });
+    let members = |wanted| {
+        rows.iter().find_map(|row| match row {
+            Row::Round { round, members, .. } if *round == wanted => Some(members.clone()),
+            _ => None,
+        })
+    };
     assert_eq!(members(1).unwrap(), ["press-1"]);
 }
 
@@ -120,9 +122,7 @@ async fn every_mode_learns() {
     let modes: [(&str, Change); 3] = [
         ("u", |text| text.to_owned()),
         ("forward_only", |text| text.replace("mode = \"u\"", "mode = \"forward_only\"")),
-        ("whole", |text| {
-            text.replace("mode = \"u\"", "mode = \"whole\"").replace("_blocks = 1", "_blocks = 0")
-        }),
+        ("whole", |text| text.replace("mode = \"u\"", "mode = \"whole\"").replace("_blocks = 1", "_blocks = 0")),
     ];
     for (mode, change) in modes {
         let world = World::new(change);

@@ -215,7 +215,10 @@ pub async fn run_to_the_end(world: &World, names: &[&str]) -> BTreeMap<String, V
     steps
 }
 
-pub fn loss_bits(steps: &[StepReport]) -> Vec<(u64, u64, u64)> {
+/// Step, the loss' bits, and tokens: equal only where the arithmetic is.
+pub type StepBits = (u64, u64, u64);
+
+pub fn loss_bits(steps: &[StepReport]) -> Vec<StepBits> {
     steps.iter().map(|report| (report.step, report.loss_nats.to_bits(), report.tokens)).collect()
 }
 

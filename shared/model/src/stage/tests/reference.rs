@@ -42,10 +42,10 @@ pub fn logits(source: &dyn Source, tokens: &[u32]) -> Vec<Vec<f32>> {
         }
         for position in 0..tokens.len() {
             let mut mixed = Vec::new();
-            for head in 0..config.heads {
+            for (head, query) in queries[position].iter().enumerate() {
                 let shared = head / (config.heads / config.kv_heads);
                 let scale = (config.head_size as f64).sqrt();
-                let score = |key: usize| dot(&queries[position][head], &keys[key][shared]) / scale;
+                let score = |key: usize| dot(query, &keys[key][shared]) / scale;
                 let weights: Vec<f64> = (0..=position).map(|key| score(key).exp()).collect();
                 let sum: f64 = weights.iter().sum();
                 mixed.extend((0..config.head_size).map(|channel| {
