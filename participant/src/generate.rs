@@ -136,7 +136,7 @@ mod tests {
         }
         // softmax: 0.024, 0.484, 0.484, 0.009
         for (count, expected) in counts.into_iter().zip([96, 1934, 1934, 36]) {
-            assert!((count - expected as i32).abs() < 150, "{counts:?}");
+            assert!((count - expected).abs() < 150, "{counts:?}");
         }
     }
 }
