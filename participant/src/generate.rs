@@ -130,7 +130,7 @@ mod tests {
         let mut random = Seed(1).generator("test");
         let logits = [0.0, 3.0, 3.0, -1.0];
         assert_eq!(choose(&logits, 0.0, &mut random), 1);
-        let mut counts = [0; 4];
+        let mut counts = [0i32; 4];
         for _ in 0..4000 {
             counts[choose(&logits, 1.0, &mut random) as usize] += 1;
         }
