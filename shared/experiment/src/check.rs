@@ -198,6 +198,13 @@ impl Check<'_> {
             "product",
             "\"factors\", which is exact where adapter.factors = \"freeze_a\": factoring anew would change A",
         )?;
+        self.that(
+            federation.average == Average::Factors
+                || matches!(federation.strategy, Strategy::FedAvg | Strategy::FedProx { .. }),
+            "federation.average",
+            "product",
+            "\"factors\", unless the strategy is fedavg or fedprox: the others do not take the mean of the updates",
+        )?;
         self.strategy(&federation.strategy, quorum)
     }
 
@@ -440,6 +447,15 @@ mod tests {
         let dirichlet = partition("by = \"dirichlet\"\ncolumn = \"label\"\nalpha = 0.0");
         check_refused("held_out = 0.2", &dirichlet, "data.partition.alpha", "0.0");
         check_accepted("held_out = 0.2", &dirichlet.replace("0.0", "0.5"));
+    }
+
+    #[test]
+    fn the_mean_of_products_goes_with_strategies_that_take_a_mean() {
+        let text = SMOKE.replace("rounds = 2\n", "rounds = 2\naverage = \"product\"\n");
+        assert!(Experiment::from_toml(&text, "lab.toml").is_ok());
+        let text = text.replace("\"fedavg\"", "\"median\"");
+        let error = Experiment::from_toml(&text, "lab.toml").unwrap_err().to_string();
+        assert!(error.starts_with("accept lab.toml: federation.average is \"product\""), "{error}");
     }
 
     #[test]
