@@ -8,10 +8,10 @@ use experiment::{Backend, Experiment, SplitMode};
 use indicatif::ProgressBar;
 use model::source::BlobStore;
 use model::{Adapter, ComputeDevice, Cut, ModelError, Part};
-use net::{Connection, RecvStream, SendStream, StreamKind};
+use net::{Connection, NetError, RecvStream, SendStream, StreamKind};
 use wire::{
-    AdapterListing, BlobRef, CODEC_PLAIN, DType, FrameKind, FromCoordinator, FromParticipant, Outcome, Request, Shape,
-    TensorHeader, TensorInfo, UpdateReply,
+    AdapterListing, BlobRef, CODEC_PLAIN, CloseCode, DType, FrameKind, FromCoordinator, FromParticipant, Outcome,
+    Request, Shape, TensorHeader, TensorInfo, UpdateReply,
 };
 
 use crate::ParticipantError;
@@ -99,7 +99,11 @@ impl Participant {
                     let ended = tokio::select! {
                         biased;
                         message = receive.message() => Some(message?),
-                        done = work.run(&mut send, steps, evaluate) => { done?; None }
+                        done = work.run(&mut send, steps, evaluate) => match done {
+                            // The round is over for this device, and a message on its way says why.
+                            Err(ParticipantError::Net(NetError::Reset { code: Some(CloseCode::Stale), .. })) => None,
+                            done => { done?; None }
+                        }
                     };
                     if let Some(reason) = ended.map_or(Ok(None), |message| self.note(message))? {
                         return Ok(reason);

@@ -133,25 +133,25 @@ impl Conductor {
         let reason = loop {
             let now_ms = self.now_ms();
             let deadline = self.rounds.next_deadline_ms().map(|at| Duration::from_millis(at.saturating_sub(now_ms)));
-            let (event, judged) = tokio::select! {
+            let (actions, judged) = tokio::select! {
                 Some(connection) = connections.recv() => {
                     peers.spawn(serve::serve(connection, self.shared.clone()));
                     continue;
                 }
                 // A peer's task that has ended has said so; it is only collected here.
                 Some(_) = peers.join_next() => continue,
-                incoming = events.recv() => match self.receive(incoming.expect("the run holds a sender")).await? {
+                incoming = events.recv() => match self.receive(incoming.expect("the run holds a sender"))? {
                     Some(received) => received,
                     None => continue,
                 },
-                () = tokio::time::sleep(deadline.unwrap_or(Duration::MAX)), if deadline.is_some() => (Event::Ticked, None),
+                () = tokio::time::sleep(deadline.unwrap_or(Duration::MAX)), if deadline.is_some() => {
+                    (self.handle(Event::Ticked), None)
+                }
                 () = &mut shutdown, if !stopped => {
                     stopped = true;
-                    (Event::StopRequested, None)
+                    (self.handle(Event::StopRequested), None)
                 }
             };
-            let now_ms = self.now_ms();
-            let actions = self.rounds.handle(event, now_ms);
             if let Some(reason) = self.perform(actions, judged).await? {
                 break reason;
             }
@@ -159,13 +159,17 @@ impl Conductor {
         self.end(reason, peers).await
     }
 
-    /// Turns what a connection says into an event, after taking note of it.
-    async fn receive(&mut self, incoming: Incoming) -> Result<Option<(Event, Option<Judged>)>, RunError> {
+    fn handle(&mut self, event: Event) -> Vec<Action> {
+        let now_ms = self.now_ms();
+        self.rounds.handle(event, now_ms)
+    }
+
+    /// Takes note of what a connection says, and asks the machine what to do about it.
+    fn receive(&mut self, incoming: Incoming) -> Result<Option<(Vec<Action>, Option<Judged>)>, RunError> {
         match incoming {
             Incoming::Joined { participant, session, connection, messages, answer } => {
                 // The machine refuses by an action; asking it first keeps the newcomer out of the tables until then.
-                let now_ms = self.now_ms();
-                let actions = self.rounds.handle(Event::Joined { participant: participant.clone() }, now_ms);
+                let actions = self.handle(Event::Joined { participant: participant.clone() });
                 let refused = actions.iter().find_map(|action| match action {
                     Action::RefuseJoin { participant: refused, reason } if *refused == participant => {
                         Some(reason.to_string())
@@ -179,8 +183,7 @@ impl Conductor {
                     self.connections.insert(participant.clone(), Connected { session, connection, messages });
                     self.set_state(&participant, "connected");
                 }
-                self.perform(actions, None).await?;
-                Ok(None)
+                Ok(Some((actions, None)))
             }
             Incoming::Departed { participant, session, reason } => {
                 if self.connections.get(&participant).is_none_or(|connected| connected.session != session) {
@@ -192,13 +195,13 @@ impl Conductor {
                 self.watcher.note(&format!("{participant} departed: {reason}"));
                 let (round, name) = (self.rounds.round(), participant.to_string());
                 self.record(&Row::Departure { round, participant: name, reason, energy_j: None })?;
-                Ok(Some((Event::Departed { participant }, None)))
+                Ok(Some((self.handle(Event::Departed { participant }), None)))
             }
             Incoming::Said { participant, session, message } => {
                 if self.connections.get(&participant).is_none_or(|connected| connected.session != session) {
                     return Ok(None);
                 }
-                self.said(participant, message)
+                Ok(self.said(participant, message)?.map(|event| (self.handle(event), None)))
             }
             Incoming::Update { participant, session, key, tokens, loss_nats, adapter, answer } => {
                 if self.connections.get(&participant).is_none_or(|connected| connected.session != session) {
@@ -210,16 +213,13 @@ impl Conductor {
                     Ok(adapter) => (Event::UpdateArrived { participant, round, attempt, tokens }, Some(adapter), None),
                     Err(reason) => (Event::UpdateRejected { participant, round, attempt }, None, Some(reason)),
                 };
-                Ok(Some((event, Some(Judged { participant: name, adapter, reason, tokens, loss_nats, answer }))))
+                let judged = Judged { participant: name, adapter, reason, tokens, loss_nats, answer };
+                Ok(Some((self.handle(event), Some(judged))))
             }
         }
     }
 
-    fn said(
-        &mut self,
-        participant: ParticipantName,
-        message: FromParticipant,
-    ) -> Result<Option<(Event, Option<Judged>)>, RunError> {
+    fn said(&mut self, participant: ParticipantName, message: FromParticipant) -> Result<Option<Event>, RunError> {
         match message {
             FromParticipant::StepFinished { round, step, loss_nats, tokens, compute_ms, wait_ms } => {
                 let name = participant.to_string();
@@ -249,7 +249,7 @@ impl Conductor {
                     let name = participant.to_string();
                     self.record(&Row::Evaluation { round, participant: name, loss_nats, tokens, energy_j: None })?;
                 }
-                Ok(Some((Event::Evaluated { participant, round }, None)))
+                Ok(Some(Event::Evaluated { participant, round }))
             }
             FromParticipant::Hello { .. } | FromParticipant::Ready { .. } | FromParticipant::Leaving { .. } => Ok(None),
         }
