@@ -64,7 +64,7 @@ enum Job {
     Forward(ForwardJob),
     Backward { place: Place, gradient: Matrix, reply: oneshot::Sender<Result<Backward, BodyError>> },
     Commit { place: Place, commit: Commit, reply: oneshot::Sender<Result<(), BodyError>> },
-    Finished { key: RoundKey, participant: ParticipantName, reply: oneshot::Sender<bool> },
+    Work { key: RoundKey, participant: ParticipantName, reply: oneshot::Sender<Work> },
     Remove { participant: ParticipantName },
     Abandon,
     Close { reply: oneshot::Sender<Closed> },
@@ -90,6 +90,17 @@ pub struct Commit {
     pub squared_norms_head: Vec<f64>,
     pub squared_norms_tail: Vec<f64>,
     pub tokens: u64,
+}
+
+/// What a member's update may rest on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Work {
+    /// Steps are missing, or the round is another.
+    Unfinished,
+    /// All steps are committed; they had this many trained tokens.
+    Finished { tokens: u64 },
+    /// Steps do not train through the body, and are not counted.
+    Uncounted,
 }
 
 /// What a round's body work amounted to.
@@ -149,9 +160,9 @@ impl BodyHandle {
         self.ask(|reply| Job::Commit { place, commit, reply }).await.unwrap_or(Err(BodyError::Stale))
     }
 
-    /// Whether the member has committed all its steps, so that its update may count.
-    pub async fn has_finished(&self, key: RoundKey, participant: ParticipantName) -> bool {
-        self.ask(|reply| Job::Finished { key, participant, reply }).await.unwrap_or(false)
+    /// What the member has committed, by which its update is judged.
+    pub async fn work_of(&self, key: RoundKey, participant: ParticipantName) -> Work {
+        self.ask(|reply| Job::Work { key, participant, reply }).await.unwrap_or(Work::Unfinished)
     }
 
     pub async fn remove(&self, participant: ParticipantName) {
@@ -221,6 +232,8 @@ struct Member {
     /// The step it works on.
     step: u64,
     micros_done: u32,
+    /// Trained tokens of the steps it has committed.
+    tokens: u64,
     sum: Option<Gradients>,
     /// Its backward passes are complete, its commit is not here yet.
     owes_commit: bool,
@@ -255,7 +268,7 @@ impl Worker {
                 drop(reply.send(self.commit(&place, commit)));
                 self.retry_waiting();
             }
-            Job::Finished { key, participant, reply } => drop(reply.send(self.has_finished(key, &participant))),
+            Job::Work { key, participant, reply } => drop(reply.send(self.work_of(key, &participant))),
             Job::Remove { participant } => {
                 self.remove(&participant);
                 self.retry_waiting();
@@ -287,8 +300,8 @@ impl Worker {
                 true => Some((global.clone(), self.stage.attach(&global)?)),
                 false => None,
             };
-            states
-                .insert(name.clone(), Member { step: first_step, micros_done: 0, sum: None, owes_commit: false, own });
+            let member = Member { step: first_step, micros_done: 0, tokens: 0, sum: None, owes_commit: false, own };
+            states.insert(name.clone(), member);
         }
         let shared = match mode == SplitMode::U && !own {
             true => Some(Shared {
@@ -389,6 +402,7 @@ impl Worker {
         let norms = [squared_norms_head, gradients.squared_norms(&round.global), squared_norms_tail].concat();
         gradients.scale(clip_factor(norms, self.experiment.training.clip_norm));
         (member.step, member.micros_done, member.owes_commit) = (place.step + 1, 0, false);
+        member.tokens += tokens;
         let rate = self.experiment.training.learning_rate_at(place.step, self.experiment.total_steps());
         let training = &self.experiment.training;
         if let Some((adapter, lora)) = &mut member.own {
@@ -432,14 +446,16 @@ impl Worker {
         Ok(())
     }
 
-    fn has_finished(&self, key: RoundKey, participant: &ParticipantName) -> bool {
-        let Some(round) = self.round.as_ref().filter(|round| round.key == key) else { return false };
-        // Without steps through the body there is nothing to have finished.
+    fn work_of(&self, key: RoundKey, participant: &ParticipantName) -> Work {
+        let Some(round) = self.round.as_ref().filter(|round| round.key == key) else { return Work::Unfinished };
         if self.experiment.split.mode != SplitMode::U {
-            return true;
+            return Work::Uncounted;
         }
         let end = round.first_step + self.experiment.federation.local_steps;
-        round.members.get(participant).is_some_and(|member| member.step == end)
+        match round.members.get(participant) {
+            Some(member) if member.step == end => Work::Finished { tokens: member.tokens },
+            _ => Work::Unfinished,
+        }
     }
 
     fn remove(&mut self, participant: &ParticipantName) {

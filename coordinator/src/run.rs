@@ -93,23 +93,29 @@ impl Run {
         let mut listener = Listener::bind(home.listen_address()?, &identity, &transport(&experiment, &*source))?;
         let address = listener.local_address();
         let (accepted, connections) = mpsc::channel(16);
-        let (close, mut closing) = oneshot::channel::<String>();
+        let (close, mut closing) = oneshot::channel::<(CloseCode, String)>();
         let accepting = tokio::spawn(async move {
-            let reason = loop {
+            let (code, reason) = loop {
                 tokio::select! {
-                    reason = &mut closing => break reason.unwrap_or_default(),
+                    // Without a word the run has been dropped, and may be run again like one that failed.
+                    closing = &mut closing => break closing.unwrap_or((CloseCode::GoingAway, String::new())),
                     Some(connection) = listener.accept() => {
                         // It fails once the run no longer takes any.
                         let _ = accepted.send(connection).await;
                     }
                 }
             };
-            listener.close(CloseCode::Done, &reason).await;
+            listener.close(code, &reason).await;
         });
         watcher.note(&format!("listening on {address}"));
         let ended = self.serve(experiment, source, home, connections, watcher, shutdown).await;
         // Where the task has ended by itself there is nothing left to close.
-        let _ = close.send(ended.as_ref().map_or_else(|error| error.to_string(), |_| "the run is over".into()));
+        let closing = match &ended {
+            Ok(_) => (CloseCode::Done, "the run is over".to_owned()),
+            // What it is, and in which path, is for the operator alone; participants try again until it is mended.
+            Err(_) => (CloseCode::GoingAway, "the coordinator has failed".to_owned()),
+        };
+        let _ = close.send(closing);
         let _ = tokio::time::timeout(Duration::from_secs(10), accepting).await;
         ended
     }

@@ -21,7 +21,7 @@ use wire::{
     TensorInfo, UpdateReply,
 };
 
-use crate::body::{self, BodyError, BodyHandle, Forward, Place, RoundKey};
+use crate::body::{self, BodyError, BodyHandle, Forward, Place, RoundKey, Work};
 use crate::home::{Home, RedeemError};
 use crate::round::ParticipantName;
 
@@ -71,7 +71,7 @@ pub enum Incoming {
         tokens: u64,
         loss_nats: f64,
         /// The blocks the participant trained, or why they are refused.
-        adapter: Result<Adapter, String>,
+        adapter: Result<Adapter, (RefusalReason, String)>,
         answer: oneshot::Sender<UpdateReply>,
     },
 }
@@ -127,6 +127,12 @@ impl Shared {
                 [held, trained]
             }
         }
+    }
+
+    /// Whether the experiment has this step in this round.
+    fn is_step_of(&self, round: u32, step: u64) -> bool {
+        let experiment::Federation { rounds, local_steps, .. } = self.experiment.federation;
+        (1..=rounds).contains(&round) && step.checked_div(local_steps) == Some(u64::from(round - 1))
     }
 
     fn dtype(&self) -> DType {
@@ -316,6 +322,9 @@ impl Session<'_> {
                     FromParticipant::Hello { .. } => {
                         return Err(ServeError::Close(CloseCode::Unexpected, "a second hello".into()));
                     }
+                    FromParticipant::StepFinished { round, step, .. } if !self.shared.is_step_of(round, step) => {
+                        return Err(misbehaved(format!("step {step} in a report of round {round}")));
+                    }
                     message => {
                         let (participant, session) = (self.participant.clone(), self.id);
                         self.tell(Incoming::Said { participant, session, message }).await?;
@@ -395,6 +404,9 @@ impl Stream {
                     return Err(misbehaved(format!("a step of session {session} in session {}", self.session)));
                 }
                 let segments = self.check_segments(&segments)?;
+                if purpose == Purpose::Train {
+                    self.check_size(micros, step_tokens)?;
+                }
                 let served = self.step(&Step { place, purpose, segments, step_tokens }).await;
                 match served {
                     Err(StepError::Stale) => {
@@ -426,6 +438,44 @@ impl Stream {
         }
         let lengths = segments.iter().map(|&length| length as usize).collect();
         Segments::new(lengths).map_err(|error| misbehaved(error.to_string()))
+    }
+
+    /// A step that trains is of the experiment's size: its trained tokens are its weight in the cohort.
+    fn check_size(&self, micros: u32, step_tokens: u32) -> Result<(), ServeError> {
+        let experiment::Training { batch_tokens, accumulate, .. } = self.shared.experiment.training;
+        if micros != accumulate {
+            return Err(misbehaved(format!("a step of {micros} micro-batches; the experiment has {accumulate}")));
+        }
+        let allowed = u64::from(batch_tokens) * u64::from(accumulate);
+        if step_tokens == 0 {
+            return Err(misbehaved("a step of 0 trained tokens".into()));
+        }
+        if u64::from(step_tokens) > allowed {
+            let what = format!("a step of {step_tokens} trained tokens; the experiment allows {allowed}");
+            return Err(ServeError::Close(CloseCode::OverLimit, what));
+        }
+        Ok(())
+    }
+
+    /// The same of an update, whose weight is that of all its steps.
+    async fn check_work(&self, key: RoundKey, tokens: u64) -> Result<(), String> {
+        let work = match &self.shared.body {
+            Some(body) => body.work_of(key, self.participant.clone()).await,
+            None => Work::Uncounted,
+        };
+        let experiment::Training { batch_tokens, accumulate, .. } = self.shared.experiment.training;
+        let step_allowed = u64::from(batch_tokens) * u64::from(accumulate);
+        let allowed = step_allowed.saturating_mul(self.shared.experiment.federation.local_steps);
+        match work {
+            Work::Unfinished => Err("its steps are not complete".into()),
+            Work::Finished { tokens: trained } if tokens != trained => {
+                Err(format!("it claims {tokens} trained tokens; its steps had {trained}"))
+            }
+            Work::Uncounted if tokens > allowed => {
+                Err(format!("it claims {tokens} trained tokens; a round has at most {allowed}"))
+            }
+            Work::Finished { .. } | Work::Uncounted => Ok(()),
+        }
     }
 
     /// PROTOCOL.md, "Step": four tensors and a commit, or two tensors.
@@ -506,7 +556,8 @@ impl Stream {
         let adapter = if tensors != expected {
             let (found, expected) = (tensors.len(), expected.len());
             self.receive.stop(CloseCode::Unexpected);
-            Err(format!("the update lists {found} tensors that are not the {expected} that this run trains"))
+            let text = format!("the update lists {found} tensors that are not the {expected} that this run trains");
+            Err((RefusalReason::WrongTensors, text))
         } else {
             let mut values = Vec::with_capacity(tensors.len());
             for (i, info) in tensors.iter().enumerate() {
@@ -514,13 +565,12 @@ impl Stream {
                 values.push(self.receive.tensor(&header).await?);
             }
             self.receive.end().await?;
-            like.with_tensors(values).map_err(|error| error.to_string())
+            like.with_tensors(values).map_err(|error| (RefusalReason::WrongTensors, error.to_string()))
         };
-        let finished = match &self.shared.body {
-            Some(body) => body.has_finished(key, self.participant.clone()).await,
-            None => true,
+        let adapter = match self.check_work(key, tokens).await {
+            Ok(()) => adapter,
+            Err(text) => adapter.and(Err((RefusalReason::WrongCount, text))),
         };
-        let adapter = if finished { adapter } else { adapter.and(Err("its steps are not complete".into())) };
         let (answer, answered) = oneshot::channel();
         let participant = self.participant.clone();
         let update = Incoming::Update { participant, session, key, tokens, loss_nats, adapter, answer };

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use experiment::{Backend, Experiment, SplitMode};
+use experiment::{Backend, Experiment, SplitMode, WireDtype};
 use indicatif::ProgressBar;
 use model::source::BlobStore;
 use model::{Adapter, ComputeDevice, Cut, ModelError, Part};
@@ -77,6 +77,7 @@ impl Participant {
             match receive.message().await? {
                 FromCoordinator::StartRound { round, attempt, first_step, local_steps, evaluate, train } => {
                     let prepared = self.prepared.as_mut().expect("greeting prepares");
+                    check_round(&prepared.experiment, round, first_step, local_steps, train)?;
                     let link = prepared.cut.map(|_| BodyLink {
                         connection: connection.clone(),
                         session: session.id,
@@ -100,10 +101,10 @@ impl Participant {
                         biased;
                         message = receive.message() => Some(message?),
                         done = work.run(&mut send, steps, evaluate) => match done {
-                            // The round is over for this device, and a message on its way says why.
-                            Err(ParticipantError::Net(NetError::Reset { code: Some(CloseCode::Stale), .. })) => None,
+                            // The coordinator gives up the round's streams first, and says then what became of it.
+                            Err(error) if is_stale(&error) => Some(receive.message().await?),
                             done => { done?; None }
-                        }
+                        },
                     };
                     if let Some(reason) = ended.map_or(Ok(None), |message| self.note(message))? {
                         return Ok(reason);
@@ -167,6 +168,7 @@ impl Participant {
                     let what = format!("its experiment has digest {ours} here and {theirs} there: the versions differ");
                     return Err(ParticipantError::Coordinator(what));
                 }
+                check_welcome(&experiment, (head_blocks, tail_blocks), dtype)?;
                 let cut = (experiment.split.mode != SplitMode::Whole)
                     .then_some(Cut { head_blocks: head_blocks as usize, tail_blocks: tail_blocks as usize });
                 self.prepare(connection, experiment, cut, manifest).await?;
@@ -221,6 +223,49 @@ impl Participant {
         self.prepared = Some(Prepared { experiment, model_digest, cut, trainer, width, adapter });
         Ok(())
     }
+}
+
+/// What stays on this device is decided by the experiment, of which both sides have the digest, and by nothing else.
+fn check_welcome(experiment: &Experiment, cut: (u32, u32), dtype: DType) -> Result<(), ParticipantError> {
+    let experiment::Split { head_blocks, tail_blocks, .. } = experiment.split;
+    if cut != (head_blocks, tail_blocks) {
+        let what = format!("it cuts at {cut:?} blocks; the experiment's cut is at {:?}", (head_blocks, tail_blocks));
+        return Err(ParticipantError::Coordinator(what));
+    }
+    let expected = match experiment.wire.dtype {
+        WireDtype::F32 => DType::F32,
+        WireDtype::F16 => DType::F16,
+        WireDtype::Bf16 => DType::Bf16,
+    };
+    if dtype != expected {
+        return Err(ParticipantError::Coordinator(format!("it asks for {dtype:?}; the experiment's is {expected:?}")));
+    }
+    Ok(())
+}
+
+/// A round has the experiment's steps, or none: the final evaluation is one behind the last.
+fn check_round(
+    experiment: &Experiment,
+    round: u32,
+    first_step: u64,
+    local_steps: u64,
+    train: bool,
+) -> Result<(), ParticipantError> {
+    let experiment::Federation { rounds, local_steps: expected, .. } = experiment.federation;
+    let before = u64::from(round.saturating_sub(1)).saturating_mul(expected);
+    let fits = match train {
+        true => (1..=rounds).contains(&round) && (first_step, local_steps) == (before, expected),
+        false => round > 0 && round - 1 <= rounds,
+    };
+    if fits {
+        return Ok(());
+    }
+    let what = format!("it starts round {round} with steps from {first_step} on, which the experiment does not have");
+    Err(ParticipantError::Coordinator(what))
+}
+
+fn is_stale(error: &ParticipantError) -> bool {
+    matches!(error, ParticipantError::Net(NetError::Reset { code: Some(CloseCode::Stale), .. }))
 }
 
 /// A model the owner has on disk is as good as the coordinator's if it is the same, tensor by tensor.

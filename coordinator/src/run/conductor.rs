@@ -12,7 +12,7 @@ use model::Adapter;
 use net::Connection;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
-use wire::{FromCoordinator, FromParticipant, Outcome, RefusalReason, UpdateReply};
+use wire::{CloseCode, FromCoordinator, FromParticipant, Outcome, RefusalReason, UpdateReply};
 
 use super::{Ended, RunError, SOFTWARE, Watcher, body_blocks, ledger, unix_ms};
 use crate::aggregate::{Aggregator, Member};
@@ -66,7 +66,7 @@ struct Judged {
     participant: ParticipantName,
     adapter: Option<Adapter>,
     /// Why the content is refused, where it is.
-    reason: Option<String>,
+    reason: Option<(RefusalReason, String)>,
     tokens: u64,
     loss_nats: f64,
     answer: oneshot::Sender<UpdateReply>,
@@ -127,10 +127,29 @@ impl Conductor {
         mut events: mpsc::Receiver<Incoming>,
         shutdown: impl Future<Output = ()>,
     ) -> Result<Ended, RunError> {
-        tokio::pin!(shutdown);
         let mut peers = JoinSet::new();
+        match self.until_finished(&mut peers, &mut connections, &mut events, shutdown).await {
+            Ok(reason) => self.end(reason, peers).await,
+            Err(error) => {
+                // Who is told so tries again, and finds the coordinator when its trouble is mended.
+                for connected in self.connections.values() {
+                    connected.connection.close(CloseCode::GoingAway, "the coordinator has failed");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn until_finished(
+        &mut self,
+        peers: &mut JoinSet<()>,
+        connections: &mut mpsc::Receiver<Connection>,
+        events: &mut mpsc::Receiver<Incoming>,
+        shutdown: impl Future<Output = ()>,
+    ) -> Result<FinishReason, RunError> {
+        tokio::pin!(shutdown);
         let mut stopped = false;
-        let reason = loop {
+        loop {
             let now_ms = self.now_ms();
             let deadline = self.rounds.next_deadline_ms().map(|at| Duration::from_millis(at.saturating_sub(now_ms)));
             let (actions, judged) = tokio::select! {
@@ -153,10 +172,9 @@ impl Conductor {
                 }
             };
             if let Some(reason) = self.perform(actions, judged).await? {
-                break reason;
+                return Ok(reason);
             }
-        };
-        self.end(reason, peers).await
+        }
     }
 
     fn handle(&mut self, event: Event) -> Vec<Action> {
@@ -379,13 +397,13 @@ impl Conductor {
 
     fn refuse(&mut self, judged: Judged, round: u32, refusal: Refusal) -> Result<(), RunError> {
         let Judged { participant, reason, tokens, answer, .. } = judged;
-        let text = reason.unwrap_or_else(|| refusal.to_string());
-        let reason = match refusal {
-            Refusal::WrongRound { .. } | Refusal::Late | Refusal::Abandoned => RefusalReason::Late,
-            Refusal::NotInCohort | Refusal::Removed => RefusalReason::NotInCohort,
-            Refusal::Duplicate => RefusalReason::Duplicate,
-            Refusal::NoTokens => RefusalReason::WrongCount,
-            Refusal::Content => RefusalReason::WrongTensors,
+        let said = |reason: RefusalReason| (reason, refusal.to_string());
+        let (reason, text) = match refusal {
+            Refusal::WrongRound { .. } | Refusal::Late | Refusal::Abandoned => said(RefusalReason::Late),
+            Refusal::NotInCohort | Refusal::Removed => said(RefusalReason::NotInCohort),
+            Refusal::Duplicate => said(RefusalReason::Duplicate),
+            Refusal::NoTokens => said(RefusalReason::WrongCount),
+            Refusal::Content => reason.unwrap_or_else(|| said(RefusalReason::WrongTensors)),
         };
         let _ = answer.send(UpdateReply::Refused { reason, text: text.clone() });
         self.watcher.note(&format!("an update of {participant} for round {round} is refused: {text}"));

@@ -1,1 +1,558 @@
+//! Participants that break the protocol, written by hand up to the point where they do: each is refused by name, and an
+//! honest one beside it trains as if it had been alone. The other direction, a hostile coordinator, is in `coordinator`.
 
+mod coordinator;
+
+use std::time::Duration;
+
+use model::Adapter;
+use net::{Connection, NetError, RecvStream, SendStream, StreamKind};
+use tokio::sync::OnceCell;
+use tokio::task::JoinHandle;
+use wire::{
+    BlobRef, CODEC_PLAIN, CloseCode, Commit, DType, FrameKind, FromCoordinator, FromParticipant, MessageKind, Purpose,
+    RefusalReason, Request, Shape, SquaredNorms, TensorHeader, TensorInfo, UpdateReply,
+};
+
+use crate::world::{Coordinator, Joined, World, alone, run_to_the_end};
+
+const HONEST: &str = "press-1";
+const HOSTILE: &str = "mill-1";
+const TOKENS: u32 = 8;
+
+/// A participant by hand. Its hidden states are invented; a coordinator cannot know that.
+struct Hostile {
+    connection: Connection,
+    send: SendStream,
+    receive: RecvStream,
+    session: u64,
+    experiment_digest: [u8; 32],
+    manifest: BlobRef,
+    width: u32,
+    local_steps: u64,
+    /// Names and shapes of the tensors that an update holds.
+    trained: Vec<TensorInfo>,
+}
+
+/// One micro-batch, the only one of its step. Tests change the field that is to be wrong.
+#[derive(Clone)]
+struct Step {
+    session: u64,
+    round: u32,
+    attempt: u32,
+    step: u64,
+    micro: u32,
+    micros: u32,
+    segments: Vec<u32>,
+    step_tokens: u32,
+    width: u32,
+}
+
+/// One round in which either of two is enough.
+fn either(text: &str) -> String {
+    text.replace("quorum = 2", "quorum = 1").replace("rounds = 2", "rounds = 1")
+}
+
+fn one_alone(text: &str) -> String {
+    alone(text).replace("rounds = 2", "rounds = 1")
+}
+
+/// A frame as its header says, whatever its values are.
+fn frame(header: &TensorHeader, values: &[f32]) -> Vec<u8> {
+    let payload: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    [&header.encode(wire::crc32c(&payload))[..], &payload].concat()
+}
+
+/// A guard against hanging, and no measure of anything.
+async fn within_a_minute<T>(what: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(60), what).await.expect("somebody waits for ever")
+}
+
+fn check_closed(error: &NetError, expected: CloseCode, complaint: &str) {
+    let NetError::Closed { code, reason, .. } = error else { panic!("{error}") };
+    assert_eq!(*code, Some(expected), "{reason}");
+    assert!(reason.contains(complaint), "{reason}");
+}
+
+/// What the honest participant leaves where there was never anybody else.
+async fn check_ends_as_alone(world: &World, coordinator: Coordinator, honest: JoinHandle<Joined>) {
+    static ALONE: OnceCell<Adapter> = OnceCell::const_new();
+    let expected = ALONE.get_or_init(async || {
+        let world = World::new(one_alone);
+        run_to_the_end(&world, &[HONEST]).await;
+        world.adapter(1)
+    });
+    assert!(!coordinator.end().await.unwrap().stopped);
+    assert_eq!(honest.await.unwrap().1.unwrap(), "completed");
+    assert_eq!(world.adapter(1), *expected.await);
+}
+
+/// Both are in the round; `misbehave` must come before the hostile one commits a step.
+async fn check_beside(misbehave: impl AsyncFnOnce(&mut Hostile)) {
+    within_a_minute(async {
+        let world = World::new(either);
+        let coordinator = world.coordinator();
+        let honest = coordinator.join(world.participant(HONEST).0).await;
+        let mut hostile = Hostile::join(&world, &coordinator).await;
+        misbehave(&mut hostile).await;
+        drop(hostile);
+        check_ends_as_alone(&world, coordinator, honest).await;
+    })
+    .await;
+}
+
+/// Both are in the round, and the coordinator closes the hostile one's connection.
+async fn check_refused(code: CloseCode, complaint: &str, misbehave: impl AsyncFnOnce(&mut Hostile)) {
+    check_beside(async |hostile| {
+        misbehave(hostile).await;
+        check_closed(&hostile.connection.closed().await, code, complaint);
+    })
+    .await;
+}
+
+/// The hostile one has the coordinator to itself; the honest one comes when it is gone.
+async fn check_before(misbehave: impl AsyncFnOnce(&World, &Coordinator)) {
+    within_a_minute(async {
+        let world = World::new(one_alone);
+        let coordinator = world.coordinator();
+        misbehave(&world, &coordinator).await;
+        let honest = coordinator.join(world.participant(HONEST).0).await;
+        check_ends_as_alone(&world, coordinator, honest).await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tensor_that_is_not_finite_is_refused() {
+    check_refused(CloseCode::NotFinite, "value 3 of the tensor is not finite", async |hostile| {
+        let step = hostile.step(0);
+        let (mut send, _receive) = hostile.ask(&step).await;
+        let mut values = step.values();
+        values[3] = f32::NAN;
+        let activations = frame(&step.header(FrameKind::Activations), &values);
+        send.bytes(MessageKind::Activations, &activations).await.unwrap();
+    })
+    .await;
+    check_refused(CloseCode::NotFinite, "value 5 of the tensor is not finite", async |hostile| {
+        let step = hostile.step(0);
+        let (mut send, _receive) = hostile.forward(&step).await;
+        let mut values = step.values();
+        values[5] = f32::INFINITY;
+        let gradient = frame(&step.header(FrameKind::CutGradient), &values);
+        send.bytes(MessageKind::CutGradient, &gradient).await.unwrap();
+    })
+    .await;
+    check_refused(CloseCode::NotFinite, "value 0 of the tensor is not finite", async |hostile| {
+        let (mut send, _receive) = hostile.announce_update(1, 1, 10, &hostile.trained).await;
+        let header = hostile.update_header(1, 0, &hostile.trained[0]);
+        let mut values = vec![0.0; header.shape.elements()];
+        values[0] = f32::NAN;
+        send.bytes(MessageKind::Update, &frame(&header, &values)).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tensor_that_was_not_due_is_refused() {
+    let check = async |complaint: &str, change: fn(&mut TensorHeader)| {
+        check_refused(CloseCode::Unexpected, complaint, async |hostile| {
+            let step = hostile.step(0);
+            let (mut send, _receive) = hostile.ask(&step).await;
+            let mut header = step.header(FrameKind::Activations);
+            change(&mut header);
+            // The coordinator may stop reading at the header.
+            let _ = send.tensor(&header, &vec![0.5; header.shape.elements()]).await;
+        })
+        .await;
+    };
+    check("the frame's shape is [8, 63], expected [8, 64]", |h| h.shape = Shape::new(&[TOKENS, 63]).unwrap()).await;
+    check("the frame's dtype is F16, expected F32", |h| h.dtype = DType::F16).await;
+    check("the frame's session is 9, expected", |h| h.session = 9).await;
+    check("the frame's round is 2, expected 1", |h| h.round = 2).await;
+    check("the frame's step is 1, expected 0", |h| h.step = 1).await;
+    check("the frame's micro-batch is 1, expected 0", |h| h.micro = 1).await;
+    // A gradient whose forward pass never was.
+    check("the frame's kind is CutGradient, expected Activations", |h| h.kind = FrameKind::CutGradient).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_does_not_fit_the_run_is_refused() {
+    let check = async |code: CloseCode, complaint: &str, change: fn(&mut Step)| {
+        check_refused(code, complaint, async |hostile| {
+            let mut step = hostile.step(0);
+            change(&mut step);
+            let (mut send, _receive) = hostile.ask(&step).await;
+            if let Some(header) = step.checked_header(FrameKind::Activations) {
+                let _ = send.tensor(&header, &step.values()).await;
+            }
+        })
+        .await;
+    };
+    let unexpected = CloseCode::Unexpected;
+    check(unexpected, "a step of session 9 in session", |s| s.session = 9).await;
+    check(unexpected, "step 1, micro-batch 0 came where step 0, micro-batch 0 was due", |s| s.step = 1).await;
+    check(unexpected, "step 18446744073709551615, micro-batch 0 came", |s| s.step = u64::MAX).await;
+    check(unexpected, "step 0, micro-batch 1 came", |s| s.micro = 1).await;
+    check(unexpected, "a step of 0 micro-batches", |s| s.micros = 0).await;
+    check(unexpected, "a step of 2 micro-batches; the experiment has 1", |s| s.micros = 2).await;
+    check(unexpected, "a step of 0 trained tokens", |s| s.step_tokens = 0).await;
+    check(CloseCode::OverLimit, "a step of 257 trained tokens; the experiment allows 256", |s| s.step_tokens = 257)
+        .await;
+    check(CloseCode::OverLimit, "a micro-batch of 257 tokens; the experiment allows 256", |s| s.segments = vec![257])
+        .await;
+    check(CloseCode::OverLimit, "a micro-batch of 8589934590 tokens", |s| s.segments = vec![u32::MAX; 2]).await;
+    check(unexpected, "segment", |s| s.segments = vec![8, 0]).await;
+    check(unexpected, "segment", |s| s.segments = Vec::new()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_step_of_another_round_or_attempt_ends_its_stream_alone() {
+    for (round, attempt) in [(2, 1), (0, 1), (1, 2), (1, 0)] {
+        check_beside(async |hostile| hostile.check_stale(&Step { round, attempt, ..hostile.step(0) }).await).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_step_before_the_round_starts_ends_its_stream_alone() {
+    within_a_minute(async {
+        let world = World::new(either);
+        let coordinator = world.coordinator();
+        let mut hostile = Hostile::greet(&world, &coordinator).await;
+        hostile.check_stale(&hostile.step(0)).await;
+        hostile.ready().await;
+        hostile.check_stale(&hostile.step(0)).await;
+        let honest = coordinator.join(world.participant(HONEST).0).await;
+        assert!(matches!(hostile.control().await, FromCoordinator::StartRound { round: 1, .. }));
+        drop(hostile);
+        check_ends_as_alone(&world, coordinator, honest).await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_step_sent_twice_is_refused() {
+    check_refused(CloseCode::Unexpected, "step 0, micro-batch 0 came", async |hostile| {
+        let _first = hostile.forward(&hostile.step(0)).await;
+        let _second = hostile.request_forward(&hostile.step(0)).await;
+        // Ending either stream now would be another mistake.
+        hostile.connection.closed().await;
+    })
+    .await;
+    check_before(async |world, coordinator| {
+        let hostile = Hostile::join(world, coordinator).await;
+        hostile.train(0).await;
+        let _streams = hostile.request_forward(&hostile.step(0)).await;
+        let complaint = "step 0, micro-batch 0 came where step 1, micro-batch 0 was due";
+        check_closed(&hostile.connection.closed().await, CloseCode::Unexpected, complaint);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_never_comes_holds_nobody_up_once_its_sender_has_left() {
+    check_beside(async |hostile| {
+        let step = hostile.step(0);
+        let (mut send, mut receive) = hostile.forward(&step).await;
+        hostile.backward(&step, &mut send, &mut receive).await;
+        hostile.send.message(&FromParticipant::Leaving { reason: "no reason".into() }).await.unwrap();
+        check_closed(&hostile.connection.closed().await, CloseCode::Done, "the participant left: no reason");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_update_without_its_steps_is_refused() {
+    check_beside(async |hostile| {
+        let (reason, text) = hostile.update(1, 1, 10, &hostile.trained).await.unwrap_err();
+        assert_eq!((reason, text.as_str()), (RefusalReason::WrongCount, "its steps are not complete"));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_update_of_other_tensors_is_refused() {
+    let check = async |change: fn(&mut Vec<TensorInfo>)| {
+        check_beside(async |hostile| {
+            let mut tensors = hostile.trained.clone();
+            change(&mut tensors);
+            let (reason, text) = hostile.update(1, 1, 10, &tensors).await.unwrap_err();
+            assert_eq!(reason, RefusalReason::WrongTensors);
+            assert!(text.contains("tensors that are not the 8 that this run trains"), "{text}");
+        })
+        .await;
+    };
+    check(|tensors| tensors.truncate(7)).await;
+    check(|tensors| tensors.clear()).await;
+    check(|tensors| tensors.swap(0, 1)).await;
+    check(|tensors| tensors[0].shape = vec![5, 64]).await;
+    // A block of the body is nobody's to send.
+    check(|tensors| tensors[0].name = tensors[0].name.replace("layers.0", "layers.1")).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_update_of_another_round_or_attempt_is_refused() {
+    check_beside(async |hostile| {
+        for (round, attempt) in [(2, 1), (0, 1), (1, 2), (1, 0)] {
+            let (reason, text) = hostile.update(round, attempt, 10, &hostile.trained).await.unwrap_err();
+            assert_eq!(reason, RefusalReason::Late, "{text}");
+        }
+    })
+    .await;
+}
+
+/// The weight of an update is what its sender has trained on, not what it claims.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_update_that_claims_more_tokens_than_it_has_trained_on_is_refused() {
+    for claimed in [0, 5 * u64::from(TOKENS) + 1, u64::MAX] {
+        check_before(async |world, coordinator| {
+            let hostile = Hostile::join(world, coordinator).await;
+            for step in 0..hostile.local_steps {
+                hostile.train(step).await;
+            }
+            let (reason, text) = hostile.update(1, 1, claimed, &hostile.trained).await.unwrap_err();
+            assert_eq!(reason, RefusalReason::WrongCount, "{text}");
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_report_of_a_step_that_is_not_the_rounds_is_refused() {
+    for (round, step) in [(1, 5), (1, u64::MAX), (0, 0), (2, 5), (u32::MAX, 0)] {
+        check_refused(CloseCode::Unexpected, "in a report of round", async |hostile| {
+            let report =
+                FromParticipant::StepFinished { round, step, loss_nats: 1.0, tokens: 1, compute_ms: 1.0, wait_ms: 1.0 };
+            hostile.send.message(&report).await.unwrap();
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blob_that_is_not_the_runs_is_refused() {
+    check_before(async |world, coordinator| {
+        let hostile = Hostile::greet(world, coordinator).await;
+        hostile.check_blob_refused([7; 32], 0, "a blob that is no part of this run's model").await;
+    })
+    .await;
+    check_before(async |world, coordinator| {
+        let hostile = Hostile::greet(world, coordinator).await;
+        let BlobRef { sha256, length } = hostile.manifest;
+        let complaint = format!("offset {} in a blob of {length} bytes", length + 1);
+        hostile.check_blob_refused(sha256, length + 1, &complaint).await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_hello_is_refused() {
+    check_refused(CloseCode::Unexpected, "a second hello", async |hostile| {
+        hostile.send.message(&hello()).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn being_ready_for_another_experiment_is_refused() {
+    check_before(async |world, coordinator| {
+        let mut hostile = Hostile::greet(world, coordinator).await;
+        hostile.experiment_digest[0] ^= 1;
+        hostile.ready().await;
+        let error = hostile.connection.closed().await;
+        check_closed(&error, CloseCode::ExperimentDiffers, "the experiments differ");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn anything_but_a_hello_first_is_refused() {
+    check_before(async |_, coordinator| {
+        let connection = coordinator.connect(HOSTILE).await;
+        let (mut send, _receive) = connection.open(StreamKind::Control).await.unwrap();
+        send.message(&FromParticipant::Ready { experiment_digest: [0; 32] }).await.unwrap();
+        check_closed(&connection.closed().await, CloseCode::Incompatible, "came where a hello was due");
+    })
+    .await;
+}
+
+fn hello() -> FromParticipant {
+    let (dtypes, codecs) = (vec![DType::F32], vec![CODEC_PLAIN]);
+    FromParticipant::Hello { minor: wire::MINOR, dtypes, codecs, software: "by hand".into() }
+}
+
+impl Hostile {
+    /// As far as the welcome.
+    async fn greet(world: &World, coordinator: &Coordinator) -> Self {
+        let connection = coordinator.connect(HOSTILE).await;
+        let (mut send, mut receive) = connection.open(StreamKind::Control).await.unwrap();
+        send.message(&hello()).await.unwrap();
+        let FromCoordinator::Welcome { session, experiment_digest, manifest, .. } = receive.message().await.unwrap()
+        else {
+            panic!("no welcome");
+        };
+        let config = model::AdapterConfig::new(&world.experiment.adapter);
+        let blocks = world.source.config().blocks;
+        let all = Adapter::seeded(config, world.source.config(), 0..blocks, experiment::Seed(1)).unwrap();
+        let trained = all.filtered(|block| block == 0 || block == blocks - 1);
+        let info = |tensor: &model::AdapterTensor| TensorInfo {
+            name: tensor.name.clone(),
+            shape: tensor.shape.map(|size| size as u32).to_vec(),
+        };
+        let trained = trained.tensors().iter().map(info).collect();
+        let width = world.source.config().width as u32;
+        let local_steps = world.experiment.federation.local_steps;
+        Self { connection, send, receive, session, experiment_digest, manifest, width, local_steps, trained }
+    }
+
+    async fn ready(&mut self) {
+        let experiment_digest = self.experiment_digest;
+        self.send.message(&FromParticipant::Ready { experiment_digest }).await.unwrap();
+    }
+
+    /// As far as the start of round 1.
+    async fn join(world: &World, coordinator: &Coordinator) -> Self {
+        let mut hostile = Self::greet(world, coordinator).await;
+        hostile.ready().await;
+        assert!(matches!(hostile.control().await, FromCoordinator::StartRound { round: 1, attempt: 1, .. }));
+        hostile
+    }
+
+    async fn control(&mut self) -> FromCoordinator {
+        self.receive.message().await.unwrap()
+    }
+
+    /// A step of round 1 that is in order.
+    fn step(&self, step: u64) -> Step {
+        let (session, width) = (self.session, self.width);
+        let (round, attempt, micro, micros) = (1, 1, 0, 1);
+        Step { session, round, attempt, step, micro, micros, segments: vec![TOKENS], step_tokens: TOKENS, width }
+    }
+
+    async fn ask(&self, step: &Step) -> (SendStream, RecvStream) {
+        let (mut send, receive) = self.connection.open(StreamKind::Step { age: 0 }).await.unwrap();
+        let Step { session, round, attempt, step, micro, micros, ref segments, step_tokens, .. } = *step;
+        let (purpose, segments, trained_tokens) = (Purpose::Train, segments.clone(), step_tokens);
+        let request = Request::Step {
+            session,
+            round,
+            attempt,
+            step,
+            micro,
+            micros,
+            purpose,
+            segments,
+            trained_tokens,
+            step_tokens,
+        };
+        send.message(&request).await.unwrap();
+        (send, receive)
+    }
+
+    async fn request_forward(&self, step: &Step) -> (SendStream, RecvStream) {
+        let (mut send, receive) = self.ask(step).await;
+        send.tensor(&step.header(FrameKind::Activations), &step.values()).await.unwrap();
+        (send, receive)
+    }
+
+    async fn forward(&self, step: &Step) -> (SendStream, RecvStream) {
+        let (send, mut receive) = self.request_forward(step).await;
+        receive.tensor(&step.header(FrameKind::Activations)).await.unwrap();
+        (send, receive)
+    }
+
+    async fn backward(&self, step: &Step, send: &mut SendStream, receive: &mut RecvStream) {
+        let header = step.header(FrameKind::CutGradient);
+        send.tensor(&header, &step.values()).await.unwrap();
+        receive.tensor(&header).await.unwrap();
+        let SquaredNorms { blocks } = receive.message().await.unwrap();
+        assert_eq!(blocks.len(), 2);
+    }
+
+    /// A whole step, in order.
+    async fn train(&self, step: u64) {
+        let step = self.step(step);
+        let (mut send, mut receive) = self.forward(&step).await;
+        self.backward(&step, &mut send, &mut receive).await;
+        let commit = Commit { squared_norms_head: vec![1.0], squared_norms_tail: vec![1.0] };
+        send.message(&commit).await.unwrap();
+        send.finish();
+        receive.end().await.unwrap();
+    }
+
+    /// The coordinator gives up the stream, and goes on listening.
+    async fn check_stale(&self, step: &Step) {
+        let (_send, mut receive) = self.request_forward(step).await;
+        let error = receive.tensor(&step.header(FrameKind::Activations)).await.unwrap_err();
+        assert_eq!(error, NetError::Reset { code: Some(CloseCode::Stale), number: 3 });
+        let (mut send, mut receive) = self.connection.open(StreamKind::Bulk).await.unwrap();
+        let BlobRef { sha256, length } = self.manifest;
+        send.message(&Request::FetchBlob { sha256, offset: length }).await.unwrap();
+        send.finish();
+        assert_eq!(receive.message::<wire::BlobHeader>().await.unwrap().length, 0);
+    }
+
+    async fn check_blob_refused(&self, sha256: [u8; 32], offset: u64, complaint: &str) {
+        let (mut send, _receive) = self.connection.open(StreamKind::Bulk).await.unwrap();
+        send.message(&Request::FetchBlob { sha256, offset }).await.unwrap();
+        send.finish();
+        check_closed(&self.connection.closed().await, CloseCode::Unexpected, complaint);
+    }
+
+    async fn announce_update(
+        &self,
+        round: u32,
+        attempt: u32,
+        tokens: u64,
+        tensors: &[TensorInfo],
+    ) -> (SendStream, RecvStream) {
+        let (mut send, receive) = self.connection.open(StreamKind::Bulk).await.unwrap();
+        let tensors = tensors.to_vec();
+        send.message(&Request::Update { round, attempt, tokens, loss_nats: 1.0, tensors }).await.unwrap();
+        (send, receive)
+    }
+
+    /// A whole update; the coordinator's reply to it.
+    async fn update(
+        &self,
+        round: u32,
+        attempt: u32,
+        tokens: u64,
+        tensors: &[TensorInfo],
+    ) -> Result<(), (RefusalReason, String)> {
+        let (mut send, mut receive) = self.announce_update(round, attempt, tokens, tensors).await;
+        for (i, tensor) in tensors.iter().enumerate() {
+            let header = self.update_header(round, i as u32, tensor);
+            // A listing that is wrong is not read on.
+            let _ = send.tensor(&header, &vec![0.5; header.shape.elements()]).await;
+        }
+        send.finish();
+        match receive.message().await.unwrap() {
+            UpdateReply::Accepted => Ok(()),
+            UpdateReply::Refused { reason, text } => Err((reason, text)),
+        }
+    }
+
+    fn update_header(&self, round: u32, micro: u32, tensor: &TensorInfo) -> TensorHeader {
+        let (kind, dtype, shape) = (FrameKind::Adapter, DType::F32, tensor.shape().unwrap());
+        TensorHeader { kind, dtype, session: self.session, round, step: 0, micro, shape }
+    }
+}
+
+impl Step {
+    fn header(&self, kind: FrameKind) -> TensorHeader {
+        self.checked_header(kind).unwrap()
+    }
+
+    /// None where the step has no tokens, or more than fit a tensor.
+    fn checked_header(&self, kind: FrameKind) -> Option<TensorHeader> {
+        let tokens = self.segments.iter().try_fold(0u32, |sum, &length| sum.checked_add(length))?;
+        let shape = Shape::new(&[tokens, self.width]).ok()?;
+        let Self { session, round, step, micro, .. } = *self;
+        Some(TensorHeader { kind, dtype: DType::F32, session, round, step, micro, shape })
+    }
+
+    fn values(&self) -> Vec<f32> {
+        let elements = self.checked_header(FrameKind::Activations).map_or(0, |header| header.shape.elements());
+        (0..elements).map(|i| (i % 7) as f32 / 7.0 - 0.5).collect()
+    }
+}
