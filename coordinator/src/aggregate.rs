@@ -35,6 +35,8 @@ pub enum AggregateError {
     Model(#[from] ModelError),
     #[error("the members trained different blocks")]
     DifferentBlocks,
+    #[error("the updates are so large that their aggregate is not finite; the rounds before stay as they are")]
+    NotFinite,
 }
 
 impl Aggregator {
@@ -95,7 +97,12 @@ impl Aggregator {
             parts.push(body);
         }
         parts.push(global.filtered(|block| !replaced.contains(&block)));
-        Ok(Aggregate { adapter: Adapter::join(parts)?, error })
+        let adapter = Adapter::join(parts)?;
+        // A round that could not be read again must not be written.
+        if adapter.flat().iter().any(|value| !value.is_finite()) {
+            return Err(AggregateError::NotFinite);
+        }
+        Ok(Aggregate { adapter, error })
     }
 }
 
@@ -135,7 +142,8 @@ mod tests {
         let config = AdapterConfig::new(&experiment.adapter);
         let adapter = Adapter::seeded(config, model.config(), 0..model.config().blocks, Seed(seed)).unwrap();
         // Every factor away from zero.
-        let flat: Vec<f32> = adapter.flat().iter().enumerate().map(|(i, x)| x + (i % 7) as f32 * 0.01).collect();
+        let away = |i: usize| ((i as u64 * (seed + 3)) % 7) as f32 * 0.01 - 0.03;
+        let flat: Vec<f32> = adapter.flat().iter().enumerate().map(|(i, x)| x + away(i)).collect();
         adapter.with_flat(&flat).unwrap()
     }
 

@@ -385,7 +385,11 @@ impl Worker {
             if let (Strategy::FedProx { mu }, Some((own, _))) = (&self.experiment.federation.strategy, &member.own) {
                 sum.add_proximal(*mu as f32, own, adapter);
             }
-            squared_norms = Some(sum.squared_norms(adapter));
+            let norms = sum.squared_norms(adapter);
+            if norms.iter().any(|norm| !norm.is_finite()) {
+                return Err(BodyError::Misplaced("the gradients it sent make the body's overflow".into()));
+            }
+            squared_norms = Some(norms);
         }
         let gradient = backward.input.expect("a body's input is tracked");
         Ok(Backward { gradient, squared_norms })

@@ -1,8 +1,9 @@
 //! The commands of `coordinator`: arguments in, lines, tables or JSON out. Nothing is decided here.
 
+use std::fmt::Display;
 use std::future::Future;
-use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
@@ -79,8 +80,8 @@ struct InviteArguments {
     home: PathBuf,
     /// The device's name; with --count the first part of several names
     name: String,
-    /// Invite NAME-1, NAME-2, … up to this number
-    #[arg(long)]
+    /// Invite NAME-1, NAME-2, … up to this number, at most 65536
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     count: Option<u32>,
     /// The invitation's file, or with --count their directory [default: NAME.invite]
     #[arg(long)]
@@ -168,46 +169,39 @@ impl Command {
     fn perform(self) -> anyhow::Result<()> {
         match self {
             Self::Init(InitArguments { home, address }) => {
-                let home = Home::init(&home, address, OffsetDateTime::now_utc())?;
-                println!("{}: a CA, an identity and experiment.toml", home.path().display());
-                println!("next: coordinator invite {} NAME", home.path().display());
-                Ok(())
+                let home = Home::init(&home, address, OffsetDateTime::now_utc()).map_err(failed)?;
+                print(format_args!("{}: a CA, an identity and experiment.toml", home.path().display()))?;
+                print(format_args!("next: coordinator invite {} NAME", home.path().display()))
             }
             Self::Fetch(FetchArguments { name, to }) => {
-                fetch(&name, &to).map_err(|error| anyhow::anyhow!("failed to {error}"))?;
+                fetch(&name, &to).map_err(failed)?;
                 Ok(())
             }
             Self::Invite(arguments) => invite(arguments),
             Self::Run(_) => bail!("a run is not performed here"),
             Self::Status(StatusArguments { run, json }) => {
-                let standing = status(&run).map_err(|error| anyhow::anyhow!("failed to {error}"))?;
-                if json {
-                    println!("{}", serde_json::to_string(&standing)?);
-                } else {
-                    print!("{}", standing.to_text(unix_ms()));
+                let standing = status(&run).map_err(failed)?;
+                match json {
+                    true => print(serde_json::to_string(&standing)?),
+                    false => print(standing.to_text(unix_ms()).trim_end()),
                 }
-                Ok(())
             }
             Self::Report(ReportArguments { run, out, json }) => {
-                let report = Report::of_run(&run).map_err(|error| anyhow::anyhow!("failed to {error}"))?;
+                let report = Report::of_run(&run).map_err(failed)?;
                 let out = out.unwrap_or_else(|| run.join("report.html"));
-                report.write_page(&out).map_err(|error| anyhow::anyhow!("failed to {error}"))?;
-                if json {
-                    println!("{}", serde_json::to_string(&report.summary)?);
-                } else {
-                    print!("{}", report.text);
-                    println!("page: {}", out.display());
+                report.write_page(&out).map_err(failed)?;
+                match json {
+                    true => print(serde_json::to_string(&report.summary)?),
+                    false => print(format_args!("{}\npage: {}", report.text.trim_end(), out.display())),
                 }
-                Ok(())
             }
             Self::Export(ExportArguments { run, format, out, round, force, json }) => {
                 let formats = format.iter().map(|format| format.parse()).collect::<Result<Vec<Format>, _>>();
                 let exported = formats.and_then(|formats| export(&run, round, &formats, &out, force));
-                for exported in exported.map_err(|error| anyhow::anyhow!("failed to {error}"))? {
-                    if json {
-                        println!("{}", serde_json::to_string(&exported)?);
-                    } else {
-                        println!("{exported}");
+                for exported in exported.map_err(failed)? {
+                    match json {
+                        true => print(serde_json::to_string(&exported)?)?,
+                        false => print(exported)?,
                     }
                 }
                 Ok(())
@@ -218,10 +212,9 @@ impl Command {
 
 fn invite(arguments: InviteArguments) -> anyhow::Result<()> {
     let InviteArguments { home, name, count, out, replace, json } = arguments;
-    let home = Home::open(&home)?;
+    let home = Home::open(&home).map_err(failed)?;
     let names = match count {
         None => vec![name.clone()],
-        Some(0) => bail!("--count must be at least 1"),
         Some(count) => (1..=count).map(|i| format!("{name}-{i}")).collect(),
     };
     for name in names {
@@ -237,14 +230,15 @@ fn invite(arguments: InviteArguments) -> anyhow::Result<()> {
         if let Some(directory) = path.parent() {
             std::fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
         }
-        let invitation = home.invite(&name, OffsetDateTime::now_utc(), INVITATION_VALID, replace)?;
+        let invitation = home.invite(&name, OffsetDateTime::now_utc(), INVITATION_VALID, replace).map_err(failed)?;
         invitation.write(&path)?;
         match json {
-            true => println!(
-                "{}",
-                json!({"name": name.to_string(), "invitation": path, "expires_unix": invitation.expires_unix})
-            ),
-            false => println!("{}: good once, for a day; give it to {name} and nobody else", path.display()),
+            true => {
+                print(json!({"name": name.to_string(), "invitation": path, "expires_unix": invitation.expires_unix}))?
+            }
+            false => {
+                print(format_args!("{}: good once, for a day; give it to {name} and nobody else", path.display()))?
+            }
         }
     }
     Ok(())
@@ -252,24 +246,41 @@ fn invite(arguments: InviteArguments) -> anyhow::Result<()> {
 
 async fn run(arguments: RunArguments, interrupted: impl Future<Output = ()>) -> anyhow::Result<()> {
     let RunArguments { experiment, home, runs, init_adapter, json } = arguments;
-    let run = Run { experiment: experiment.clone(), home: home.clone(), runs, init_adapter };
+    let again = command_line(&experiment, &home, &runs);
+    let run = Run { experiment, home, runs, init_adapter };
     let watcher: Box<dyn Watcher> = if json { Box::new(JsonWatcher) } else { Box::new(LineWatcher::new()) };
     let Ended { directory, rounds, of, stopped } = run.run(watcher, interrupted).await?;
     if stopped && !json {
-        println!("stopped after round {rounds} of {of}; nothing finished is lost. To go on:");
-        println!("  coordinator run {} --home {}", experiment.display(), home.display());
+        print(format_args!("stopped after round {rounds} of {of}; nothing finished is lost. To go on:\n  {again}"))?;
     } else if !json {
-        println!("next: coordinator report {}", directory.display());
+        print(format_args!("next: coordinator report {}", directory.display()))?;
     }
     Ok(())
+}
+
+/// What goes on with a run; its adapter is that of its newest round, so that no other one is named.
+fn command_line(experiment: &Path, home: &Path, runs: &Path) -> String {
+    format!("coordinator run {} --home {} --runs {}", experiment.display(), home.display(), runs.display())
+}
+
+/// For errors whose messages finish the sentence "failed to …".
+fn failed(error: impl Display) -> anyhow::Error {
+    anyhow::anyhow!("failed to {error}")
+}
+
+/// A line on the standard output. A closed pipe or a full disk behind it is an error like any other, where `println!`
+/// would panic.
+fn print(line: impl Display) -> anyhow::Result<()> {
+    writeln!(std::io::stdout(), "{line}").context("failed to print")
 }
 
 struct JsonWatcher;
 
 impl Watcher for JsonWatcher {
     fn row(&mut self, row: &Row) {
+        // The row is in metrics.jsonl; a run does not end because nobody reads along any more.
         if let Ok(line) = serde_json::to_string(row) {
-            println!("{line}");
+            let _ = print(line);
         }
     }
 
@@ -298,7 +309,8 @@ impl LineWatcher {
     }
 
     fn line(&self, text: &str) {
-        self.bar.suspend(|| println!("{text}"));
+        // A run does not end because nobody reads along any more.
+        let _ = self.bar.suspend(|| print(text));
     }
 
     fn tell_evaluation(&mut self) {

@@ -28,6 +28,9 @@ use conductor::Conductor;
 
 pub const SOFTWARE: &str = concat!("headwater coordinator ", env!("CARGO_PKG_VERSION"));
 
+/// The reason in the last row of a run that has nothing left to do.
+const COMPLETED: &str = "completed";
+
 pub struct Run {
     pub experiment: PathBuf,
     pub home: PathBuf,
@@ -41,7 +44,7 @@ pub enum RunError {
     Experiment(#[from] experiment::Error),
     #[error(transparent)]
     Model(#[from] model::ModelError),
-    #[error(transparent)]
+    #[error("failed to {0}")]
     Home(#[from] crate::home::HomeError),
     #[error(transparent)]
     Net(#[from] net::NetError),
@@ -53,7 +56,9 @@ pub enum RunError {
     Thread(std::io::Error),
     #[error("the body's thread has failed; its log line says why. Run the same command again to go on from round {0}")]
     BodyFailed(u32),
-    #[error("the model has digest {found}; the experiment's `model.sha256` is {expected}")]
+    #[error(
+        "the model has digest {found}; the experiment's `model.sha256` is {expected}: correct it, or bring that model"
+    )]
     OtherModel { expected: String, found: String },
     #[error(
         "round {round} was abandoned {attempts} times; rounds before it are kept. Run the same command again to go on"
@@ -127,7 +132,7 @@ impl Run {
         source: Arc<dyn Source>,
         home: Home,
         connections: mpsc::Receiver<Connection>,
-        watcher: Box<dyn Watcher>,
+        mut watcher: Box<dyn Watcher>,
         shutdown: impl Future<Output = ()>,
     ) -> Result<Ended, RunError> {
         ComputeDevice::limit_threads(experiment.device.threads);
@@ -141,6 +146,11 @@ impl Run {
         let body_blocks = body_blocks(&experiment, source.config().blocks);
         let mut aggregator = Aggregator::new(&experiment);
         let finished = directory.finished_rounds()?;
+        if is_completed(&directory.rows()?) {
+            watcher.note("the run is completed; to train again, give the experiment another name");
+            let of = experiment.federation.rounds;
+            return Ok(Ended { directory: directory.path().to_owned(), rounds: finished, of, stopped: false });
+        }
         let (adapter, optimizers) =
             self.starting_point(&experiment, &*source, &directory, finished, &body_blocks, &mut aggregator)?;
         let body = match &body_blocks {
@@ -195,6 +205,11 @@ impl Run {
         aggregator.strategy_mut().restore(checkpoint.strategy)?;
         Ok((checkpoint.adapter, checkpoint.optimizers))
     }
+}
+
+/// Whether the last that was written of the run is its end: the evaluation after the last round included.
+fn is_completed(rows: &[Row]) -> bool {
+    matches!(rows.last(), Some(Row::Finished { reason, .. }) if reason == COMPLETED)
 }
 
 fn body_blocks(experiment: &Experiment, blocks: usize) -> Option<std::ops::Range<usize>> {

@@ -359,6 +359,8 @@ impl Session<'_> {
                     streams.spawn(stream.serve());
                 }
                 Some(served) = streams.join_next() => match served {
+                    // The participant gave this stream up; it has its reasons, and the connection lives.
+                    Ok(Err(ServeError::Net(NetError::Reset { .. }))) => {}
                     Ok(served) => served?,
                     Err(error) => return Err(ServeError::Close(CloseCode::Internal, error.to_string())),
                 }
@@ -414,8 +416,6 @@ impl Stream {
                         self.receive.stop(CloseCode::Stale);
                         Ok(())
                     }
-                    // The participant gave this stream up; it has its reasons, and the connection lives.
-                    Err(StepError::Serve(ServeError::Net(NetError::Reset { .. }))) => Ok(()),
                     Err(StepError::Serve(error)) => Err(error),
                     Ok(()) => Ok(()),
                 }

@@ -1,11 +1,12 @@
 //! The body, as a participant sees it: one stream per micro-batch (PROTOCOL.md, "Step streams").
 
 use model::Matrix;
-use net::{Connection, RecvStream, SendStream, StreamKind};
+use net::{Connection, RecvStream, StreamKind};
 use wire::{Commit, DType, FrameKind, Purpose, Request, Shape, SquaredNorms, TensorHeader};
 
 use crate::ParticipantError;
 use crate::data::MicroBatch;
+use crate::outgoing::Outgoing;
 
 /// Where micro-batches of one round are sent.
 #[derive(Clone)]
@@ -21,7 +22,7 @@ pub struct BodyLink {
 
 /// One micro-batch on its way through the body.
 pub struct Exchange {
-    send: SendStream,
+    send: Outgoing,
     receive: RecvStream,
     /// Of every tensor of the exchange, but for its kind.
     header: TensorHeader,
@@ -60,7 +61,8 @@ impl BodyLink {
         let Self { session, round, attempt, dtype, width, .. } = *self;
         let shape = Shape::new(&[batch.tokens.len() as u32, width as u32]).map_err(|error| unsendable(error.into()))?;
         let header = TensorHeader { kind: FrameKind::Activations, dtype, session, round, step, micro, shape };
-        let (mut send, receive) = self.connection.open(StreamKind::Step { age: 0 }).await?;
+        let (send, receive) = self.connection.open(StreamKind::Step { age: 0 }).await?;
+        let mut send = Outgoing::new(send);
         let (segments, trained_tokens) = (batch.segments.clone(), batch.trained_tokens);
         let request = Request::Step {
             session,

@@ -1,5 +1,6 @@
 //! The commands of `participant`: arguments in, lines or JSON out. Nothing is decided here.
 
+use std::fmt::Display;
 use std::future::Future;
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
@@ -12,12 +13,13 @@ use experiment::{Backend, Columns, Experiment, Seed};
 use model::source::BlobStore;
 use net::Invitation;
 use serde_json::json;
+use tokio::sync::watch;
 
 use crate::data::read_records;
 use crate::device_log::{Canary, FactoryDevice, write_files};
 use crate::generate::{Generation, Runner};
 use crate::join::{Join, default_state};
-use crate::local::{Happened, LocalTraining, initial_adapter};
+use crate::local::{Happened, LocalTraining, check_digest, initial_adapter};
 use crate::session::{Participant, Reporter};
 use crate::stages::Stages;
 use crate::swarm::Swarm;
@@ -185,7 +187,7 @@ struct GenerateArguments {
     #[arg(long, default_value_t = 128)]
     max_tokens: usize,
     /// 0 always takes the likeliest token
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     temperature: f64,
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -235,7 +237,7 @@ struct DeviceLogArguments {
     #[arg(long, default_value_t = 400)]
     records: usize,
     /// How many devices: press-1, mill-1, packer-1, chiller-1, press-2, …
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     devices: u32,
     /// Plant this sentence among the first device's records, to search for it elsewhere
     #[arg(long)]
@@ -252,34 +254,43 @@ impl Cli {
 
     /// Runs the command until it is done or `interrupted`.
     pub async fn run(self, interrupted: impl Future<Output = ()>) -> anyhow::Result<()> {
+        let leaves = matches!(&self.command, Command::Join(_) | Command::Swarm(_));
         let again = match &self.command {
             Command::Join(_) | Command::Swarm(_) => {
                 "the coordinator goes on at quorum; run the same command again to rejoin"
             }
             _ => "nothing was written; run the same command again to start over",
         };
+        let (stop, stopped) = watch::channel(false);
+        let mut work = std::pin::pin!(self.command.run(stopped));
         tokio::select! {
-            done = self.command.run() => done,
-            () = interrupted => bail!("interrupted: {again}"),
+            done = &mut work => return done,
+            () = interrupted => {}
         }
+        // Who is connected takes leave; whatever else is going on is not waited for.
+        let _ = stop.send(true);
+        if leaves {
+            let _ = tokio::time::timeout(Duration::from_secs(2), work).await;
+        }
+        bail!("interrupted: {again}")
     }
 }
 
 impl Command {
-    async fn run(self) -> anyhow::Result<()> {
+    async fn run(self, stop: watch::Receiver<bool>) -> anyhow::Result<()> {
         match self {
-            Self::Join(arguments) => join(arguments).await,
+            Self::Join(arguments) => join(arguments, stop).await,
             Self::Train(arguments) => train(arguments).await,
-            Self::Swarm(arguments) => swarm(arguments).await,
+            Self::Swarm(arguments) => swarm(arguments, stop).await,
             Self::Generate(arguments) => off_the_runtime(|| generate(arguments)),
             Self::Evaluate(arguments) => off_the_runtime(|| evaluate(arguments)),
             Self::Logits(arguments) => off_the_runtime(|| logits(arguments)),
             Self::InitAdapter(InitAdapterArguments { experiment, out }) => {
                 let experiment = Experiment::from_file(&experiment).context("failed to start")?;
                 let source = model::source::of_experiment(&experiment)?;
+                check_digest(&experiment, &*source)?;
                 initial_adapter(&experiment, &*source, None)?.save(&out, &source.origin().display().to_string())?;
-                println!("{}", out.display());
-                Ok(())
+                print(out.display())
             }
             Self::DeviceLog(arguments) => device_log(arguments),
         }
@@ -291,7 +302,7 @@ fn off_the_runtime<T>(work: impl FnOnce() -> T) -> T {
     tokio::task::block_in_place(work)
 }
 
-async fn join(arguments: JoinArguments) -> anyhow::Result<()> {
+async fn join(arguments: JoinArguments, stop: watch::Receiver<bool>) -> anyhow::Result<()> {
     let JoinArguments { invitation: path, data, state, cache, model, address, patience_s, device, json } = arguments;
     let invitation = Invitation::read(&path)?;
     // A wrong data file is better found now than after the model has come.
@@ -310,14 +321,12 @@ async fn join(arguments: JoinArguments) -> anyhow::Result<()> {
         reporter: Arc::new(Printer { json, name: None }),
     };
     let state = state.unwrap_or_else(|| default_state(&path));
-    let join = Join { invitation, address, state, patience: Duration::from_secs(patience_s) };
+    let join = Join { invitation, address, state, patience: Duration::from_secs(patience_s), stop };
     let reason = join.run(&mut participant).await?;
-    if json {
-        println!("{}", json!({"event": "finished", "reason": reason}));
-    } else {
-        println!("the run is over: {reason}");
+    match json {
+        true => print(json!({"event": "finished", "reason": reason})),
+        false => print(format_args!("the run is over: {reason}")),
     }
-    Ok(())
 }
 
 async fn train(arguments: TrainArguments) -> anyhow::Result<()> {
@@ -328,35 +337,35 @@ async fn train(arguments: TrainArguments) -> anyhow::Result<()> {
     training
         .run(|happened| match happened {
             Happened::Evaluated { step, loss_nats, tokens } if json => {
-                println!("{}", json!({"event": "evaluation", "step": step, "loss_nats": loss_nats, "tokens": tokens}));
+                tell(json!({"event": "evaluation", "step": step, "loss_nats": loss_nats, "tokens": tokens}));
             }
             Happened::Evaluated { step, loss_nats, tokens } => {
-                println!("after {step} steps: held-out loss {loss_nats:.4} nats per token ({tokens} tokens)");
+                tell(format_args!("after {step} steps: held-out loss {loss_nats:.4} nats per token ({tokens} tokens)"));
             }
             Happened::Stepped(report) => {
                 print_step(json, None, None, &report);
                 last = Some(report);
             }
-            Happened::Saved(path) if json => println!("{}", json!({"event": "saved", "adapter": path})),
-            Happened::Saved(path) => println!("adapter: {}", path.display()),
+            Happened::Saved(path) if json => tell(json!({"event": "saved", "adapter": path})),
+            Happened::Saved(path) => tell(format_args!("adapter: {}", path.display())),
         })
         .await?;
     if let (true, Some(StepReport { step, loss_nats, .. })) = (json, last) {
-        println!("{}", json!({"event": "finished", "steps": step + 1, "loss_nats": loss_nats}));
+        print(json!({"event": "finished", "steps": step + 1, "loss_nats": loss_nats}))?;
     }
     Ok(())
 }
 
-async fn swarm(arguments: SwarmArguments) -> anyhow::Result<()> {
+async fn swarm(arguments: SwarmArguments, stop: watch::Receiver<bool>) -> anyhow::Result<()> {
     let SwarmArguments { experiment, count, data, invites, address, cache, patience_s, json } = arguments;
     let experiment = Experiment::from_file(&experiment).context("failed to start")?;
     let (store, patience) = (BlobStore::open(cache)?, Duration::from_secs(patience_s));
-    let swarm = Swarm { experiment, count, data, invitations: invites, address, store, patience };
+    let swarm = Swarm { experiment, count, data, invitations: invites, address, store, patience, stop };
     let printer = |name: &str| -> Arc<dyn Reporter> { Arc::new(Printer { json, name: Some(name.to_owned()) }) };
     for (name, reason) in swarm.run(printer).await? {
         match json {
-            true => println!("{}", json!({"event": "finished", "participant": name, "reason": reason})),
-            false => println!("{name}: the run is over: {reason}"),
+            true => print(json!({"event": "finished", "participant": name, "reason": reason}))?,
+            false => print(format_args!("{name}: the run is over: {reason}"))?,
         }
     }
     Ok(())
@@ -364,6 +373,9 @@ async fn swarm(arguments: SwarmArguments) -> anyhow::Result<()> {
 
 fn generate(arguments: GenerateArguments) -> anyhow::Result<()> {
     let GenerateArguments { model, prompt, raw, max_tokens, temperature, seed, json } = arguments;
+    if !(temperature >= 0.0 && temperature.is_finite()) {
+        bail!("--temperature is {temperature}; give 0 or more");
+    }
     let runner = model.open()?;
     let generation = Generation { prompt: &prompt, raw, tokens_max: max_tokens, temperature, seed };
     let mut stdout = std::io::stdout().lock();
@@ -392,33 +404,44 @@ fn evaluate(arguments: EvaluateArguments) -> anyhow::Result<()> {
     })?;
     bar.finish_and_clear();
     let mean = loss.nats / loss.tokens as f64;
-    if json {
-        println!("{}", json!({"loss_nats": mean, "perplexity": mean.exp(), "tokens": loss.tokens}));
-    } else {
-        println!("loss {mean:.4} nats per token, perplexity {:.3}, over {} tokens", mean.exp(), loss.tokens);
+    let (perplexity, tokens) = (mean.exp(), loss.tokens);
+    match json {
+        true => print(json!({"loss_nats": mean, "perplexity": perplexity, "tokens": tokens})),
+        false => print(format_args!("loss {mean:.4} nats per token, perplexity {perplexity:.3}, over {tokens} tokens")),
     }
-    Ok(())
 }
 
 fn logits(arguments: LogitsArguments) -> anyhow::Result<()> {
     let LogitsArguments { model, prompts, out } = arguments;
     let count = model.open()?.write_logits(&prompts, &out)?;
-    println!("logits of {count} prompts: {}", out.display());
-    Ok(())
+    print(format_args!("logits of {count} prompts: {}", out.display()))
 }
 
 fn device_log(arguments: DeviceLogArguments) -> anyhow::Result<()> {
     let DeviceLogArguments { out, seed, records, devices, canary } = arguments;
+    if records == 0 {
+        bail!("--records must be at least 1");
+    }
     std::fs::create_dir_all(&out).with_context(|| out.display().to_string())?;
     let devices: Vec<FactoryDevice> = (0..devices).map(FactoryDevice::nth).collect();
-    let first = *devices.first().context("--devices must be at least 1")?;
+    let first = FactoryDevice::nth(0);
     let canary = canary.map(|sentence| Canary { device: first, sentence });
     write_files(&out, Seed(seed), records, &devices, canary.as_ref())?;
     for device in devices {
-        println!("{}", out.join(format!("{device}.jsonl")).display());
+        print(out.join(format!("{device}.jsonl")).display())?;
     }
-    println!("{}", out.join("all.jsonl").display());
-    Ok(())
+    print(out.join("all.jsonl").display())
+}
+
+/// A line on the standard output. A closed pipe or a full disk behind it is an error like any other, where `println!`
+/// would panic.
+fn print(line: impl Display) -> anyhow::Result<()> {
+    writeln!(std::io::stdout(), "{line}").context("failed to print")
+}
+
+/// Progress: training does not end because nobody reads along any more.
+fn tell(line: impl Display) {
+    let _ = print(line);
 }
 
 struct Printer {
@@ -439,16 +462,18 @@ impl Reporter for Printer {
         let name = &self.name;
         if self.json {
             let line = json!({"event": "evaluation", "participant": name, "round": round, "loss_nats": loss_nats, "tokens": tokens});
-            println!("{line}");
+            tell(line);
         } else {
             let name = name.as_ref().map(|name| format!("{name}: ")).unwrap_or_default();
-            println!("{name}after round {round}: held-out loss {loss_nats:.4} nats per token ({tokens} tokens)");
+            tell(format_args!(
+                "{name}after round {round}: held-out loss {loss_nats:.4} nats per token ({tokens} tokens)"
+            ));
         }
     }
 
     fn round_closed(&self, round: u32, outcome: &str) {
         if self.json {
-            println!("{}", json!({"event": "round", "participant": self.name, "round": round, "outcome": outcome}));
+            tell(json!({"event": "round", "participant": self.name, "round": round, "outcome": outcome}));
         }
     }
 }
@@ -460,12 +485,12 @@ fn print_step(json: bool, name: Option<&str>, round: Option<u32>, report: &StepR
             "event": "step", "participant": name, "round": round, "step": step, "loss_nats": loss_nats, "tokens": tokens,
             "compute_ms": compute_ms, "wait_ms": wait_ms,
         });
-        println!("{line}");
+        tell(line);
     } else {
         let name = name.map(|name| format!("{name}: ")).unwrap_or_default();
-        println!(
+        tell(format_args!(
             "{name}step {step}: loss {loss_nats:.4} ({tokens} tokens, computing {compute_ms:.0} ms, waiting {wait_ms:.0} ms)"
-        );
+        ));
     }
 }
 

@@ -27,7 +27,7 @@ pub enum ParticipantError {
     DeviceLog(#[from] DeviceLogError),
     #[error(transparent)]
     Tokenizer(#[from] model::tokenizer::TokenizerError),
-    #[error("{path}: {source}")]
+    #[error("{path}: {source}; check the path and the disk")]
     Io { path: PathBuf, source: std::io::Error },
     /// The coordinator broke the protocol.
     #[error("the coordinator misbehaved: {0}")]
@@ -35,6 +35,9 @@ pub enum ParticipantError {
     /// The coordinator will not have this participant.
     #[error("the coordinator refused: {0}")]
     Refused(String),
+    /// The owner pressed Ctrl-C.
+    #[error("the device was stopped")]
+    Stopped,
     /// The owner asked for something that does not go.
     #[error("{0}")]
     Usage(String),

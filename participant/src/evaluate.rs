@@ -58,9 +58,16 @@ impl Runner {
                 }
                 _ => return Err(refused("has neither `tokens` nor `text`".into())),
             };
-            let segments = Segments::new(vec![tokens.len()])?;
+            let vocabulary = self.source.config().vocabulary;
+            if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocabulary) {
+                return Err(refused(format!("token {token} is none of a vocabulary of {vocabulary}")));
+            }
+            let segments = Segments::new(vec![tokens.len()]).map_err(|error| refused(error.to_string()))?;
             let logits = self.stage.logits(Input::Tokens(&tokens), &segments, &self.lora)?;
             tensors.push((tokens.into_iter().map(i64::from).collect(), logits));
+        }
+        if tensors.is_empty() {
+            return Err(ParticipantError::Usage(format!("{} holds no prompt; put one into it", prompts.display())));
         }
         let mut views = BTreeMap::new();
         for (i, (tokens, logits)) in tensors.iter().enumerate() {

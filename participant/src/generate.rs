@@ -64,6 +64,9 @@ impl Runner {
         let tokenizer = self.source.tokenizer();
         let mut prompt: Vec<u32> = if generation.raw {
             tokenizer.text_prefix().into_iter().chain(tokenizer.encode(generation.prompt, true)?).collect()
+        } else if tokenizer.settings().chat_template.is_none() {
+            let what = "the model has no chat template; give the prompt to it as it is, with --raw";
+            return Err(ParticipantError::Usage(what.into()));
         } else {
             let message = Message { role: "user".into(), content: generation.prompt.to_owned() };
             tokenizer.encode(&tokenizer.chat(&[message], true)?, true)?

@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use net::{Congestion, Connection, Dialer, Identity, Invitation, Transport, TransportLimits};
+use net::{Congestion, Connection, Dialer, Identity, Invitation, NetError, Transport, TransportLimits};
+use tokio::sync::watch;
 use wire::CloseCode;
 
 use crate::ParticipantError;
@@ -18,6 +19,8 @@ pub struct Join {
     pub state: PathBuf,
     /// How long an unreachable coordinator is tried.
     pub patience: Duration,
+    /// Becomes true when the device is to leave the run.
+    pub stop: watch::Receiver<bool>,
 }
 
 impl Join {
@@ -52,7 +55,12 @@ impl Join {
             let connected = self.connect(device, address, &transport).await;
             match connected {
                 Ok((dialer, connection)) => {
-                    let ran = participant.run(&connection).await;
+                    let mut stop = self.stop.clone();
+                    let ran = tokio::select! {
+                        ran = participant.run(&connection) => ran,
+                        // Whoever could ask for it may be gone; then nobody does.
+                        Ok(_) = stop.wait_for(|stop| *stop) => Err(ParticipantError::Stopped),
+                    };
                     return finish(dialer, connection, ran).await;
                 }
                 Err(error) => failure = Some(error),
@@ -86,7 +94,9 @@ async fn finish(
     ran: Result<String, ParticipantError>,
 ) -> Result<String, ParticipantError> {
     let ran = match ran {
-        Err(ParticipantError::Net(error)) if !matches!(error, net::NetError::PeerMisbehaved { .. }) => {
+        Err(ParticipantError::Net(
+            error @ (NetError::Lost { .. } | NetError::Reset { .. } | NetError::Closed { .. }),
+        )) => {
             let closed = tokio::time::timeout(Duration::from_secs(1), connection.closed()).await;
             Err(closed.unwrap_or(error).into())
         }
@@ -95,6 +105,7 @@ async fn finish(
     match &ran {
         Ok(_) => connection.close(CloseCode::Done, "the run is over"),
         Err(ParticipantError::Net(error)) => connection.close(error.close_code(), &error.to_string()),
+        Err(ParticipantError::Stopped) => connection.close(CloseCode::GoingAway, "the device was stopped"),
         Err(_) => connection.close(CloseCode::Internal, "the device cannot go on"),
     }
     dialer.close().await;

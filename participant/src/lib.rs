@@ -17,6 +17,7 @@ pub mod evaluate;
 pub mod generate;
 pub mod join;
 pub mod local;
+mod outgoing;
 mod parts;
 mod progress;
 pub mod session;

@@ -4,8 +4,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use experiment::{Backend, Experiment, Seed};
-use model::{Adapter, AdapterConfig, ComputeDevice, Source};
+use experiment::{Backend, Experiment, Seed, hex};
+use model::{Adapter, AdapterConfig, ComputeDevice, Manifest, Source};
 use serde_json::{Value, json};
 
 use crate::ParticipantError;
@@ -46,6 +46,7 @@ impl LocalTraining {
         ComputeDevice::limit_threads(self.threads.unwrap_or(experiment.device.threads));
         let device = ComputeDevice::new(self.backend.unwrap_or(experiment.device.backend))?;
         let source = model::source::of_experiment(&experiment)?;
+        check_digest(&experiment, &*source)?;
         let records = read_records(&self.data, &experiment.data.columns)?;
         let mut data = Dataset::new(records, &experiment, &self.name, source.tokenizer())?;
         let steps = self.steps.unwrap_or(u64::MAX).min(experiment.total_steps());
@@ -76,6 +77,19 @@ impl LocalTraining {
         tell(Happened::Saved(out));
         Ok(())
     }
+}
+
+/// Refuses another model than the one whose digest the experiment names.
+pub fn check_digest(experiment: &Experiment, source: &dyn Source) -> Result<(), ParticipantError> {
+    let Some(expected) = &experiment.model.sha256 else { return Ok(()) };
+    let found = hex(&Manifest::of(source)?.digest());
+    if found == *expected {
+        return Ok(());
+    }
+    Err(ParticipantError::Usage(format!(
+        "the model {} has digest {found}; the experiment's `model.sha256` is {expected}: correct it, or bring that model",
+        source.origin().display()
+    )))
 }
 
 /// The adapter an experiment starts from.

@@ -18,6 +18,7 @@ use crate::ParticipantError;
 use crate::body_link::BodyLink;
 use crate::data::Record;
 use crate::dataset::Dataset;
+use crate::outgoing::Outgoing;
 use crate::stages::Stages;
 use crate::trainer::Trainer;
 use crate::{parts, progress};
@@ -360,7 +361,8 @@ impl RoundWork<'_> {
 
     async fn send_update(&self, tokens: u64, loss_nats: f64) -> Result<(), ParticipantError> {
         let update = self.prepared.trainer.update();
-        let (mut send, mut receive) = self.connection.open(StreamKind::Bulk).await?;
+        let (send, mut receive) = self.connection.open(StreamKind::Bulk).await?;
+        let mut send = Outgoing::new(send);
         let tensors = listing_of(&update);
         let (round, attempt) = (self.round, self.attempt);
         send.message(&Request::Update { round, attempt, tokens, loss_nats, tensors: tensors.clone() }).await?;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use experiment::Experiment;
 use model::source::BlobStore;
 use net::Invitation;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::ParticipantError;
@@ -24,6 +25,8 @@ pub struct Swarm {
     pub address: Option<String>,
     pub store: BlobStore,
     pub patience: std::time::Duration,
+    /// Becomes true when the devices are to leave the run.
+    pub stop: watch::Receiver<bool>,
 }
 
 impl Swarm {
@@ -52,7 +55,13 @@ impl Swarm {
                 reporter: reporter(&name),
             };
             let state = default_state(&path);
-            let join = Join { invitation, address: self.address.clone(), state, patience: self.patience };
+            let join = Join {
+                invitation,
+                address: self.address.clone(),
+                state,
+                patience: self.patience,
+                stop: self.stop.clone(),
+            };
             running.spawn(async move { (name, join.run(&mut participant).await) });
         }
         let mut ended = Vec::new();

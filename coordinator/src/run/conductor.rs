@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use wire::{CloseCode, FromCoordinator, FromParticipant, Outcome, RefusalReason, UpdateReply};
 
-use super::{Ended, RunError, SOFTWARE, Watcher, body_blocks, ledger, unix_ms};
+use super::{COMPLETED, Ended, RunError, SOFTWARE, Watcher, body_blocks, ledger, unix_ms};
 use crate::aggregate::{Aggregator, Member};
 use crate::body::{Closed, RoundKey};
 use crate::checkpoint::Checkpoint;
@@ -484,12 +484,13 @@ impl Conductor {
     async fn end(mut self, reason: FinishReason, mut peers: JoinSet<()>) -> Result<Ended, RunError> {
         let (rounds, of) = (self.finished, self.shared.experiment.federation.rounds);
         let text = match reason {
-            FinishReason::Completed => "completed".to_owned(),
+            FinishReason::Completed => COMPLETED.to_owned(),
             FinishReason::Stopped => format!("stopped after round {rounds} of {of}"),
             FinishReason::Failed { round, attempts } => format!("round {round} was abandoned {attempts} times"),
         };
         for participant in self.connections.keys().cloned().collect::<Vec<_>>() {
             self.record_bytes(&participant)?;
+            self.set_state(&participant, "dismissed");
             self.send(&participant, FromCoordinator::Finish { reason: text.clone() }).await;
         }
         let duration_ms = milliseconds(self.begun.elapsed());

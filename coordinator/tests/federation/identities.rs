@@ -267,6 +267,7 @@ impl Site {
             address: Some(self.address.clone()),
             state: self.world.path(state),
             patience: Duration::from_secs(30),
+            stop: tokio::sync::watch::channel(false).1,
         };
         tokio::spawn(async move { join.run(&mut participant).await })
     }

@@ -26,7 +26,7 @@ pub use records::{Content, Message, Record, read_records};
 /// Why data cannot be used. All of these are for the participant's owner to mend; none blames another machine.
 #[derive(Debug, Error)]
 pub enum DataError {
-    #[error("read {path}: {source}")]
+    #[error("read {path}: {source}; check the path and the disk")]
     Open { path: PathBuf, source: std::io::Error },
     #[error("read {path}: {reason}")]
     File { path: PathBuf, reason: String },

@@ -142,7 +142,7 @@ impl Check<'_> {
             batch_tokens,
             format!("at least data.sequence_tokens_max = {}, so that a sequence fits", data.sequence_tokens_max),
         )?;
-        self.count("training.accumulate", *accumulate, 1..=65_536)?;
+        self.count("training.accumulate", *accumulate, 1..=4096)?;
         self.positive("training.learning_rate", *learning_rate)?;
         self.count("training.warmup_steps", *warmup_steps, 0..=1 << 40)?;
         self.not_negative("training.weight_decay", training.weight_decay)?;
@@ -403,7 +403,7 @@ mod tests {
             ("weight_decay = 0.0", "training.weight_decay", &["-0.1", "inf", "NaN"]),
             ("clip_norm = 1.0", "training.clip_norm", &["-1.0", "inf", "NaN"]),
             ("batch_tokens = 256", "training.batch_tokens", &["0", "127", "1048577"]),
-            ("accumulate = 1", "training.accumulate", &["0", "65537"]),
+            ("accumulate = 1", "training.accumulate", &["0", "4097"]),
             ("warmup_steps = 0", "training.warmup_steps", &["11", "9223372036854775807"]),
             ("sequence_tokens_max = 128", "data.sequence_tokens_max", &["0", "1", "4294967295"]),
             ("held_out = 0.2", "data.held_out", &["0.0", "1.0", "-0.5", "NaN"]),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     /// A file cannot be read or written: mend the path, the rights or the disk.
-    #[error("{path}: {source}")]
+    #[error("{path}: {source}; check the path and the disk")]
     Io { path: PathBuf, source: std::io::Error },
     /// A file's content is damaged, or is something this crate does not read: fetch or convert it again.
     #[error("{path}: {what}")]

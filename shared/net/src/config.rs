@@ -143,7 +143,9 @@ fn hardened_transport(transport: &Transport, streams_accepted: u32) -> Result<Tr
 
 /// A UDP socket with buffers for a whole window. Systems often grant less; then loss on fast links rises, and the log says why.
 pub(crate) fn hardened_socket(address: SocketAddr) -> Result<std::net::UdpSocket, NetError> {
-    let failed = |error: io::Error| NetError::Misconfigured { reason: format!("cannot bind {address}: {error}") };
+    let failed = |error: io::Error| NetError::Misconfigured {
+        reason: format!("cannot bind {address}: {error}; stop what uses that port, or choose another"),
+    };
     let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP)).map_err(failed)?;
     if address.is_ipv6() && address.ip().is_unspecified() {
         // One socket for both families.

@@ -191,5 +191,7 @@ fn endpoint(
 }
 
 fn cannot_bind(address: SocketAddr, error: &std::io::Error) -> NetError {
-    NetError::Misconfigured { reason: format!("cannot bind {address}: {error}") }
+    NetError::Misconfigured {
+        reason: format!("cannot bind {address}: {error}; stop what uses that port, or choose another"),
+    }
 }

@@ -30,7 +30,7 @@ pub struct Invitation {
 
 #[derive(Debug, thiserror::Error)]
 pub enum InvitationError {
-    #[error("{}: {error}", path.display())]
+    #[error("{}: {error}; check the path and the disk", path.display())]
     Io { path: PathBuf, error: io::Error },
     #[error("{}: {reason}; ask the coordinator for a new invitation", path.display())]
     Malformed { path: PathBuf, reason: String },

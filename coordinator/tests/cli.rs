@@ -1,0 +1,229 @@
+//! What a user gets wrong at the command line, and what `coordinator` says about it: one line that names the file or the
+//! key, exit code 1, and never a panic.
+
+use std::fs;
+use std::net::UdpSocket;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use experiment::{Experiment, RunDirectory, Seed};
+use model::{Adapter, AdapterConfig};
+use tempfile::TempDir;
+
+const SMOKE: &str = include_str!("../../configs/smoke.toml");
+
+#[test]
+fn a_home_is_neither_overwritten_nor_taken_for_granted() {
+    let desk = Desk::new();
+    desk.write("file", "");
+    let cases: [(&str, &[&str]); 5] = [
+        ("init home", &["failed to make a home in home", "already holds ca.key", "choose another directory"]),
+        ("init file", &["failed to make the directory file", "move it away"]),
+        ("init new --address nonsense", &["\"nonsense\" is not host:port", "127.0.0.1:4433"]),
+        ("invite nowhere press-1", &["failed to open nowhere", "`coordinator init nowhere`"]),
+        ("run smoke.toml --home nowhere", &["failed to open nowhere", "`coordinator init nowhere`"]),
+    ];
+    let before = fs::read(desk.path("home/ca.key")).unwrap();
+    for (arguments, expected) in cases {
+        desk.check_fails(arguments, expected);
+    }
+    assert_eq!(fs::read(desk.path("home/ca.key")).unwrap(), before);
+    assert!(!desk.path("new").exists());
+}
+
+#[test]
+fn a_device_is_invited_once_unless_its_invitation_is_replaced() {
+    let desk = Desk::new();
+    desk.check_works("invite home press-1");
+    let cases: [(&str, &[&str]); 5] = [
+        ("invite home press-1", &["press-1.invite: already there", "--out", "--replace"]),
+        ("invite home press-1 --out other", &["failed to invite press-1", "--replace makes a new one"]),
+        ("invite home ../press", &["\"../press\" is not a name", "ASCII letters"]),
+        ("invite home press --count 0", &["--count must be at least 1"]),
+        ("invite home press-1 --count two", &["invalid value 'two'", "--count"]),
+    ];
+    for (arguments, expected) in cases {
+        desk.check_fails(arguments, expected);
+    }
+    desk.check_works("invite home press-1 --replace");
+}
+
+#[test]
+fn an_experiment_that_cannot_be_accepted_is_named_with_its_key() {
+    let desk = Desk::new();
+    desk.edit("key.toml", "rank = 4", "rang = 4");
+    desk.edit("split.toml", "head_blocks = 1", "head_blocks = 3");
+    desk.edit("quorum.toml", "quorum = 2", "quorum = 3");
+    desk.edit("strategy.toml", "\"fedavg\"", "\"fedfoo\"");
+    desk.edit("digest.toml", "[model.random]", &format!("[model]\nsha256 = \"{}\"\n[model.random]", "ab".repeat(32)));
+    let text = SMOKE.split("[model.random]").next().unwrap().to_owned() + "[model]\npath = \"nowhere\"\n";
+    desk.write("path.toml", text + "[split]" + SMOKE.split("[split]").nth(1).unwrap());
+    // The same name as the run that is there.
+    desk.edit("other.toml", "rank = 4", "rank = 8");
+    let cases: [(&str, &[&str]); 8] = [
+        ("missing", &["missing.toml", "check the path"]),
+        ("key", &["key.toml", "line 19", "unknown field `rang`", "`rank`"]),
+        ("split", &["split.toml", "split.head_blocks + split.tail_blocks is 4", "less than"]),
+        ("quorum", &["quorum.toml", "federation.quorum is 3", "federation.cohort = 2"]),
+        ("strategy", &["strategy.toml", "line 46", "unknown variant `fedfoo`", "`fedprox`"]),
+        ("digest", &["`model.sha256` is abab", "correct it, or bring that model"]),
+        ("path", &["nowhere", "check the path"]),
+        ("other", &["runs/smoke", "another experiment", "`rank = 4` there, `rank = 8` here", "another name"]),
+    ];
+    for (name, expected) in cases {
+        desk.check_fails(&format!("run {name}.toml --home home"), expected);
+    }
+}
+
+#[test]
+fn a_run_that_cannot_begin_says_what_is_in_its_way() {
+    let desk = Desk::new();
+    desk.write("file", "");
+    desk.save_adapter("narrow", &SMOKE.replace("width = 64", "width = 32"));
+    let cases: [(&str, &[&str]); 3] = [
+        ("--runs file", &["file/smoke/rounds", "move it away"]),
+        ("--runs new --init-adapter nowhere", &["nowhere/adapter_config.json", "check the path"]),
+        (
+            "--runs new --init-adapter narrow",
+            &["narrow/adapter_model.safetensors", "has shape [4, 32]; expected [4, 64]"],
+        ),
+    ];
+    for (arguments, expected) in cases {
+        desk.check_fails(&format!("run smoke.toml --home home {arguments}"), expected);
+    }
+    let taken = UdpSocket::bind(&desk.address).unwrap();
+    desk.check_fails("run smoke.toml --home home", &["cannot bind", &desk.address, "choose another"]);
+    drop(taken);
+    // Another process that writes the run's metrics.
+    let _writer = RunDirectory::create(&desk.path("busy"), &smoke(SMOKE)).unwrap().metrics_log().unwrap();
+    let expected = ["busy/smoke/metrics.jsonl", "another process", "stop that one"];
+    desk.check_fails("run smoke.toml --home home --runs busy", &expected);
+}
+
+#[test]
+fn what_no_run_holds_is_not_shown_and_not_exported() {
+    let desk = Desk::new();
+    RunDirectory::create(&desk.path("begun"), &smoke(SMOKE)).unwrap();
+    desk.check_works("export runs/smoke --format peft,gguf:q8_0 --out exports");
+    let cases: [(&str, &[&str]); 9] = [
+        ("status runs/none", &["runs/none/experiment.toml", "check the path"]),
+        ("report runs/none", &["runs/none/experiment.toml", "check the path"]),
+        ("report runs/smoke --out none/page.html", &["none/page.html", "check the path"]),
+        ("export runs/none --format hf --out out", &["runs/none/experiment.toml", "check the path"]),
+        (
+            "export begun/smoke --format hf --out out",
+            &["begun/smoke", "no round has finished", "let the run finish one"],
+        ),
+        ("export runs/smoke --format hf --out out --round 2", &["round 2", "the finished rounds are 1 to 1"]),
+        ("export runs/smoke --format onnx --out out", &["`onnx`", "hf, peft, gguf:f32"]),
+        ("export runs/smoke --format gguf:q4_k --out out", &["`gguf:q4_k`", "gguf:q4_0"]),
+        ("export runs/smoke --format hf,peft --out exports", &["exports/peft/", "already there", "--force"]),
+    ];
+    for (arguments, expected) in cases {
+        desk.check_fails(arguments, expected);
+    }
+    assert!(!desk.path("out").exists() && !desk.path("exports/hf").exists());
+}
+
+#[test]
+fn an_unknown_model_lists_the_catalogue() {
+    let expected = ["the model \"gpt-5\"", "the catalogue has", "smollm2-135m-instruct", "Apache-2.0"];
+    Desk::new().check_fails("fetch gpt-5", &expected);
+}
+
+#[test]
+fn output_that_cannot_be_written_is_an_error_and_no_panic() {
+    let desk = Desk::new();
+    let Ok(full) = fs::OpenOptions::new().write(true).open("/dev/full") else { return };
+    let mut command = desk.command("report runs/smoke --json");
+    check_failure(&command.stdout(full).output().unwrap(), "report > /dev/full", &["failed to print", "No space left"]);
+}
+
+#[test]
+fn every_command_has_help_with_an_example() {
+    let desk = Desk::new();
+    let help = desk.check_works("--help");
+    let commands = help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
+    let commands: Vec<&str> = commands.filter_map(|line| line.split_whitespace().next()).collect();
+    assert!(commands.len() > 7, "{help}");
+    for command in commands.into_iter().filter(|command| *command != "help") {
+        let help = desk.check_works(&format!("{command} --help"));
+        assert!(help.contains("Example") && help.contains(&format!("coordinator {command} ")), "{help}");
+    }
+}
+
+/// A directory with `smoke.toml`, a home, and in `runs/smoke` a run of it whose first round is finished.
+struct Desk {
+    directory: TempDir,
+    address: String,
+}
+
+impl Desk {
+    fn new() -> Self {
+        let address = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        let desk = Self { directory: tempfile::tempdir().unwrap(), address };
+        desk.write("smoke.toml", SMOKE);
+        desk.check_works(&format!("init home --address {}", desk.address));
+        let run = RunDirectory::create(&desk.path("runs"), &smoke(SMOKE)).unwrap();
+        let round = run.begin_round(1).unwrap();
+        desk.save_adapter(round.join("adapter").to_str().unwrap(), SMOKE);
+        run.finish_round(1).unwrap();
+        desk
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn write(&self, name: &str, content: impl AsRef<[u8]>) {
+        fs::write(self.path(name), content).unwrap();
+    }
+
+    /// The smoke experiment with one thing changed.
+    fn edit(&self, name: &str, from: &str, to: &str) {
+        assert!(SMOKE.contains(from), "{from}");
+        self.write(name, SMOKE.replacen(from, to, 1));
+    }
+
+    fn save_adapter(&self, name: &str, experiment: &str) {
+        let experiment = smoke(experiment);
+        let source = model::source::of_experiment(&experiment).unwrap();
+        let config = AdapterConfig::new(&experiment.adapter);
+        let adapter = Adapter::seeded(config, source.config(), 0..source.config().blocks, Seed(1)).unwrap();
+        adapter.save(&self.path(name), "base").unwrap();
+    }
+
+    fn command(&self, arguments: &str) -> Command {
+        let mut command = Command::new(Path::new(env!("CARGO_BIN_EXE_coordinator")));
+        command.args(arguments.split_whitespace()).current_dir(self.directory.path()).stdin(Stdio::null());
+        command.env_remove("RUST_LOG");
+        command
+    }
+
+    fn check_works(&self, arguments: &str) -> String {
+        let output = self.command(arguments).output().unwrap();
+        assert!(output.status.success(), "coordinator {arguments}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn check_fails(&self, arguments: &str, expected: &[&str]) {
+        check_failure(&self.command(arguments).output().unwrap(), arguments, expected);
+    }
+}
+
+fn check_failure(output: &Output, arguments: &str, expected: &[&str]) {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let told = format!("coordinator {arguments}\nexit code {:?}\n{stderr}", output.status.code());
+    assert!(output.status.code().is_some_and(|code| code != 0), "{told}");
+    assert!(stderr.starts_with("error: ") && !stderr.contains("panicked"), "{told}");
+    // A wrong line of TOML, the catalogue and a command's usage are shown below the message.
+    let shown = ["TOML parse error", "the catalogue has", "--help"].iter().any(|text| stderr.contains(text));
+    assert!(stderr.trim_end().lines().count() == 1 || shown, "{told}");
+    for expected in expected {
+        assert!(stderr.contains(expected), "{expected:?} is missing from: {told}");
+    }
+}
+
+fn smoke(text: &str) -> Experiment {
+    Experiment::from_toml(text, "smoke.toml").unwrap()
+}

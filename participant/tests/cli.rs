@@ -1,0 +1,283 @@
+//! What a user gets wrong at the command line, and what `participant` says about it: one line that names the file or the
+//! key, exit code 1, and never a panic.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use experiment::{Experiment, Seed};
+use model::source::gguf_metadata;
+use model::{Adapter, AdapterConfig};
+use quant::gguf::Writer;
+use safetensors::{Dtype, tensor::TensorView};
+use tempfile::TempDir;
+
+const SMOKE: &str = include_str!("../../configs/smoke.toml");
+
+#[test]
+fn data_that_cannot_be_read_is_named_with_its_line() {
+    let desk = Desk::new();
+    desk.write("empty.jsonl", "");
+    desk.write("garbled.jsonl", "{\"text\": \"a\"}\n{\"text\":\n");
+    desk.write("binary.txt", b"fine\n\xff\xfe\0");
+    desk.write("other-key.jsonl", "{\"txt\": \"a\"}\n");
+    desk.write("other-column.csv", "a,b\n1,2\n");
+    desk.write("data.parquet", "PAR1");
+    let cases: [(&str, &[&str]); 8] = [
+        ("missing.jsonl", &["missing.jsonl", "check the path"]),
+        ("empty.jsonl", &["empty.jsonl", "holds no record", "put at least one"]),
+        ("garbled.jsonl", &["garbled.jsonl, line 2", "is not JSON from column"]),
+        ("binary.txt", &["binary.txt, line 2", "is not UTF-8"]),
+        ("other-key.jsonl", &["other-key.jsonl, line 1", "found `txt`", "expected `text`", "[data.columns]"]),
+        ("other-column.csv", &["other-column.csv, line 1", "found `a`, `b`", "expected `text`"]),
+        ("data.parquet", &["data.parquet", "unknown ending", ".jsonl"]),
+        ("hf", &["hf", "is a directory"]),
+    ];
+    for (file, expected) in cases {
+        desk.check_fails(&format!("train smoke.toml --out out --data {file}"), expected);
+        desk.check_fails(&format!("evaluate --model hf --data {file}"), expected);
+    }
+}
+
+#[test]
+fn an_experiment_that_cannot_be_accepted_is_named_with_its_key() {
+    let desk = Desk::new();
+    desk.edit("key.toml", "rank = 4", "rang = 4");
+    desk.edit("type.toml", "rank = 4", "rank = \"four\"");
+    desk.edit("split.toml", "head_blocks = 1", "head_blocks = 3");
+    desk.edit("headless.toml", "head_blocks = 1", "head_blocks = 0");
+    desk.edit("target.toml", "\"q_proj\"", "\"q_prj\"");
+    desk.edit("digest.toml", "[model.random]", &format!("[model]\nsha256 = \"{}\"\n[model.random]", "ab".repeat(32)));
+    let text = SMOKE.split("[model.random]").next().unwrap().to_owned() + "[model]\npath = \"nowhere\"\n";
+    desk.write("path.toml", text + "[split]" + SMOKE.split("[split]").nth(1).unwrap());
+    let cases: [(&str, &[&str]); 8] = [
+        ("missing", &["missing.toml", "check the path"]),
+        ("key", &["key.toml", "line 19", "unknown field `rang`", "`rank`"]),
+        ("type", &["type.toml", "line 19", "expected u32"]),
+        ("split", &["split.toml", "split.head_blocks + split.tail_blocks is 4", "less than"]),
+        ("headless", &["headless.toml", "split.head_blocks is 0", "1 to "]),
+        ("target", &["target.toml", "adapter.targets", "q_prj", "q_proj, k_proj"]),
+        ("digest", &["random model", "`model.sha256` is abab", "correct it, or bring that model"]),
+        ("path", &["nowhere", "check the path"]),
+    ];
+    for (name, expected) in cases {
+        desk.check_fails(&format!("train {name}.toml --data data.jsonl --out out"), expected);
+        desk.check_fails(&format!("init-adapter {name}.toml --out out"), expected);
+    }
+    assert!(!desk.path("out").exists());
+}
+
+#[test]
+fn a_damaged_model_is_named_with_what_is_wrong() {
+    let desk = Desk::new();
+    desk.check_works("generate --model hf --prompt hi --raw --max-tokens 2");
+    desk.write("empty.gguf", "");
+    let gguf = desk.gguf();
+    desk.write("cut.gguf", &gguf[..gguf.len() / 2]);
+    desk.write("tensorless.gguf", &gguf);
+    let weights = fs::read(desk.path("hf/model.safetensors")).unwrap();
+    let damaged: [(&str, &str, Option<&[u8]>); 6] = [
+        ("cut", "model.safetensors", Some(&weights[..weights.len() / 2])),
+        ("header", "model.safetensors", Some(&weights[..100])),
+        ("weightless", "model.safetensors", None),
+        ("mute", "tokenizer.json", None),
+        ("garbled", "tokenizer.json", Some(b"{")),
+        ("configless", "config.json", None),
+    ];
+    for (name, file, bytes) in damaged {
+        fs::create_dir(desk.path(name)).unwrap();
+        for entry in fs::read_dir(desk.path("hf")).unwrap() {
+            let entry = entry.unwrap();
+            fs::copy(entry.path(), desk.path(name).join(entry.file_name())).unwrap();
+        }
+        match bytes {
+            Some(bytes) => fs::write(desk.path(name).join(file), bytes).unwrap(),
+            None => fs::remove_file(desk.path(name).join(file)).unwrap(),
+        }
+    }
+    let cases: [(&str, &[&str]); 10] = [
+        ("nowhere", &["nowhere", "check the path"]),
+        ("empty.gguf", &["empty.gguf", "truncated", "download it again"]),
+        ("cut.gguf", &["cut.gguf", "truncated", "download it again"]),
+        ("tensorless.gguf", &["tensorless.gguf", "no tensor `token_embd.weight`"]),
+        ("cut", &["cut/model.safetensors", "truncated: model.", "download it again"]),
+        ("header", &["header/model.safetensors", "claims a header of", "damaged"]),
+        ("weightless", &["weightless/model.safetensors", "check the path"]),
+        ("mute", &["mute/tokenizer.json", "check the path"]),
+        ("garbled", &["garbled", "tokenizer.json"]),
+        ("configless", &["configless", "holds neither config.json nor a .gguf file"]),
+    ];
+    for (model, expected) in cases {
+        desk.check_fails(&format!("generate --model {model} --prompt hi"), expected);
+        desk.check_fails(&format!("evaluate --model {model} --data data.jsonl"), expected);
+    }
+}
+
+#[test]
+fn an_adapter_for_another_model_is_refused() {
+    let desk = Desk::new();
+    desk.save_adapter("fits", SMOKE);
+    desk.check_works("generate --model hf --adapter fits --prompt hi --raw --max-tokens 2");
+    desk.save_adapter("narrow", &SMOKE.replace("width = 64", "width = 32"));
+    desk.save_adapter("deep", &SMOKE.replace("blocks = 4", "blocks = 6"));
+    let cases: [(&str, &[&str]); 4] = [
+        ("narrow", &["narrow/adapter_model.safetensors", "has shape [4, 32]; expected [4, 64]"]),
+        ("deep", &["deep/adapter_model.safetensors", "holds 24 tensors; expected 16"]),
+        ("nowhere", &["nowhere/adapter_config.json", "check the path"]),
+        ("hf", &["hf/adapter_config.json", "check the path"]),
+    ];
+    for (adapter, expected) in cases {
+        desk.check_fails(&format!("generate --model hf --adapter {adapter} --prompt hi"), expected);
+        desk.check_fails(&format!("train smoke.toml --data data.jsonl --out out --init-adapter {adapter}"), expected);
+    }
+}
+
+#[test]
+fn an_argument_that_makes_no_sense_is_named() {
+    let desk = Desk::new();
+    desk.write("foreign.jsonl", "{\"text\": \"a\"}\n{\"tokens\": [1, 99999]}\n");
+    desk.write("none.jsonl", "{\"tokens\": []}\n");
+    desk.write("words.jsonl", "{\"tokens\": [\"a\"]}\n");
+    desk.write("empty.jsonl", "");
+    desk.write("press-1.invite", "{\"text\": \"a\"}\n");
+    fs::create_dir(desk.path("invites")).unwrap();
+    let cases: [(&str, &[&str]); 14] = [
+        ("logits --model hf --out l --prompts foreign.jsonl", &["foreign.jsonl, line 2", "token 99999", "of 259"]),
+        ("logits --model hf --out l --prompts none.jsonl", &["none.jsonl, line 1", "at least one token"]),
+        ("logits --model hf --out l --prompts words.jsonl", &["words.jsonl, line 1", "no list of token ids"]),
+        ("logits --model hf --out l --prompts empty.jsonl", &["empty.jsonl", "holds no prompt"]),
+        ("generate --model hf --prompt hi", &["no chat template", "--raw"]),
+        ("generate --model hf --prompt hi --temperature nan", &["--temperature is NaN", "0 or more"]),
+        ("generate --model hf --prompt hi --temperature -1", &["--temperature is -1", "0 or more"]),
+        ("generate --model hf --prompt hi --backend cuda", &["`cuda` is not compiled in", "--features cuda"]),
+        ("evaluate --model hf --data data.jsonl --sequence-tokens-max 1", &["sequence_tokens_max = 1", "at least 2"]),
+        ("device-log --out logs --records 0", &["--records must be at least 1"]),
+        ("device-log --out logs --devices 0", &["--devices must be at least 1"]),
+        ("join press-1.invite --data data.jsonl", &["press-1.invite", "not an invitation", "ask the coordinator"]),
+        ("join nowhere.invite --data data.jsonl", &["nowhere.invite", "check the path"]),
+        (
+            "swarm smoke.toml --count 4 --data data.jsonl --invites invites",
+            &["invites holds 0 invitations for 4 participants", "coordinator invite HOME NAME --count 4 --out invites"],
+        ),
+    ];
+    for (arguments, expected) in cases {
+        desk.check_fails(arguments, expected);
+    }
+}
+
+#[test]
+fn output_that_cannot_be_written_is_an_error_and_no_panic() {
+    let desk = Desk::new();
+    let Ok(full) = fs::OpenOptions::new().write(true).open("/dev/full") else { return };
+    let mut command = desk.command("evaluate --model hf --data data.jsonl");
+    check_failure(
+        &command.stdout(full).output().unwrap(),
+        "evaluate > /dev/full",
+        &["failed to print", "No space left"],
+    );
+}
+
+#[test]
+fn every_command_has_help_with_an_example() {
+    let desk = Desk::new();
+    let help = desk.check_works("--help");
+    let commands = help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
+    let commands: Vec<&str> = commands.filter_map(|line| line.split_whitespace().next()).collect();
+    assert!(commands.len() > 8, "{help}");
+    for command in commands.into_iter().filter(|command| *command != "help") {
+        let help = desk.check_works(&format!("{command} --help"));
+        assert!(help.contains("Example") && help.contains(&format!("participant {command} ")), "{help}");
+    }
+}
+
+/// A directory with `smoke.toml`, records in `data.jsonl`, and the experiment's model in `hf/`.
+struct Desk {
+    directory: TempDir,
+}
+
+impl Desk {
+    fn new() -> Self {
+        let desk = Self { directory: tempfile::tempdir().unwrap() };
+        desk.write("smoke.toml", SMOKE);
+        let records: Vec<String> = (0..20).map(|i| format!("{{\"text\": \"record {i} of a device\"}}\n")).collect();
+        desk.write("data.jsonl", records.concat());
+
+        let source = model::source::of_experiment(&smoke(SMOKE)).unwrap();
+        fs::create_dir(desk.path("hf")).unwrap();
+        desk.write("hf/config.json", source.config().to_huggingface().to_string());
+        desk.write("hf/tokenizer.json", source.tokenizer().json());
+        let values = source.tensors().iter().map(|info| {
+            let values = source.tensor(&info.name, &info.shape).unwrap();
+            (info, bytemuck::cast_slice::<f32, u8>(&values).to_vec())
+        });
+        let values: Vec<_> = values.collect();
+        let views = values
+            .iter()
+            .map(|(info, bytes)| (info.name.as_str(), TensorView::new(Dtype::F32, info.shape.clone(), bytes).unwrap()));
+        desk.write("hf/model.safetensors", safetensors::serialize(views, None).unwrap());
+        desk
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn write(&self, name: &str, content: impl AsRef<[u8]>) {
+        fs::write(self.path(name), content).unwrap();
+    }
+
+    /// The smoke experiment with one thing changed.
+    fn edit(&self, name: &str, from: &str, to: &str) {
+        assert!(SMOKE.contains(from), "{from}");
+        self.write(name, SMOKE.replacen(from, to, 1));
+    }
+
+    /// A whole file in GGUF that describes the model and holds neither tokenizer nor weights.
+    fn gguf(&self) -> Vec<u8> {
+        let source = model::source::of_experiment(&smoke(SMOKE)).unwrap();
+        let path = self.path("header.gguf");
+        Writer::create(&path, gguf_metadata(source.config(), "smoke")).unwrap().finish().unwrap();
+        fs::read(path).unwrap()
+    }
+
+    fn save_adapter(&self, name: &str, experiment: &str) {
+        let experiment = smoke(experiment);
+        let source = model::source::of_experiment(&experiment).unwrap();
+        let config = AdapterConfig::new(&experiment.adapter);
+        let adapter = Adapter::seeded(config, source.config(), 0..source.config().blocks, Seed(1)).unwrap();
+        adapter.save(&self.path(name), "base").unwrap();
+    }
+
+    fn command(&self, arguments: &str) -> Command {
+        let mut command = Command::new(Path::new(env!("CARGO_BIN_EXE_participant")));
+        command.args(arguments.split_whitespace()).current_dir(self.directory.path()).stdin(Stdio::null());
+        command.env("HEADWATER_CACHE", self.path("cache")).env_remove("RUST_LOG");
+        command
+    }
+
+    fn check_works(&self, arguments: &str) -> String {
+        let output = self.command(arguments).output().unwrap();
+        assert!(output.status.success(), "participant {arguments}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn check_fails(&self, arguments: &str, expected: &[&str]) {
+        check_failure(&self.command(arguments).output().unwrap(), arguments, expected);
+    }
+}
+
+fn check_failure(output: &Output, arguments: &str, expected: &[&str]) {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let told = format!("participant {arguments}\nexit code {:?}\n{stderr}", output.status.code());
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(stderr.starts_with("error: ") && !stderr.contains("panicked"), "{told}");
+    // A wrong line of TOML is shown below its message.
+    assert!(stderr.trim_end().lines().count() == 1 || stderr.contains("TOML parse error"), "{told}");
+    for expected in expected {
+        assert!(stderr.contains(expected), "{expected:?} is missing from: {told}");
+    }
+}
+
+fn smoke(text: &str) -> Experiment {
+    Experiment::from_toml(text, "smoke.toml").unwrap()
+}
