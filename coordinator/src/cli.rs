@@ -81,7 +81,7 @@ struct InviteArguments {
     /// The device's name; with --count the first part of several names
     name: String,
     /// Invite NAME-1, NAME-2, … up to this number, at most 65536
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    #[arg(long)]
     count: Option<u32>,
     /// The invitation's file, or with --count their directory [default: NAME.invite]
     #[arg(long)]
@@ -215,6 +215,8 @@ fn invite(arguments: InviteArguments) -> anyhow::Result<()> {
     let home = Home::open(&home).map_err(failed)?;
     let names = match count {
         None => vec![name.clone()],
+        Some(0) => bail!("--count must be at least 1"),
+        Some(65_537..) => bail!("--count must be at most 65536"),
         Some(count) => (1..=count).map(|i| format!("{name}-{i}")).collect(),
     };
     for name in names {

@@ -237,7 +237,7 @@ struct DeviceLogArguments {
     #[arg(long, default_value_t = 400)]
     records: usize,
     /// How many devices: press-1, mill-1, packer-1, chiller-1, press-2, …
-    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    #[arg(long, default_value_t = 4)]
     devices: u32,
     /// Plant this sentence among the first device's records, to search for it elsewhere
     #[arg(long)]
@@ -423,6 +423,11 @@ fn device_log(arguments: DeviceLogArguments) -> anyhow::Result<()> {
         bail!("--records must be at least 1");
     }
     std::fs::create_dir_all(&out).with_context(|| out.display().to_string())?;
+    match devices {
+        0 => bail!("--devices must be at least 1"),
+        65_537.. => bail!("--devices must be at most 65536"),
+        _ => {}
+    }
     let devices: Vec<FactoryDevice> = (0..devices).map(FactoryDevice::nth).collect();
     let first = FactoryDevice::nth(0);
     let canary = canary.map(|sentence| Canary { device: first, sentence });

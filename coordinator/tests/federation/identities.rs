@@ -80,14 +80,15 @@ async fn an_invitation_used_twice_is_refused() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_device_joins_again_with_its_kept_state() {
     within_a_minute(async {
-        let site = Site::new(alone);
+        let site = Site::new(str::to_owned);
         let invitation = site.invite(NAME);
         for _ in 0..2 {
-            let running = site.start().await;
+            let mut running = site.start().await;
             // The second time the invitation would be refused.
-            let ended = site.join(&invitation, "device", site.world.participant(NAME).0).await.unwrap();
-            assert_eq!(ended.unwrap(), "completed");
-            assert_eq!(running.end().await.unwrap().rounds, 2);
+            let device = site.join(&invitation, "device", site.world.participant(NAME).0);
+            running.until_noted("press-1 joined").await;
+            running.stop().await;
+            assert_eq!(device.await.unwrap().unwrap(), "stopped after round 0 of 2");
         }
     })
     .await;

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use model::{Adapter, AdapterConfig, Manifest};
-use net::{Connection, PeerIdentity, PeerName, RecvStream, SendStream};
+use net::{Connection, NetError, PeerIdentity, PeerName, RecvStream, SendStream};
 use participant::ParticipantError;
 use wire::{
     AdapterListing, BlobHeader, BlobRef, CODEC_PLAIN, CloseCode, DType, FrameKind, FromCoordinator, FromParticipant,
@@ -242,8 +242,9 @@ async fn a_stream_that_was_given_up_is_explained_by_the_control_stream() {
         fake.start().await;
         let (mut send, mut receive, _) = fake.step().await;
         send.reset(CloseCode::Stale);
-        // Once its own direction ends, the participant has noticed.
-        receive.end().await.unwrap();
+        // Once it gives up its own direction, the participant has noticed.
+        let noticed = receive.end().await;
+        assert!(matches!(noticed, Err(NetError::Reset { code: Some(CloseCode::Stale), .. })), "{noticed:?}");
         fake.send.message(&FromCoordinator::RoundClosed { round: 1, outcome: Outcome::Abandoned }).await.unwrap();
         fake.send.message(&FromCoordinator::Finish { reason: "enough".into() }).await.unwrap();
     })
