@@ -61,6 +61,9 @@ struct Update {
     loss_nats: f64,
 }
 
+/// What to do about something, and the update it was about.
+type Reaction = (Vec<Action>, Option<Judged>);
+
 /// An update whose fate the round machine is deciding.
 struct Judged {
     participant: ParticipantName,
@@ -183,7 +186,7 @@ impl Conductor {
     }
 
     /// Takes note of what a connection says, and asks the machine what to do about it.
-    fn receive(&mut self, incoming: Incoming) -> Result<Option<(Vec<Action>, Option<Judged>)>, RunError> {
+    fn receive(&mut self, incoming: Incoming) -> Result<Option<Reaction>, RunError> {
         match incoming {
             Incoming::Joined { participant, session, connection, messages, answer } => {
                 // The machine refuses by an action; asking it first keeps the newcomer out of the tables until then.
