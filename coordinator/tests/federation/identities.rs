@@ -1,7 +1,7 @@
 //! Who may take part, and what becomes of a run when one side of it goes away: over QUIC on loopback, with invitations.
 
 use std::net::UdpSocket;
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::Arc;
 use std::time::Duration;
 
 use coordinator::home::{Home, INVITATION_VALID};
@@ -10,15 +10,14 @@ use experiment::Row;
 use net::{Invitation, PeerName};
 use participant::ParticipantError;
 use participant::join::Join;
-use participant::session::{Participant, Reporter};
-use participant::trainer::StepReport;
+use participant::session::Participant;
 use time::OffsetDateTime;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use crate::world::{World, alone, run_to_the_end};
+use crate::world::{Holding, World, alone, run_to_the_end};
 
 const NAME: &str = "press-1";
 
@@ -42,13 +41,6 @@ enum Happened {
 }
 
 struct Teller(UnboundedSender<Happened>);
-
-/// Holds its participant up behind a step until the test drops the other ends.
-struct Holding {
-    step: u64,
-    reached: UnboundedSender<()>,
-    released: Mutex<mpsc::Receiver<()>>,
-}
 
 /// A guard against hanging, and no measure of anything.
 async fn within_a_minute<T>(what: impl Future<Output = T>) -> T {
@@ -327,26 +319,4 @@ impl Watcher for Teller {
     }
 
     fn step(&mut self, _: u64, _: u64, _: f64) {}
-}
-
-impl Holding {
-    fn at(step: u64) -> (Self, UnboundedReceiver<()>, mpsc::Sender<()>) {
-        let (tell, reached) = unbounded_channel();
-        let (release, released) = mpsc::channel();
-        (Self { step, reached: tell, released: Mutex::new(released) }, reached, release)
-    }
-}
-
-impl Reporter for Holding {
-    fn step(&self, _: u32, report: &StepReport) {
-        // Once: the step may be trained again, and then nobody is told any more.
-        if report.step == self.step && self.reached.send(()).is_ok() {
-            let released = self.released.lock().unwrap();
-            assert!(tokio::task::block_in_place(|| released.recv()).is_err(), "it is released by dropping the sender");
-        }
-    }
-
-    fn evaluated(&self, _: u32, _: f64, _: u64) {}
-
-    fn round_closed(&self, _: u32, _: &str) {}
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc as blocking};
 
 use coordinator::home::Home;
 use coordinator::run::{Ended, Run, RunError, Watcher};
@@ -43,6 +43,13 @@ pub struct Coordinator {
 #[derive(Default)]
 pub struct Seen {
     pub steps: Mutex<Vec<StepReport>>,
+}
+
+/// Holds its participant up behind a step until the test drops the other ends.
+pub struct Holding {
+    step: u64,
+    reached: mpsc::UnboundedSender<()>,
+    released: Mutex<blocking::Receiver<()>>,
 }
 
 impl World {
@@ -188,6 +195,28 @@ impl Watcher for Recorder {
 impl Reporter for Seen {
     fn step(&self, _: u32, report: &StepReport) {
         self.steps.lock().unwrap().push(*report);
+    }
+
+    fn evaluated(&self, _: u32, _: f64, _: u64) {}
+
+    fn round_closed(&self, _: u32, _: &str) {}
+}
+
+impl Holding {
+    pub fn at(step: u64) -> (Self, mpsc::UnboundedReceiver<()>, blocking::Sender<()>) {
+        let (tell, reached) = mpsc::unbounded_channel();
+        let (release, released) = blocking::channel();
+        (Self { step, reached: tell, released: Mutex::new(released) }, reached, release)
+    }
+}
+
+impl Reporter for Holding {
+    fn step(&self, _: u32, report: &StepReport) {
+        // Once: the step may be trained again, and then nobody is told any more.
+        if report.step == self.step && self.reached.send(()).is_ok() {
+            let released = self.released.lock().unwrap();
+            assert!(tokio::task::block_in_place(|| released.recv()).is_err(), "it is released by dropping the sender");
+        }
     }
 
     fn evaluated(&self, _: u32, _: f64, _: u64) {}
