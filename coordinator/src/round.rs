@@ -21,14 +21,15 @@ const REJOIN_MS: u64 = 10_000;
 ///
 /// A round closes when every member that is still in it has delivered, or at its deadline. A member that departs, or
 /// whose update is refused for what it contains, is removed from the round: it may join again, but trains again only from
-/// the next start. An update that was accepted stays, even if its sender departs afterwards.
+/// the next start. An update that was accepted stays, even if its sender departs afterwards. A device that joins while it
+/// is connected has lost its earlier connection, whether that is known yet or not: it departs and returns.
 #[derive(Debug)]
 pub struct Rounds {
     federation: Federation,
     seed: Seed,
     round: u32,
     attempt: u32,
-    connected: BTreeSet<ParticipantName>,
+    connected: BTreeMap<ParticipantName, DeviceId>,
     state: State,
     /// What the last [`Action::WaitFor`] said, so that a tick does not say it again.
     missing: Option<usize>,
@@ -38,11 +39,16 @@ pub struct Rounds {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ParticipantName(String);
 
+/// The digest of the key that a participant has proved to hold: a name may be given to another device, a key is one's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceId(pub [u8; 32]);
+
 /// What has happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     Joined {
         participant: ParticipantName,
+        device: DeviceId,
     },
     Departed {
         participant: ParticipantName,
@@ -76,6 +82,10 @@ pub enum Action {
     RefuseJoin {
         participant: ParticipantName,
         reason: JoinRefusal,
+    },
+    /// The device that has just joined was connected already: end its earlier connection.
+    Supersede {
+        participant: ParticipantName,
     },
     /// Status only: this many more participants must join before `round` starts.
     WaitFor {
@@ -135,7 +145,7 @@ pub struct Contribution {
 /// Why a participant may not join.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum JoinRefusal {
-    #[error("a participant of this name is connected already")]
+    #[error("a participant of this name is connected already, and its key is another")]
     NameTaken,
     #[error("the run has finished")]
     Finished,
@@ -217,7 +227,7 @@ impl Rounds {
             seed,
             round: first_round.max(1),
             attempt: 1,
-            connected: BTreeSet::new(),
+            connected: BTreeMap::new(),
             state: State::Gathering { since_ms: None },
             missing: None,
         }
@@ -233,7 +243,7 @@ impl Rounds {
         // A deadline holds from its own time on, not from the tick that happens to notice it.
         self.close_if_settled(now_ms, &mut actions);
         match event {
-            Event::Joined { participant } => self.join(participant, &mut actions),
+            Event::Joined { participant, device } => self.join(participant, device, &mut actions),
             Event::Departed { participant } => self.depart(&participant, &mut actions),
             Event::Evaluated { participant, round } => self.note_evaluation(&participant, round),
             Event::UpdateArrived { participant, round, attempt, tokens } => {
@@ -268,14 +278,21 @@ impl Rounds {
         }
     }
 
-    fn join(&mut self, participant: ParticipantName, actions: &mut Vec<Action>) {
+    fn join(&mut self, participant: ParticipantName, device: DeviceId, actions: &mut Vec<Action>) {
         if matches!(self.state, State::Finished) {
-            actions.push(Action::RefuseJoin { participant, reason: JoinRefusal::Finished });
-        } else if self.connected.contains(&participant) {
-            actions.push(Action::RefuseJoin { participant, reason: JoinRefusal::NameTaken });
-        } else {
-            self.connected.insert(participant);
+            return actions.push(Action::RefuseJoin { participant, reason: JoinRefusal::Finished });
         }
+        match self.connected.get(&participant) {
+            Some(connected) if *connected != device => {
+                return actions.push(Action::RefuseJoin { participant, reason: JoinRefusal::NameTaken });
+            }
+            Some(_) => {
+                actions.push(Action::Supersede { participant: participant.clone() });
+                self.depart(&participant, actions);
+            }
+            None => {}
+        }
+        self.connected.insert(participant, device);
     }
 
     fn depart(&mut self, participant: &ParticipantName, actions: &mut Vec<Action>) {
@@ -416,7 +433,7 @@ impl Rounds {
         if self.federation.evaluate_every == 0 || self.connected.is_empty() {
             return self.finish(FinishReason::Completed, actions);
         }
-        let awaited = self.connected.clone();
+        let awaited: BTreeSet<ParticipantName> = self.connected.keys().cloned().collect();
         let participants = awaited.iter().cloned().collect();
         actions.push(Action::Evaluate { round: self.federation.rounds, participants });
         self.state = State::Evaluating { awaited, closes_ms: self.deadline_after(now_ms) };
@@ -468,7 +485,7 @@ impl Rounds {
     /// Depends on who is connected, never on the order in which they came. Another attempt draws another cohort, since
     /// the member that spoiled the first may be connected still.
     fn draw_cohort(&self) -> Vec<ParticipantName> {
-        let names: Vec<&ParticipantName> = self.connected.iter().collect();
+        let names: Vec<&ParticipantName> = self.connected.keys().collect();
         let label = format!("round/{}/attempt/{}/cohort", self.round, self.attempt);
         let mut generator = self.seed.generator(&label);
         let drawn_count = self.cohort().min(names.len());

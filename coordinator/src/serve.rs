@@ -299,15 +299,18 @@ impl Session<'_> {
         // Dropped with everything it runs when this function returns.
         let mut streams: JoinSet<Result<(), ServeError>> = JoinSet::new();
         let mut joining: Option<oneshot::Receiver<Result<(), String>>> = None;
+        let mut is_ready = false;
         loop {
             tokio::select! {
                 message = receive.message::<FromParticipant>() => match message? {
+                    // It would supersede itself.
+                    FromParticipant::Ready { .. } if is_ready => return Err(misbehaved("a second ready".into())),
                     FromParticipant::Ready { experiment_digest } => {
                         if experiment_digest != self.shared.experiment.digest() {
                             return Err(ServeError::Close(CloseCode::ExperimentDiffers, "the experiments differ".into()));
                         }
                         let (answer, joined) = oneshot::channel();
-                        joining = Some(joined);
+                        (joining, is_ready) = (Some(joined), true);
                         self.tell(Incoming::Joined {
                             participant: self.participant.clone(),
                             session: self.id,

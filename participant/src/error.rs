@@ -35,6 +35,12 @@ pub enum ParticipantError {
     /// The coordinator will not have this participant.
     #[error("the coordinator refused: {0}")]
     Refused(String),
+    /// Another process has this device's identity, and has come later.
+    #[error(
+        "superseded: the same identity has connected from elsewhere and goes on in this one's place; stop that process \
+         to go on here, or invite this device under a name of its own"
+    )]
+    Superseded,
     /// The owner pressed Ctrl-C.
     #[error("the device was stopped")]
     Stopped,

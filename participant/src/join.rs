@@ -98,7 +98,11 @@ async fn finish(
             error @ (NetError::Lost { .. } | NetError::Reset { .. } | NetError::Closed { .. }),
         )) => {
             let closed = tokio::time::timeout(Duration::from_secs(1), connection.closed()).await;
-            Err(closed.unwrap_or(error).into())
+            match closed.unwrap_or(error) {
+                // To come again would only drive the other one out in turn.
+                NetError::Closed { code: Some(CloseCode::Superseded), .. } => Err(ParticipantError::Superseded),
+                error => Err(error.into()),
+            }
         }
         ran => ran,
     };

@@ -36,7 +36,11 @@ fn names(list: &str) -> Vec<ParticipantName> {
 }
 
 fn joined(participant: &str) -> Event {
-    Event::Joined { participant: name(participant) }
+    joined_with(0, participant)
+}
+
+fn joined_with(key: u8, participant: &str) -> Event {
+    Event::Joined { participant: name(participant), device: DeviceId([key; 32]) }
 }
 
 fn departed(participant: &str) -> Event {
@@ -54,6 +58,10 @@ fn update_of(participant: &str, round: u32, attempt: u32) -> Event {
 
 fn evaluated(participant: &str, round: u32) -> Event {
     Event::Evaluated { participant: name(participant), round }
+}
+
+fn supersede(participant: &str) -> Action {
+    Action::Supersede { participant: name(participant) }
 }
 
 fn start(round: u32, cohort: &str) -> Action {
@@ -284,14 +292,66 @@ fn a_member_whose_update_is_bad_is_removed_but_stays_connected() {
 }
 
 #[test]
-fn a_second_participant_of_the_same_name_may_not_join() {
+fn another_device_of_the_same_name_may_not_join_while_the_first_is_connected() {
+    let refused = || vec![Action::RefuseJoin { participant: name("anna"), reason: JoinRefusal::NameTaken }];
     check_scenario(
-        federation(1, 2, 1),
+        federation(2, 2, 1),
         vec![
             (0, joined("anna"), vec![wait_for(1, 1)]),
-            (0, joined("anna"), vec![Action::RefuseJoin { participant: name("anna"), reason: JoinRefusal::NameTaken }]),
+            (1, joined_with(1, "anna"), refused()),
+            (2, joined("bert"), vec![start(1, "anna bert")]),
+            (3, joined_with(1, "anna"), refused()),
+            (4, departed("anna"), vec![remove("anna")]),
+            (5, joined_with(1, "anna"), vec![]),
+            (6, joined("anna"), refused()),
         ],
     );
+}
+
+#[test]
+fn a_device_that_connects_again_departs_and_returns() {
+    check_scenario(
+        federation(2, 3, 2),
+        vec![
+            (0, joined("anna"), vec![wait_for(1, 2)]),
+            (1, joined("anna"), vec![supersede("anna")]),
+            (2, joined("bert"), vec![wait_for(1, 1)]),
+            (3, joined("cleo"), vec![start(1, "anna bert cleo")]),
+            // Its work of the open round is lost, as that of anybody who departs.
+            (4, joined("anna"), vec![supersede("anna"), remove("anna")]),
+            (5, update("anna", 1), vec![refuse("anna", 1, Refusal::Removed)]),
+            // An update that was accepted stays.
+            (6, update("bert", 1), vec![accept("bert", 1)]),
+            (7, joined("bert"), vec![supersede("bert")]),
+            (8, update("cleo", 1), vec![accept("cleo", 1), aggregate(1, "bert cleo"), start(2, "anna bert cleo")]),
+        ],
+    );
+}
+
+#[test]
+fn a_round_that_loses_its_quorum_to_a_device_that_connects_again_starts_again_with_it() {
+    let why = Abandonment::TooFewMembers { remaining: 1, quorum: 2 };
+    check_scenario(
+        federation(1, 2, 2),
+        vec![
+            (0, joined("anna"), vec![wait_for(1, 1)]),
+            (0, joined("bert"), vec![start(1, "anna bert")]),
+            (
+                1,
+                joined("anna"),
+                vec![supersede("anna"), remove("anna"), abandon(1, 1, why), start_again(1, 2, "anna bert")],
+            ),
+        ],
+    );
+}
+
+#[test]
+fn the_final_evaluation_does_not_wait_for_a_device_that_connects_again() {
+    let evaluate = Action::Evaluate { round: 1, participants: names("anna") };
+    let mut rounds = Rounds::new(evaluating(1, federation(1, 1, 1)), 1, Seed(0));
+    let _starts = rounds.handle(joined("anna"), 0);
+    assert_eq!(rounds.handle(update("anna", 1), 1), [accept("anna", 1), aggregate(1, "anna"), evaluate]);
+    assert_eq!(rounds.handle(joined("anna"), 2), [supersede("anna"), finish(FinishReason::Completed)]);
 }
 
 #[test]
@@ -429,7 +489,8 @@ fn the_next_deadline_is_named_whenever_time_alone_can_change_something() {
 fn cohorts_differ_between_rounds_and_seeds_but_not_with_the_order_of_joining() {
     let cohorts = |order: &[usize], seed| -> Vec<Vec<ParticipantName>> {
         let mut crowded = Rounds::new(federation(8, 3, 1), 1, Seed(seed));
-        crowded.connected = order.iter().map(|number| name(&format!("participant-{number:02}"))).collect();
+        let device = |number: &usize| (name(&format!("participant-{number:02}")), DeviceId([0; 32]));
+        crowded.connected = order.iter().map(device).collect();
         (1..=8)
             .map(|round| {
                 crowded.round = round;
@@ -452,7 +513,7 @@ const CROWD: [&str; 5] = ["anna", "bert", "cleo", "dora", "emil"];
 /// An event relative to the machine's present state, so that random schedules get deep into a run.
 #[derive(Debug, Clone)]
 enum Op {
-    Join(usize),
+    Join(usize, u8),
     Depart(usize),
     Deliver(usize),
     DeliverAnything(usize, u32, u32, u64),
@@ -465,7 +526,7 @@ enum Op {
 fn op() -> impl Strategy<Value = Op> {
     let participant = || 0..CROWD.len();
     prop_oneof![
-        60 => participant().prop_map(Op::Join),
+        60 => (participant(), 0..2u8).prop_map(|(p, key)| Op::Join(p, key)),
         20 => participant().prop_map(Op::Depart),
         120 => participant().prop_map(Op::Deliver),
         20 => (participant(), 0..6u32, 0..4u32, 0..3u64).prop_map(|(p, round, attempt, tokens)| {
@@ -537,7 +598,10 @@ impl Ledger {
             Action::Evaluate { round, participants } => {
                 assert!(self.open.is_none() && *round == self.last_aggregated && !participants.is_empty());
             }
-            Action::RefuseJoin { .. } | Action::WaitFor { .. } | Action::RefuseUpdate { .. } => {}
+            Action::RefuseJoin { .. }
+            | Action::Supersede { .. }
+            | Action::WaitFor { .. }
+            | Action::RefuseUpdate { .. } => {}
         }
     }
 }
@@ -555,7 +619,7 @@ proptest! {
         for op in ops {
             let (round, attempt) = (rounds.round, rounds.attempt);
             let event = match op {
-                Op::Join(p) => joined(CROWD[p]),
+                Op::Join(p, key) => joined_with(key, CROWD[p]),
                 Op::Depart(p) => departed(CROWD[p]),
                 Op::Deliver(p) => update_of(CROWD[p], round, attempt),
                 Op::DeliverAnything(p, round, attempt, tokens) => {

@@ -18,7 +18,7 @@ use super::{COMPLETED, Ended, RunError, SOFTWARE, Watcher, body_blocks, ledger, 
 use crate::aggregate::{Aggregator, Member};
 use crate::body::{Closed, RoundKey};
 use crate::checkpoint::Checkpoint;
-use crate::round::{Action, Contribution, Event, FinishReason, ParticipantName, Refusal, Rounds};
+use crate::round::{Action, Contribution, DeviceId, Event, FinishReason, ParticipantName, Refusal, Rounds};
 use crate::serve::{self, Incoming, Shared};
 use crate::status::{ParticipantStatus, Status};
 
@@ -190,7 +190,8 @@ impl Conductor {
         match incoming {
             Incoming::Joined { participant, session, connection, messages, answer } => {
                 // The machine refuses by an action; asking it first keeps the newcomer out of the tables until then.
-                let actions = self.handle(Event::Joined { participant: participant.clone() });
+                let (round, device) = (self.rounds.round(), DeviceId(connection.peer_key()));
+                let actions = self.handle(Event::Joined { participant: participant.clone(), device });
                 let refused = actions.iter().find_map(|action| match action {
                     Action::RefuseJoin { participant: refused, reason } if *refused == participant => {
                         Some(reason.to_string())
@@ -200,6 +201,9 @@ impl Conductor {
                 // A peer that is gone already reports its departure.
                 let _ = answer.send(refused.clone().map_or(Ok(()), Err));
                 if refused.is_none() {
+                    if actions.contains(&Action::Supersede { participant: participant.clone() }) {
+                        self.supersede(&participant, round)?;
+                    }
                     self.watcher.note(&format!("{participant} joined"));
                     self.connections.insert(participant.clone(), Connected { session, connection, messages });
                     self.set_state(&participant, "connected");
@@ -210,12 +214,7 @@ impl Conductor {
                 if self.connections.get(&participant).is_none_or(|connected| connected.session != session) {
                     return Ok(None);
                 }
-                self.record_bytes(&participant)?;
-                self.connections.remove(&participant);
-                self.set_state(&participant, "departed");
-                self.watcher.note(&format!("{participant} departed: {reason}"));
-                let (round, name) = (self.rounds.round(), participant.to_string());
-                self.record(&Row::Departure { round, participant: name, reason, energy_j: None })?;
+                self.note_departure(&participant, self.rounds.round(), reason)?;
                 Ok(Some((self.handle(Event::Departed { participant }), None)))
             }
             Incoming::Said { participant, session, message } => {
@@ -238,6 +237,23 @@ impl Conductor {
                 Ok(Some((self.handle(event), Some(judged))))
             }
         }
+    }
+
+    /// What the earlier connection still says, its departure included, is of a session that is known no longer.
+    fn supersede(&mut self, participant: &ParticipantName, round: u32) -> Result<(), RunError> {
+        let reason = "the same device has connected again";
+        if let Some(earlier) = self.connections.get(participant) {
+            earlier.connection.close(CloseCode::Superseded, reason);
+        }
+        self.note_departure(participant, round, reason.into())
+    }
+
+    fn note_departure(&mut self, participant: &ParticipantName, round: u32, reason: String) -> Result<(), RunError> {
+        self.record_bytes(participant)?;
+        self.connections.remove(participant);
+        self.set_state(participant, "departed");
+        self.watcher.note(&format!("{participant} departed: {reason}"));
+        self.record(&Row::Departure { round, participant: participant.to_string(), reason, energy_j: None })
     }
 
     fn said(&mut self, participant: ParticipantName, message: FromParticipant) -> Result<Option<Event>, RunError> {
@@ -286,8 +302,8 @@ impl Conductor {
         let mut finish = None;
         for action in actions {
             match action {
-                // Answered where the join was received.
-                Action::RefuseJoin { .. } => {}
+                // Done where the join was received.
+                Action::RefuseJoin { .. } | Action::Supersede { .. } => {}
                 Action::WaitFor { round, missing } => {
                     self.state = "waiting for participants".into();
                     self.watcher.note(&format!("round {round} waits for {missing} more participants"));

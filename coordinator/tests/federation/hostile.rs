@@ -353,6 +353,11 @@ async fn a_second_hello_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn being_ready_twice_is_refused() {
+    check_refused(CloseCode::Unexpected, "a second ready", async |hostile| hostile.ready().await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn being_ready_for_another_experiment_is_refused() {
     check_before(async |world, coordinator| {
         let mut hostile = Hostile::greet(world, coordinator).await;

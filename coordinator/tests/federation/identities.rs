@@ -87,7 +87,24 @@ async fn a_device_joins_again_with_its_kept_state() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_participant_under_a_connected_name_is_refused() {
+async fn another_device_under_a_connected_name_is_refused() {
+    within_a_minute(async {
+        let site = Site::new(str::to_owned);
+        let mut running = site.start().await;
+        let first = site.join(&site.invite(NAME), "device", site.world.participant(NAME).0);
+        running.until_noted("press-1 joined").await;
+        let name = PeerName::new(NAME).unwrap();
+        let replacement = site.home().invite(&name, OffsetDateTime::now_utc(), INVITATION_VALID, true).unwrap();
+        let second = site.join(&replacement, "another device", site.world.participant(NAME).0);
+        check_refused(second.await.unwrap(), "a participant of this name is connected already, and its key is another");
+        running.stop().await;
+        assert_eq!(first.await.unwrap().unwrap(), "stopped after round 0 of 2");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_connections_of_one_device_the_later_one_stays() {
     within_a_minute(async {
         let site = Site::new(str::to_owned);
         let mut running = site.start().await;
@@ -95,9 +112,11 @@ async fn a_second_participant_under_a_connected_name_is_refused() {
         let first = site.join(&invitation, "device", site.world.participant(NAME).0);
         running.until_noted("press-1 joined").await;
         let second = site.join(&invitation, "device", site.world.participant(NAME).0);
-        check_refused(second.await.unwrap(), "a participant of this name is connected already");
+        check_refused(first.await.unwrap(), "the same identity has connected from elsewhere");
+        running.until_noted("press-1 departed: the same device has connected again").await;
+        running.until_noted("press-1 joined").await;
         running.stop().await;
-        assert_eq!(first.await.unwrap().unwrap(), "stopped after round 0 of 2");
+        assert_eq!(second.await.unwrap().unwrap(), "stopped after round 0 of 2");
     })
     .await;
 }

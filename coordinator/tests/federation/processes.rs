@@ -106,6 +106,38 @@ fn a_participant_stopped_by_ctrl_c_says_how_to_rejoin_and_rejoins() {
 }
 
 #[test]
+fn a_participant_that_was_killed_takes_its_place_back_when_it_is_started_again() {
+    let site = Site::of(&longer(12));
+    let mut coordinator = site.start("coordinator run experiment.toml --home home");
+    let (press, mill) = (site.join("press-1"), site.join("mill-1"));
+    coordinator.until("round 1: loss");
+    // Nothing closes its connection: the coordinator would wait for it until QUIC's idle time is over.
+    drop(press);
+    let press = site.join("press-1");
+    coordinator.until("press-1 departed: the same device has connected again");
+    for participant in [press, mill] {
+        participant.ends_well("completed");
+    }
+    coordinator.ends_well("completed: 12 rounds");
+}
+
+#[test]
+fn a_participant_whose_identity_connects_from_elsewhere_ends_and_says_so() {
+    let site = Site::of(SMOKE);
+    let mut coordinator = site.start("coordinator run experiment.toml --home home");
+    let first = site.join("press-1");
+    coordinator.until("press-1 joined");
+    let second = site.join("press-1");
+    let ended = first.end();
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert!(ended.stderr.contains("the same identity has connected from elsewhere"), "{ended:?}");
+    for participant in [second, site.join("mill-1")] {
+        participant.ends_well("completed");
+    }
+    coordinator.ends_well("completed: 2 rounds");
+}
+
+#[test]
 fn a_swarm_is_a_cohort_from_one_process() {
     let site = Site::of(&SMOKE.replace("cohort = 2", "cohort = 4").replace("quorum = 2", "quorum = 4"));
     site.run("coordinator invite home device --count 4 --out invites");

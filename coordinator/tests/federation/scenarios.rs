@@ -1,9 +1,14 @@
 //! Runs in which something happens: departures, restarts, other modes and strategies.
 
+use std::sync::Arc;
+
 use experiment::Row;
 use model::Adapter;
+use net::NetError;
+use participant::ParticipantError;
+use wire::CloseCode;
 
-use crate::world::{World, loss_bits, run_to_the_end};
+use crate::world::{Holding, World, loss_bits, run_to_the_end};
 
 const TWO: [&str; 2] = ["mill-1", "press-1"];
 
@@ -122,6 +127,36 @@ async fn an_abandoned_round_is_trained_again_to_the_same_end() {
         assert_eq!(joined.await.unwrap().1.unwrap(), "completed");
     }
     assert_eq!(world.adapter(8), calm.adapter(8));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_device_that_connects_again_within_a_step_takes_its_place_back() {
+    let calm = World::new(str::to_owned);
+    run_to_the_end(&calm, &TWO).await;
+
+    let world = World::new(str::to_owned);
+    let mut coordinator = world.coordinator();
+    let press = coordinator.join(world.participant("press-1").0).await;
+    let (mut lost, _) = world.participant("mill-1");
+    let (holding, mut reached, release) = Holding::at(1);
+    lost.reporter = Arc::new(holding);
+    let lost = coordinator.join(lost).await;
+    reached.recv().await.unwrap();
+    // The coordinator has no other sign that the first connection is of no use any more.
+    let mill = coordinator.join(world.participant("mill-1").0).await;
+    coordinator.until(|row| matches!(row, Row::Departure { participant, .. } if participant == "mill-1")).await;
+    drop((reached, release));
+    let superseded = lost.await.unwrap().1.unwrap_err();
+    assert!(
+        matches!(superseded, ParticipantError::Net(NetError::Closed { code: Some(CloseCode::Superseded), .. })),
+        "{superseded}"
+    );
+    assert_eq!(coordinator.end().await.unwrap().rounds, 2);
+    for joined in [press, mill] {
+        assert_eq!(joined.await.unwrap().1.unwrap(), "completed");
+    }
+    // The round was trained again from its beginning, by both.
+    assert_eq!(world.adapter(2), calm.adapter(2));
 }
 
 #[tokio::test(flavor = "multi_thread")]

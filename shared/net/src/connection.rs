@@ -6,7 +6,7 @@ use wire::CloseCode;
 
 use crate::{
     LedgerSnapshot, NetError, RecvStream, SendStream, Tap, TransportStats,
-    identity::PeerIdentity,
+    identity::{PeerIdentity, fingerprint, key_digest},
     ledger::Ledger,
     memory,
     stream::{ReadHalf, WriteHalf},
@@ -17,6 +17,7 @@ use crate::{
 pub struct Connection {
     link: Link,
     peer: Arc<PeerIdentity>,
+    peer_key: [u8; 32],
     ledger: Arc<Ledger>,
 }
 
@@ -51,22 +52,32 @@ impl Connection {
 
     fn paired(first: PeerIdentity, second: PeerIdentity, tap: Option<Tap>) -> (Self, Self) {
         let (first_end, second_end) = memory::pair(tap);
-        (Self::new(Link::Memory(first_end), second), Self::new(Link::Memory(second_end), first))
+        let end = |end, peer: PeerIdentity| {
+            let key = fingerprint(peer.uri().as_bytes());
+            Self::new(Link::Memory(end), peer, key)
+        };
+        (end(first_end, second), end(second_end, first))
     }
 
     /// The connection after its handshake, with the peer that its certificate names.
     pub(crate) fn authenticated(connection: quinn::Connection) -> Result<Self, NetError> {
-        let peer = peer_of(&connection)?;
-        Ok(Self::new(Link::Quic(connection), peer))
+        let (peer, peer_key) = peer_of(&connection)?;
+        Ok(Self::new(Link::Quic(connection), peer, peer_key))
     }
 
-    fn new(link: Link, peer: PeerIdentity) -> Self {
-        Self { link, peer: Arc::new(peer), ledger: Arc::default() }
+    fn new(link: Link, peer: PeerIdentity, peer_key: [u8; 32]) -> Self {
+        Self { link, peer: Arc::new(peer), peer_key, ledger: Arc::default() }
     }
 
     /// Who the peer's certificate says it is.
     pub fn peer(&self) -> &PeerIdentity {
         &self.peer
+    }
+
+    /// SHA-256 of the public key that the peer has proved to hold: peers of one name with one key are the same device. In
+    /// memory every name has a key of its own.
+    pub fn peer_key(&self) -> [u8; 32] {
+        self.peer_key
     }
 
     pub fn remote_address(&self) -> Option<SocketAddr> {
@@ -164,14 +175,15 @@ impl std::fmt::Debug for Connection {
     }
 }
 
-fn peer_of(connection: &quinn::Connection) -> Result<PeerIdentity, NetError> {
+fn peer_of(connection: &quinn::Connection) -> Result<(PeerIdentity, [u8; 32]), NetError> {
     let untrusted = |reason: String| NetError::PeerUntrusted { reason };
     let chain = connection
         .peer_identity()
         .and_then(|identity| identity.downcast::<Vec<rustls_pki_types::CertificateDer<'static>>>().ok())
         .ok_or_else(|| untrusted("it presented no certificate".into()))?;
     let leaf = chain.first().ok_or_else(|| untrusted("it presented no certificate".into()))?;
-    PeerIdentity::from_certificate(leaf).map_err(|error| untrusted(error.to_string()))
+    let identity = PeerIdentity::from_certificate(leaf).map_err(|error| untrusted(error.to_string()))?;
+    Ok((identity, key_digest(leaf).map_err(|error| untrusted(error.to_string()))?))
 }
 
 #[cfg(test)]

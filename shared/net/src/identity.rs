@@ -202,6 +202,11 @@ impl fmt::Display for PeerIdentity {
     }
 }
 
+/// SHA-256 of the public key in a certificate, algorithm included: the same in every certificate of one key.
+pub(crate) fn key_digest(der: &[u8]) -> Result<[u8; 32], IdentityError> {
+    Ok(fingerprint(parse_certificate(der)?.public_key().raw))
+}
+
 fn parse_certificate(der: &[u8]) -> Result<x509_parser::certificate::X509Certificate<'_>, IdentityError> {
     match x509_parser::certificate::X509Certificate::from_der(der) {
         Ok(([], certificate)) => Ok(certificate),
@@ -220,7 +225,7 @@ fn private_key(pem: &str) -> Result<PrivateKeyDer<'static>, IdentityError> {
         .map_err(|error| IdentityError::Pem { what: "private key", reason: error.to_string() })
 }
 
-fn fingerprint(der: &[u8]) -> [u8; 32] {
+pub(crate) fn fingerprint(der: &[u8]) -> [u8; 32] {
     Sha256::digest(der).into()
 }
 

@@ -98,6 +98,26 @@ async fn both_sides_know_each_other_from_their_certificates() {
 }
 
 #[tokio::test]
+async fn device_is_the_same_by_its_key_and_not_by_its_name() {
+    let authority = Authority::create(now()).unwrap();
+    let mut listener = Listener::bind(loopback(), &authority.issue_coordinator(now()).unwrap(), &TRANSPORT).unwrap();
+    let address = listener.local_address().to_string();
+    let key = DeviceKey::generate().unwrap();
+    let issued = || {
+        let chain = authority.issue_participant(&name("alice"), &key.request_der().unwrap(), now()).unwrap();
+        Identity::from_pem(&chain, key.pem(), authority.certificate_pem()).unwrap()
+    };
+    let mut keys = Vec::new();
+    for identity in [issued(), issued(), participant(&authority, "alice", now())] {
+        let dialer = Dialer::new(&identity, &TRANSPORT).unwrap();
+        let _open = dialer.connect(&address).await.unwrap();
+        keys.push(before_deadline(listener.accept()).await.unwrap().peer_key());
+    }
+    assert_eq!(keys[0], keys[1], "two certificates of one key");
+    assert_ne!(keys[0], keys[2]);
+}
+
+#[tokio::test]
 async fn invitation_is_no_participant() {
     let authority = Authority::create(now()).unwrap();
     let mut listener = Listener::bind(loopback(), &authority.issue_coordinator(now()).unwrap(), &TRANSPORT).unwrap();

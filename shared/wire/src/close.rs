@@ -62,7 +62,7 @@ pub enum CloseCode {
     ExperimentDiffers = 0x21,
     /// The certificate's role may not do this, or its participant is not a member.
     NotAuthorized = 0x30,
-    /// The same participant has connected again.
+    /// The same device has connected again, and goes on there.
     Superseded = 0x31,
     /// No room at present.
     NoRoom = 0x40,
