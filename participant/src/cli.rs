@@ -262,9 +262,10 @@ impl Cli {
             _ => "nothing was written; run the same command again to start over",
         };
         let (stop, stopped) = watch::channel(false);
-        let mut work = std::pin::pin!(self.command.run(stopped));
+        // A task of its own, because training without a network never waits, and would never let this one look up.
+        let mut work = tokio::spawn(self.command.run(stopped));
         tokio::select! {
-            done = &mut work => return done,
+            done = &mut work => return done.context("the command failed")?,
             () = interrupted => {}
         }
         // Who is connected takes leave; whatever else is going on is not waited for.
@@ -297,7 +298,7 @@ impl Command {
     }
 }
 
-/// Long tensor work leaves the other threads of the runtime free for Ctrl-C.
+/// Long tensor work leaves the other threads of the runtime free for an interruption.
 fn off_the_runtime<T>(work: impl FnOnce() -> T) -> T {
     tokio::task::block_in_place(work)
 }

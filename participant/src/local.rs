@@ -41,7 +41,7 @@ pub enum Happened {
 }
 
 impl LocalTraining {
-    pub async fn run(&self, mut tell: impl FnMut(Happened)) -> Result<(), ParticipantError> {
+    pub async fn run(&self, mut tell: impl FnMut(Happened) + Send) -> Result<(), ParticipantError> {
         let experiment = Arc::new(Experiment::from_file(&self.experiment)?);
         ComputeDevice::limit_threads(self.threads.unwrap_or(experiment.device.threads));
         let device = ComputeDevice::new(self.backend.unwrap_or(experiment.device.backend))?;
@@ -60,7 +60,7 @@ impl LocalTraining {
             Trainer::new(experiment.clone(), &self.name, &*source, None, &device, data, &mut stages)?
         };
         trainer.begin_round(1, &adapter)?;
-        let evaluate = async |trainer: &Trainer, step, tell: &mut dyn FnMut(Happened)| {
+        let evaluate = async |trainer: &Trainer, step, tell: &mut (dyn FnMut(Happened) + Send)| {
             let loss = trainer.evaluate(None).await?;
             if loss.tokens > 0 {
                 tell(Happened::Evaluated { step, loss_nats: loss.nats / loss.tokens as f64, tokens: loss.tokens });

@@ -106,6 +106,17 @@ fn a_participant_stopped_by_ctrl_c_says_how_to_rejoin_and_rejoins() {
 }
 
 #[test]
+fn training_that_never_waits_is_stopped_all_the_same() {
+    let site = Site::of(&longer(400));
+    let mut training = site.start("participant train experiment.toml --data data/press-1.jsonl");
+    training.until("step 0");
+    training.interrupt();
+    let Ended { code, stderr, .. } = training.end();
+    assert_eq!(code, Some(1), "{stderr}");
+    assert!(stderr.contains("run the same command again to start over"), "{stderr}");
+}
+
+#[test]
 fn a_participant_that_was_killed_takes_its_place_back_when_it_is_started_again() {
     let site = Site::of(&longer(12));
     let mut coordinator = site.start("coordinator run experiment.toml --home home");
