@@ -23,7 +23,12 @@ use crate::status::status;
 
 /// The server of federated split-learning runs: it holds the body of the model and aggregates the adapters.
 #[derive(Parser)]
-#[command(version, max_term_width = 110)]
+#[command(
+    version,
+    max_term_width = 110,
+    after_help = "Exit codes: 0 when it is done, or a run was stopped by Ctrl-C or SIGTERM (the same command goes on with \
+        it); 1 when it failed, or another command was stopped; 2 for wrong arguments."
+)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -13,22 +13,44 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let interrupted = async {
-        // Without the handler Ctrl-C ends the process all the same, only less politely.
-        if tokio::signal::ctrl_c().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    };
-    let code = match runtime.block_on(cli.run(interrupted)) {
+    let code = match runtime.block_on(cli.run(interrupted())) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {}", told(&error));
             ExitCode::FAILURE
         }
     };
-    // Work that Ctrl-C abandoned is not waited for.
+    // Work that an interruption abandoned is not waited for.
     runtime.shutdown_background();
     code
+}
+
+/// Ctrl-C, or the SIGTERM of a service manager. Where there is no handler the signal ends the process all the same, only
+/// less politely.
+async fn interrupted() {
+    let ctrl_c = async {
+        if tokio::signal::ctrl_c().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    };
+    tokio::select! {
+        () = ctrl_c => {}
+        () = terminated() => {}
+    }
+}
+
+#[cfg(unix)]
+async fn terminated() {
+    use tokio::signal::unix::{SignalKind, signal};
+    match signal(SignalKind::terminate()) {
+        Ok(mut terminated) => drop(terminated.recv().await),
+        Err(_) => std::future::pending().await,
+    }
+}
+
+#[cfg(not(unix))]
+async fn terminated() {
+    std::future::pending().await
 }
 
 /// The error and its causes, without those that an outer message already quotes.

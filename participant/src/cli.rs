@@ -27,7 +27,12 @@ use crate::trainer::StepReport;
 
 /// A device of a federated split-learning run: it keeps its data and trains the ends of the model on it.
 #[derive(Parser)]
-#[command(version, max_term_width = 110)]
+#[command(
+    version,
+    max_term_width = 110,
+    after_help = "Exit codes: 0 when it is done, or the run is over, be it stopped by the coordinator; 1 when it failed, or was \
+        stopped by Ctrl-C or SIGTERM (it says how to go on); 2 for wrong arguments."
+)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -41,7 +41,7 @@ pub enum ParticipantError {
          to go on here, or invite this device under a name of its own"
     )]
     Superseded,
-    /// The owner pressed Ctrl-C.
+    /// The owner pressed Ctrl-C, or sent SIGTERM.
     #[error("the device was stopped")]
     Stopped,
     /// The owner asked for something that does not go.

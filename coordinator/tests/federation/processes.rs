@@ -60,7 +60,7 @@ fn a_coordinator_stopped_by_ctrl_c_says_how_to_go_on_and_goes_on() {
     let mut coordinator = site.start("coordinator run experiment.toml --home home --runs kept");
     let participants = ["press-1", "mill-1"].map(|name| site.join(name));
     coordinator.until("round 2: loss");
-    coordinator.interrupt();
+    coordinator.signal("INT");
     let told = coordinator.ends_well("nothing finished is lost");
     for participant in participants {
         participant.ends_well("stopped after round");
@@ -94,7 +94,7 @@ fn a_participant_stopped_by_ctrl_c_says_how_to_rejoin_and_rejoins() {
     let mut coordinator = site.start("coordinator run experiment.toml --home home");
     let (press, mill) = (site.join("press-1"), site.join("mill-1"));
     coordinator.until("round 1: loss");
-    press.interrupt();
+    press.signal("INT");
     let ended = press.end();
     assert_eq!(ended.code, Some(1), "{ended:?}");
     assert!(ended.stderr.contains("error: interrupted") && ended.stderr.contains("to rejoin"), "{ended:?}");
@@ -106,14 +106,33 @@ fn a_participant_stopped_by_ctrl_c_says_how_to_rejoin_and_rejoins() {
 }
 
 #[test]
+fn sigterm_stops_either_program_as_ctrl_c_does() {
+    let site = Site::of(&longer(12));
+    let mut coordinator = site.start("coordinator run experiment.toml --home home");
+    let (press, mill) = (site.join("press-1"), site.join("mill-1"));
+    coordinator.until("round 1: loss");
+    press.signal("TERM");
+    let ended = press.end();
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert!(ended.stderr.contains("error: interrupted") && ended.stderr.contains("to rejoin"), "{ended:?}");
+    coordinator.until("press-1 departed");
+    coordinator.signal("TERM");
+    let told = coordinator.ends_well("nothing finished is lost");
+    assert!(told.contains("  coordinator run experiment.toml --home home --runs runs"), "{told}");
+    mill.ends_well("stopped after round");
+}
+
+#[test]
 fn training_that_never_waits_is_stopped_all_the_same() {
     let site = Site::of(&longer(400));
-    let mut training = site.start("participant train experiment.toml --data data/press-1.jsonl");
-    training.until("step 0");
-    training.interrupt();
-    let Ended { code, stderr, .. } = training.end();
-    assert_eq!(code, Some(1), "{stderr}");
-    assert!(stderr.contains("run the same command again to start over"), "{stderr}");
+    for signal in ["INT", "TERM"] {
+        let mut training = site.start("participant train experiment.toml --data data/press-1.jsonl");
+        training.until("step 0");
+        training.signal(signal);
+        let Ended { code, stderr, .. } = training.end();
+        assert_eq!(code, Some(1), "{signal}: {stderr}");
+        assert!(stderr.contains("run the same command again to start over"), "{signal}: {stderr}");
+    }
 }
 
 #[test]
@@ -321,9 +340,9 @@ impl Process {
         }
     }
 
-    /// What a terminal does at Ctrl-C.
-    fn interrupt(&self) {
-        let kill = format!("kill -INT {}", self.child.id());
+    /// `INT` is what a terminal sends at Ctrl-C, `TERM` what a service manager sends.
+    fn signal(&self, name: &str) {
+        let kill = format!("kill -{name} {}", self.child.id());
         assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success(), "{kill}");
     }
 
