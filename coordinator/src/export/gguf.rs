@@ -78,7 +78,7 @@ fn file_type(ty: BlockType) -> Result<u32, quant::Error> {
         BlockType::Q5_0 => 8,
         BlockType::Q5_1 => 9,
         BlockType::BF16 => 32,
-        BlockType::Q4_K | BlockType::Q5_K | BlockType::Q6_K => return Err(quant::Error::NoQuantizer { ty }),
+        _ => return Err(quant::Error::Refused { reason: format!("{ty} is not a type for whole files") }),
     })
 }
 

@@ -1,15 +1,17 @@
 //! Block formats: how ggml packs a run of weights, and what each packed value means.
 //!
-//! Start from [`BlockType`]. [`dequantize`] and [`quantize`] check lengths and finiteness once and then hand whole
-//! blocks to the family that knows the layout; a family never sees a partial block, a shape or a file. Results equal
-//! ggml's reference bit for bit: products and sums in its order, in `f32`, never fused.
+//! Start from [`BlockType`]. [`dequantize`] checks lengths once and then hands whole blocks to the family that knows the
+//! layout; a family never sees a partial block, a shape or a file. Values equal ggml's reference bit for bit: products
+//! and sums in its order, in `f32`, never fused. A family also packs codes and scales that somebody chose; who chooses
+//! them is [`quantize_row`](crate::quantize_row)'s business.
 //!
 //! To add a format: a variant and a row of `layout` here, its block functions in the family's file, one line in each
-//! `match` below, and its row removed from `gguf::tensors`, where the formats that we cannot decode are listed.
+//! `match` on the type, and its row removed from `gguf::tensors`, where the formats that we cannot decode are listed.
 
-mod blocks32;
-mod float;
-mod superblocks;
+pub(crate) mod blocks32;
+pub(crate) mod float;
+pub(crate) mod superblocks;
+pub(crate) mod ternary;
 
 use crate::Error;
 use half::f16;
@@ -26,15 +28,20 @@ pub enum BlockType {
     Q5_0,
     Q5_1,
     Q8_0,
+    IQ4_NL,
+    Q2_K,
+    Q3_K,
     Q4_K,
     Q5_K,
     Q6_K,
+    TQ1_0,
+    TQ2_0,
 }
 
 impl BlockType {
-    pub const ALL: [BlockType; 11] = {
+    pub const ALL: [BlockType; 16] = {
         use BlockType::*;
-        [F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K]
+        [F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, TQ1_0, TQ2_0]
     };
 
     pub fn from_ggml_id(id: u32) -> Option<BlockType> {
@@ -81,9 +88,14 @@ impl BlockType {
             BlockType::Q5_0 => (6, "Q5_0", 32, 22),
             BlockType::Q5_1 => (7, "Q5_1", 32, 24),
             BlockType::Q8_0 => (8, "Q8_0", 32, 34),
+            BlockType::IQ4_NL => (20, "IQ4_NL", 32, 18),
+            BlockType::Q2_K => (10, "Q2_K", 256, 84),
+            BlockType::Q3_K => (11, "Q3_K", 256, 110),
             BlockType::Q4_K => (12, "Q4_K", 256, 144),
             BlockType::Q5_K => (13, "Q5_K", 256, 176),
             BlockType::Q6_K => (14, "Q6_K", 256, 210),
+            BlockType::TQ1_0 => (34, "TQ1_0", 256, 54),
+            BlockType::TQ2_0 => (35, "TQ2_0", 256, 66),
         }
     }
 }
@@ -110,35 +122,21 @@ pub fn dequantize(ty: BlockType, bytes: &[u8], out: &mut [f32]) -> Result<(), Er
         BlockType::Q5_0 => decode_each(ty, bytes, out, blocks32::decode_q5_0),
         BlockType::Q5_1 => decode_each(ty, bytes, out, blocks32::decode_q5_1),
         BlockType::Q8_0 => decode_each(ty, bytes, out, blocks32::decode_q8_0),
+        BlockType::IQ4_NL => decode_each(ty, bytes, out, blocks32::decode_iq4_nl),
+        BlockType::Q2_K => decode_each(ty, bytes, out, superblocks::decode_q2_k),
+        BlockType::Q3_K => decode_each(ty, bytes, out, superblocks::decode_q3_k),
         BlockType::Q4_K => decode_each(ty, bytes, out, superblocks::decode_q4_k),
         BlockType::Q5_K => decode_each(ty, bytes, out, superblocks::decode_q5_k),
         BlockType::Q6_K => decode_each(ty, bytes, out, superblocks::decode_q6_k),
+        BlockType::TQ1_0 => decode_each(ty, bytes, out, ternary::decode_tq1_0),
+        BlockType::TQ2_0 => decode_each(ty, bytes, out, ternary::decode_tq2_0),
     }
 }
 
-/// Packs `values`, whole blocks of them, with ggml's plain quantizer (no search, no importance). Values that are not
-/// finite, or whose scale exceeds the type, are refused. The bytes equal ggml's on every machine: nothing is fused.
-pub fn quantize(ty: BlockType, values: &[f32]) -> Result<Vec<u8>, Error> {
-    let byte_len = ty.bytes_of(values.len()).ok_or_else(|| partial_block(ty, values.len()))?;
-    let mut bytes = vec![0; byte_len];
-    match ty {
-        BlockType::F32 => encode_each(ty, values, &mut bytes, float::encode_f32),
-        BlockType::F16 => encode_each(ty, values, &mut bytes, float::encode_f16),
-        BlockType::BF16 => encode_each(ty, values, &mut bytes, float::encode_bf16),
-        BlockType::Q4_0 => encode_each(ty, values, &mut bytes, blocks32::encode_q4_0),
-        BlockType::Q4_1 => encode_each(ty, values, &mut bytes, blocks32::encode_q4_1),
-        BlockType::Q5_0 => encode_each(ty, values, &mut bytes, blocks32::encode_q5_0),
-        BlockType::Q5_1 => encode_each(ty, values, &mut bytes, blocks32::encode_q5_1),
-        BlockType::Q8_0 => encode_each(ty, values, &mut bytes, blocks32::encode_q8_0),
-        BlockType::Q4_K | BlockType::Q5_K | BlockType::Q6_K => Err(Error::NoQuantizer { ty }),
-    }?;
-    Ok(bytes)
-}
-
 /// A block function's refusal; the loop around it knows which block it was.
-struct NotFinite;
+pub(crate) struct NotFinite;
 
-type BlockResult = Result<(), NotFinite>;
+pub(crate) type BlockResult = Result<(), NotFinite>;
 
 /// `B` bytes hold `E` elements; both follow from the signature of `decode`, and must be the type's own.
 fn decode_each<const B: usize, const E: usize>(
@@ -155,24 +153,7 @@ fn decode_each<const B: usize, const E: usize>(
     Ok(())
 }
 
-fn encode_each<const B: usize, const E: usize>(
-    ty: BlockType,
-    values: &[f32],
-    bytes: &mut [u8],
-    encode: impl Fn(&[f32; E], &mut [u8; B]) -> BlockResult,
-) -> Result<(), Error> {
-    debug_assert_eq!((B, E), (ty.block_bytes(), ty.block_elements()));
-    let pairs = values.as_chunks::<E>().0.iter().zip(bytes.as_chunks_mut::<B>().0);
-    for (block, (values, bytes)) in pairs.enumerate() {
-        if !values.iter().all(|value| value.is_finite()) {
-            return Err(Error::NotFinite { ty, block });
-        }
-        encode(values, bytes).map_err(|NotFinite| Error::NotFinite { ty, block })?;
-    }
-    Ok(())
-}
-
-fn partial_block(ty: BlockType, elements: usize) -> Error {
+pub(crate) fn partial_block(ty: BlockType, elements: usize) -> Error {
     let expected = elements.next_multiple_of(ty.block_elements());
     Error::WrongLength { what: ty.name(), unit: "elements", expected, found: elements }
 }

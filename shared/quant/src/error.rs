@@ -44,8 +44,8 @@ pub enum Error {
     #[error("use block {block} of {ty}: its scale or a value is NaN, infinite or too large for the type")]
     NotFinite { ty: BlockType, block: usize },
 
-    #[error("quantize to {ty}: only its dequantizer exists")]
-    NoQuantizer { ty: BlockType },
+    #[error("use the importance of column {column}: it is NaN, infinite or negative")]
+    Importance { column: usize },
 
     #[error("reorder {rows} rows for {heads} attention heads: each head needs the same even number of rows")]
     UnevenHeads { rows: usize, heads: usize },

@@ -8,8 +8,12 @@
 pub mod blocks;
 mod error;
 pub mod gguf;
+mod mix;
+mod quantizer;
 mod rope_rows;
 
-pub use blocks::{BlockType, dequantize, quantize};
+pub use blocks::{BlockType, dequantize};
 pub use error::Error;
+pub use mix::{Layout, Mix};
+pub use quantizer::{Method, quantize, quantize_row};
 pub use rope_rows::{permute_rows, unpermute_rows};

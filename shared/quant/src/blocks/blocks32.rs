@@ -1,10 +1,19 @@
 //! Formats of 32 elements with one scale `d`, and in the `_1` formats a minimum `m`, per block.
 //!
 //! Nibbles are stored as 16 bytes: the low halves are elements 0 to 15, the high halves 16 to 31. The fifth bit of a
-//! Q5 code is one bit of a `u32`, at the element's own index. The encoders choose codes with the unrounded scale, as
-//! ggml does, although the decoder will see it rounded to `f16`.
+//! Q5 code is one bit of a `u32`, at the element's own index.
 
 use super::{BlockResult, put_scale, scale};
+
+/// What a block says, before packing. `m` is zero where the format has no minimum.
+pub(crate) struct Block32 {
+    pub d: f32,
+    pub m: f32,
+    pub codes: [u8; 32],
+}
+
+/// What the codes of IQ4_NL stand for.
+pub(crate) const IQ4_NL_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
 /// `d` 0, nibbles 2: d·(q - 8).
 pub(super) fn decode_q4_0(block: &[u8; 18], out: &mut [f32; 32]) -> BlockResult {
@@ -61,75 +70,50 @@ pub(super) fn decode_q8_0(block: &[u8; 34], out: &mut [f32; 32]) -> BlockResult 
     Ok(())
 }
 
-pub(super) fn encode_q4_0(values: &[f32; 32], block: &mut [u8; 18]) -> BlockResult {
-    let d = signed_extreme(values) / -8.0;
-    put_scale(block, 0, d)?;
-    let codes = values.map(|x| ((x * inverse(d) + 8.5) as u8).min(15));
-    put_nibbles(&codes, &mut block[2..]);
-    Ok(())
-}
-
-pub(super) fn encode_q4_1(values: &[f32; 32], block: &mut [u8; 20]) -> BlockResult {
-    let (min, max) = range(values);
-    let d = (max - min) / 15.0;
-    put_scale(block, 0, d)?;
-    put_scale(block, 2, min)?;
-    let codes = values.map(|x| (((x - min) * inverse(d) + 0.5) as u8).min(15));
-    put_nibbles(&codes, &mut block[4..]);
-    Ok(())
-}
-
-pub(super) fn encode_q5_0(values: &[f32; 32], block: &mut [u8; 22]) -> BlockResult {
-    let d = signed_extreme(values) / -16.0;
-    put_scale(block, 0, d)?;
-    let codes = values.map(|x| ((x * inverse(d) + 16.5) as u8).min(31));
-    block[2..6].copy_from_slice(&fifth_bits(&codes).to_le_bytes());
-    put_nibbles(&codes, &mut block[6..]);
-    Ok(())
-}
-
-pub(super) fn encode_q5_1(values: &[f32; 32], block: &mut [u8; 24]) -> BlockResult {
-    let (min, max) = range(values);
-    let d = (max - min) / 31.0;
-    put_scale(block, 0, d)?;
-    put_scale(block, 2, min)?;
-    // The cast saturates, so a scale too small to invert cannot carry a code into the neighbouring bits.
-    let codes = values.map(|x| (((x - min) * inverse(d) + 0.5) as u8).min(31));
-    block[4..8].copy_from_slice(&fifth_bits(&codes).to_le_bytes());
-    put_nibbles(&codes, &mut block[8..]);
-    Ok(())
-}
-
-pub(super) fn encode_q8_0(values: &[f32; 32], block: &mut [u8; 34]) -> BlockResult {
-    let largest = values.iter().fold(0f32, |largest, x| largest.max(x.abs()));
-    let d = largest / 127.0;
-    put_scale(block, 0, d)?;
-    for (code, x) in block[2..].iter_mut().zip(values) {
-        *code = (x * inverse(d)).round() as i8 as u8;
+/// `d` 0, nibbles 2: d·T[q].
+pub(super) fn decode_iq4_nl(block: &[u8; 18], out: &mut [f32; 32]) -> BlockResult {
+    let d = scale(block, 0)?;
+    for (i, &pair) in block[2..].iter().enumerate() {
+        out[i] = d * f32::from(IQ4_NL_VALUES[usize::from(pair & 15)]);
+        out[i + 16] = d * f32::from(IQ4_NL_VALUES[usize::from(pair >> 4)]);
     }
     Ok(())
 }
 
-/// The first element of largest magnitude, with its sign: it becomes the one code that has no mirror image, -8 or -16.
-fn signed_extreme(values: &[f32; 32]) -> f32 {
-    values.iter().fold(0.0, |extreme: f32, &x| if x.abs() > extreme.abs() { x } else { extreme })
+/// Q4_0 and IQ4_NL: the codes mean different things, but lie in the same places.
+pub(crate) fn pack_q4_0(parts: &Block32, block: &mut [u8; 18]) -> BlockResult {
+    put_scale(block, 0, parts.d)?;
+    put_nibbles(&parts.codes, &mut block[2..]);
+    Ok(())
 }
 
-fn range(values: &[f32; 32]) -> (f32, f32) {
-    let mut range = (f32::MAX, -f32::MAX);
-    for &x in values {
-        if x < range.0 {
-            range.0 = x;
-        }
-        if x > range.1 {
-            range.1 = x;
-        }
-    }
-    range
+pub(crate) fn pack_q4_1(parts: &Block32, block: &mut [u8; 20]) -> BlockResult {
+    put_scale(block, 0, parts.d)?;
+    put_scale(block, 2, parts.m)?;
+    put_nibbles(&parts.codes, &mut block[4..]);
+    Ok(())
 }
 
-fn inverse(d: f32) -> f32 {
-    if d == 0.0 { 0.0 } else { 1.0 / d }
+pub(crate) fn pack_q5_0(parts: &Block32, block: &mut [u8; 22]) -> BlockResult {
+    put_scale(block, 0, parts.d)?;
+    block[2..6].copy_from_slice(&fifth_bits(&parts.codes).to_le_bytes());
+    put_nibbles(&parts.codes, &mut block[6..]);
+    Ok(())
+}
+
+pub(crate) fn pack_q5_1(parts: &Block32, block: &mut [u8; 24]) -> BlockResult {
+    put_scale(block, 0, parts.d)?;
+    put_scale(block, 2, parts.m)?;
+    block[4..8].copy_from_slice(&fifth_bits(&parts.codes).to_le_bytes());
+    put_nibbles(&parts.codes, &mut block[8..]);
+    Ok(())
+}
+
+/// The codes are signed bytes.
+pub(crate) fn pack_q8_0(parts: &Block32, block: &mut [u8; 34]) -> BlockResult {
+    put_scale(block, 0, parts.d)?;
+    block[2..].copy_from_slice(&parts.codes);
+    Ok(())
 }
 
 fn put_nibbles(codes: &[u8; 32], nibbles: &mut [u8]) {

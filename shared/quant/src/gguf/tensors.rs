@@ -158,14 +158,11 @@ pub(super) fn is_name(name: &str) -> bool {
 /// Every ggml type in use that `BlockType` lacks.
 const FOREIGN: &[ForeignType] = &[
     foreign(9, "Q8_1", 32, 36),
-    foreign(10, "Q2_K", 256, 84),
-    foreign(11, "Q3_K", 256, 110),
     foreign(15, "Q8_K", 256, 292),
     foreign(16, "IQ2_XXS", 256, 66),
     foreign(17, "IQ2_XS", 256, 74),
     foreign(18, "IQ3_XXS", 256, 98),
     foreign(19, "IQ1_S", 256, 50),
-    foreign(20, "IQ4_NL", 32, 18),
     foreign(21, "IQ3_S", 256, 110),
     foreign(22, "IQ2_S", 256, 82),
     foreign(23, "IQ4_XS", 256, 136),
@@ -175,8 +172,6 @@ const FOREIGN: &[ForeignType] = &[
     foreign(27, "I64", 1, 8),
     foreign(28, "F64", 1, 8),
     foreign(29, "IQ1_M", 256, 56),
-    foreign(34, "TQ1_0", 256, 54),
-    foreign(35, "TQ2_0", 256, 66),
     foreign(39, "MXFP4", 32, 17),
     foreign(40, "NVFP4", 64, 36),
     foreign(41, "Q1_0", 128, 18),
