@@ -1,0 +1,482 @@
+//! Causal grouped-query attention within segments, without a matrix of all queries by all keys.
+//!
+//! A task takes one segment and one key-value head, and the queries that share it in strips of two vectors. Scores are
+//! made transposed, `[keys, strip]`: then the softmax runs down the lanes, and the weights stand as a tile reads them.
+//! Kept for the way back is the logarithm of each query's sum alone; the weights are made again from it, as in
+//! FlashAttention (Dao et al., arXiv 2205.14135), but a strip's keys all at once, so that no sum is ever rescaled.
+
+use crate::buffer::Buffer;
+use crate::engine::{Engine, Shared, Task};
+use crate::frozen::{F32, Panel, pack};
+use crate::product::Scratch;
+use crate::rows::pack_rows;
+use crate::simd::{LANES_MAX, Simd, exp};
+use crate::tile::Tile;
+
+/// Queries, keys and values side by side: `[rows, (heads + 2 · kv_heads) · size]`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub size: usize,
+}
+
+impl Shape {
+    pub(crate) fn stride(self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.size
+    }
+}
+
+/// `(first row, rows)` of a segment.
+pub(crate) type Span = (usize, usize);
+
+/// Mixed values `[rows, heads · size]`, and for every row and head the logarithm of the sum.
+pub(crate) fn forward(engine: &Engine, shape: Shape, spans: &[Span], qkv: &Buffer<f32>) -> (Buffer<f32>, Buffer<f32>) {
+    struct Forward<'a> {
+        shape: Shape,
+        spans: &'a [Span],
+        qkv: &'a Buffer<f32>,
+        mixed: Shared<f32>,
+        sums: Shared<f32>,
+    }
+    impl Task for Forward<'_> {
+        #[inline(always)]
+        unsafe fn run<S: Simd>(&self, i: usize) {
+            let Shape { heads, kv_heads, size } = self.shape;
+            let (start, length) = self.spans[i / kv_heads];
+            let kv = i % kv_heads;
+            let stride = self.shape.stride();
+            let strip_keys = length.next_multiple_of(S::MR);
+            let keys_packed = strip_keys * size;
+            let numbers = keys_packed + (size + strip_keys + LANES_MAX) * 2 * S::LANES;
+            let mut scratch = Scratch::new(numbers);
+            let scratch = scratch.start();
+            // SAFETY: `forward` has checked the sizes; this task alone writes the rows of these heads; `scratch` is
+            // divided among what follows.
+            unsafe {
+                let at = Rows { qkv: self.qkv.pointer().add(start * stride), stride, size };
+                let (keys, values) = (at.head(heads + kv), at.head(heads + kv_heads + kv));
+                let queries = scratch.add(keys_packed);
+                let scores = queries.add(size * 2 * S::LANES);
+                pack_keys::<S>(keys, stride, length, size, scratch);
+                for head in kv * (heads / kv_heads)..(kv + 1) * (heads / kv_heads) {
+                    let mut first = 0;
+                    while first < length {
+                        let strip = Strip::new::<S>(first, length);
+                        strip.pack::<S>(at.head(head), stride, size, queries);
+                        strip.scores::<S>(scratch, queries, size, scores);
+                        let sums = self.sums.0.add((start + first) * heads + head);
+                        strip.softmax::<S>(size, scores, sums, heads);
+                        let mixed = self.mixed.0.add((start + first) * heads * size + head * size);
+                        strip.mix::<S>(scores, values, stride, size, mixed, heads * size);
+                        first += strip.queries;
+                    }
+                }
+            }
+        }
+    }
+    let rows = check(shape, spans, qkv);
+    let mut mixed = engine.take(rows * shape.heads * shape.size);
+    let mut sums = engine.take(rows * shape.heads);
+    let (to_mixed, to_sums) = (Shared(mixed.as_mut_ptr()), Shared(sums.as_mut_ptr()));
+    let task = Forward { shape, spans, qkv, mixed: to_mixed, sums: to_sums };
+    engine.parallel(spans.len() * shape.kv_heads, &task);
+    (mixed, sums)
+}
+
+/// The gradient of queries, keys and values from that of the mixed values.
+pub(crate) fn backward(
+    engine: &Engine,
+    shape: Shape,
+    spans: &[Span],
+    qkv: &Buffer<f32>,
+    mixed: &[f32],
+    sums: &[f32],
+    gradient: &Buffer<f32>,
+) -> Buffer<f32> {
+    struct Backward<'a> {
+        shape: Shape,
+        spans: &'a [Span],
+        qkv: &'a Buffer<f32>,
+        mixed: &'a [f32],
+        sums: &'a [f32],
+        gradient: &'a Buffer<f32>,
+        to: Shared<f32>,
+    }
+    impl Task for Backward<'_> {
+        #[inline(always)]
+        unsafe fn run<S: Simd>(&self, i: usize) {
+            let Shape { heads, kv_heads, size } = self.shape;
+            let (start, length) = self.spans[i / kv_heads];
+            let kv = i % kv_heads;
+            let stride = self.shape.stride();
+            let width = heads * size;
+            let keys = length.next_multiple_of(S::MR);
+            let lanes = 2 * S::LANES;
+            // Packed keys and values; a strip's queries and gradients; weights and their gradients, both ways round.
+            let turned_stride = length.next_multiple_of(S::LANES) + LANES_MAX;
+            let numbers =
+                2 * keys * size + 2 * size * lanes + 2 * (keys + LANES_MAX) * lanes + 2 * turned_stride * lanes + lanes;
+            let mut scratch = Scratch::new(numbers);
+            let scratch = scratch.start();
+            // SAFETY: `backward` has checked the sizes; this task alone writes the rows of these heads; `scratch` is
+            // divided among what follows.
+            unsafe {
+                let at = Rows { qkv: self.qkv.pointer().add(start * stride), stride, size };
+                let (key, value) = (at.head(heads + kv), at.head(heads + kv_heads + kv));
+                let keys_packed = scratch;
+                let values_packed = keys_packed.add(keys * size);
+                let queries = values_packed.add(keys * size);
+                let gradients = queries.add(size * lanes);
+                let weights = gradients.add(size * lanes);
+                let slopes = weights.add((keys + LANES_MAX) * lanes);
+                let weights_turned = slopes.add((keys + LANES_MAX) * lanes);
+                let slopes_turned = weights_turned.add(turned_stride * lanes);
+                let dots = slopes_turned.add(turned_stride * lanes);
+                pack_keys::<S>(key, stride, length, size, keys_packed);
+                pack_keys::<S>(value, stride, length, size, values_packed);
+                let to = self.to.0.add(start * stride);
+                let (to_key, to_value) = (to.add((heads + kv) * size), to.add((heads + kv_heads + kv) * size));
+                for row in 0..length {
+                    std::ptr::write_bytes(to_key.add(row * stride), 0, size);
+                    std::ptr::write_bytes(to_value.add(row * stride), 0, size);
+                }
+                for head in kv * (heads / kv_heads)..(kv + 1) * (heads / kv_heads) {
+                    let mut first = 0;
+                    while first < length {
+                        let strip = Strip::new::<S>(first, length);
+                        let row = start + first;
+                        let query = at.head(head).add(first * stride);
+                        let gradient = self.gradient.pointer().add(row * width + head * size);
+                        // Σ dO ∘ O of every query, which is Σ P ∘ dP (FlashAttention, appendix B.2).
+                        for q in 0..lanes {
+                            let mut dot = S::splat(0.0);
+                            let mut channel = 0;
+                            while q < strip.queries && channel < size {
+                                let n = S::LANES.min(size - channel);
+                                let o = self.mixed[(row + q) * width + head * size + channel..].as_ptr();
+                                let d = gradient.add(q * width + channel);
+                                dot = S::fma(S::load_n(o, n), S::load_n(d, n), dot);
+                                channel += S::LANES;
+                            }
+                            *dots.add(q) = S::sum(dot);
+                        }
+                        strip.pack::<S>(at.head(head), stride, size, queries);
+                        strip.pack_at::<S>(gradient, width, size, gradients);
+                        strip.scores::<S>(keys_packed, queries, size, weights);
+                        strip.scores::<S>(values_packed, gradients, size, slopes);
+                        let sums = self.sums[row * heads + head..].as_ptr();
+                        strip.slopes::<S>(size, weights, slopes, sums, heads, dots);
+                        strip.turn::<S>(weights, weights_turned, turned_stride);
+                        strip.turn::<S>(slopes, slopes_turned, turned_stride);
+                        let to_query = to.add(first * stride + head * size);
+                        strip.mix::<S>(slopes, key, stride, size, to_query, stride);
+                        strip.spread::<S>(weights_turned, turned_stride, gradient, width, size, to_value, stride);
+                        strip.spread::<S>(slopes_turned, turned_stride, query, stride, size, to_key, stride);
+                        first += strip.queries;
+                    }
+                }
+            }
+        }
+    }
+    let rows = check(shape, spans, qkv);
+    assert!(mixed.len() == rows * shape.heads * shape.size && mixed.len() == gradient.len());
+    assert_eq!(sums.len(), rows * shape.heads);
+    let mut to = engine.take(qkv.len());
+    let shared = Shared(to.as_mut_ptr());
+    let task = Backward { shape, spans, qkv, mixed, sums, gradient, to: shared };
+    engine.parallel(spans.len() * shape.kv_heads, &task);
+    to
+}
+
+fn check(shape: Shape, spans: &[Span], qkv: &[f32]) -> usize {
+    let rows = spans.iter().map(|(_, length)| length).sum::<usize>();
+    assert_eq!(qkv.len(), rows * shape.stride());
+    assert!(shape.heads.is_multiple_of(shape.kv_heads) && spans.iter().all(|(start, length)| start + length <= rows));
+    rows
+}
+
+/// Where the heads of a segment lie.
+#[derive(Clone, Copy)]
+struct Rows {
+    qkv: *const f32,
+    stride: usize,
+    size: usize,
+}
+
+impl Rows {
+    /// # Safety
+    /// The row has so many heads.
+    unsafe fn head(self, head: usize) -> *const f32 {
+        debug_assert!((head + 1) * self.size <= self.stride);
+        // SAFETY: the caller's promise.
+        unsafe { self.qkv.add(head * self.size) }
+    }
+}
+
+/// `[blocks of MR keys][size][MR]`
+///
+/// # Safety
+/// The CPU has `S`; the rows exist; `to` has room.
+#[inline(always)]
+unsafe fn pack_keys<S: Simd>(keys: *const f32, stride: usize, length: usize, size: usize, to: *mut f32) {
+    let mut first = 0;
+    while first < length {
+        let rows = S::MR.min(length - first);
+        // SAFETY: see above.
+        unsafe { pack_rows::<S>(keys.add(first * stride), stride, rows, size, false, to.add(first * size)) }
+        first += S::MR;
+    }
+}
+
+/// Some queries of one head, as many as two vectors have lanes.
+struct Strip {
+    first: usize,
+    queries: usize,
+    /// Keys that the last of them sees.
+    keys: usize,
+}
+
+// SAFETY, for every function below: the CPU has `S`, and pointers reach what the shapes in the comments say, rounded up to
+// whole tiles and vectors; both are the caller's promise.
+impl Strip {
+    fn new<S: Simd>(first: usize, length: usize) -> Self {
+        let queries = (2 * S::LANES).min(length - first);
+        Self { first, queries, keys: first + queries }
+    }
+
+    /// Queries `[rows, size]` of the segment → `[size, 2 · LANES]`.
+    #[inline(always)]
+    unsafe fn pack<S: Simd>(&self, queries: *const f32, stride: usize, size: usize, to: *mut f32) {
+        // SAFETY: as above.
+        unsafe { self.pack_at::<S>(queries.add(self.first * stride), stride, size, to) }
+    }
+
+    #[inline(always)]
+    unsafe fn pack_at<S: Simd>(&self, rows: *const f32, stride: usize, size: usize, to: *mut f32) {
+        let panel = Panel {
+            transposed: true,
+            column: 0,
+            columns: self.queries,
+            from: 0,
+            depth: size,
+            vectors: 2,
+            pairs: false,
+        };
+        // SAFETY: as above.
+        unsafe { pack::<S, _>(&F32(rows), stride, &panel, to) }
+    }
+
+    /// Products of every key with every query, `[keys, 2 · LANES]`; what no query sees is left out by whole vectors.
+    #[inline(always)]
+    unsafe fn scores<S: Simd>(&self, keys: *const f32, queries: *const f32, size: usize, to: *mut f32) {
+        let width = 2 * S::LANES;
+        let mut key = 0;
+        while key < self.keys {
+            // Keys from the second vector's first query on are seen by the second vector alone.
+            let skip = if key >= self.first + S::LANES { S::LANES } else { 0 };
+            // SAFETY: as above.
+            unsafe {
+                let tile = Tile::new(size, keys.add(key * size), S::MR, queries.add(skip), width);
+                let tile = tile.into(to.add(key * width + skip), width, S::MR, width - skip, false);
+                S::tile::<false>((width - skip) / S::LANES, &tile);
+            }
+            key += S::MR;
+        }
+    }
+
+    /// Whether a vector's queries all see `key`; if not, which do, as 1 and 0.
+    #[inline(always)]
+    unsafe fn seen<S: Simd>(&self, key: usize, vector: usize) -> Option<[f32; LANES_MAX]> {
+        let first = self.first + vector * S::LANES;
+        (key > first).then(|| {
+            let mut seen = [0.0; LANES_MAX];
+            for (lane, seen) in seen.iter_mut().enumerate() {
+                *seen = if key <= first + lane { 1.0 } else { 0.0 };
+            }
+            seen
+        })
+    }
+
+    /// Scores to weights, in place; the logarithm of each query's sum goes to `sums`, `stride` numbers apart.
+    #[inline(always)]
+    unsafe fn softmax<S: Simd>(&self, size: usize, scores: *mut f32, sums: *mut f32, stride: usize) {
+        let width = 2 * S::LANES;
+        let scale = 1.0 / (size as f32).sqrt();
+        // SAFETY: as above.
+        unsafe {
+            for vector in 0..self.queries.div_ceil(S::LANES) {
+                let at = scores.add(vector * S::LANES);
+                let first = self.first + vector * S::LANES;
+                let keys = self.keys.min(first + S::LANES);
+                let scale = S::splat(scale);
+                let mut max = S::splat(f32::NEG_INFINITY);
+                for key in 0..keys {
+                    let mut s = S::mul(S::load(at.add(key * width)), scale);
+                    if let Some(seen) = self.seen::<S>(key, vector) {
+                        // 0 for what is seen, a large negative number for what is not.
+                        let seen = S::load(seen.as_ptr());
+                        s = S::fma(S::sub(seen, S::splat(1.0)), S::splat(1e30), S::mul(s, seen));
+                    }
+                    S::store(at.add(key * width), s);
+                    max = S::max(max, s);
+                }
+                let mut sum = S::splat(0.0);
+                for key in 0..keys {
+                    let mut p = exp::<S>(S::sub(S::load(at.add(key * width)), max));
+                    if let Some(seen) = self.seen::<S>(key, vector) {
+                        p = S::mul(p, S::load(seen.as_ptr()));
+                    }
+                    S::store(at.add(key * width), p);
+                    sum = S::add(sum, p);
+                }
+                let inverse = S::div(S::splat(1.0), sum);
+                for key in 0..keys {
+                    S::store(at.add(key * width), S::mul(S::load(at.add(key * width)), inverse));
+                }
+                for key in keys..self.keys {
+                    S::store(at.add(key * width), S::splat(0.0));
+                }
+                let (mut maxima, mut totals) = ([0.0f32; LANES_MAX], [0.0f32; LANES_MAX]);
+                S::store(maxima.as_mut_ptr(), max);
+                S::store(totals.as_mut_ptr(), sum);
+                for lane in 0..S::LANES.min(self.queries - vector * S::LANES) {
+                    *sums.add((vector * S::LANES + lane) * stride) = maxima[lane] + totals[lane].ln();
+                }
+            }
+        }
+    }
+
+    /// Scores → weights, and products of values with gradients → gradients of the scores as they were before scaling.
+    #[inline(always)]
+    unsafe fn slopes<S: Simd>(
+        &self,
+        size: usize,
+        scores: *mut f32,
+        slopes: *mut f32,
+        sums: *const f32,
+        stride: usize,
+        dots: *const f32,
+    ) {
+        let width = 2 * S::LANES;
+        // SAFETY: as above.
+        unsafe {
+            let scale = S::splat(1.0 / (size as f32).sqrt());
+            for vector in 0..2 {
+                let present = self.queries.saturating_sub(vector * S::LANES).min(S::LANES);
+                let mut logarithms = [0.0f32; LANES_MAX];
+                for (lane, logarithm) in logarithms.iter_mut().enumerate().take(present) {
+                    *logarithm = *sums.add((vector * S::LANES + lane) * stride);
+                }
+                let logarithms = S::load(logarithms.as_ptr());
+                let dots = S::load(dots.add(vector * S::LANES));
+                let keys = if present == 0 { 0 } else { self.keys.min(self.first + (vector + 1) * S::LANES) };
+                for key in 0..self.keys {
+                    let p_at = scores.add(key * width + vector * S::LANES);
+                    let d_at = slopes.add(key * width + vector * S::LANES);
+                    if key >= keys {
+                        S::store(p_at, S::splat(0.0));
+                        S::store(d_at, S::splat(0.0));
+                        continue;
+                    }
+                    let mut p = exp::<S>(S::sub(S::mul(S::load(p_at), scale), logarithms));
+                    if let Some(seen) = self.seen::<S>(key, vector) {
+                        p = S::mul(p, S::load(seen.as_ptr()));
+                    }
+                    S::store(p_at, p);
+                    S::store(d_at, S::mul(S::mul(p, S::sub(S::load(d_at), dots)), scale));
+                }
+            }
+        }
+    }
+
+    /// `to [queries, size] = weightsᵀ · rows`, for weights `[keys, 2 · LANES]`.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn mix<S: Simd>(
+        &self,
+        weights: *const f32,
+        rows: *const f32,
+        stride: usize,
+        size: usize,
+        to: *mut f32,
+        to_stride: usize,
+    ) {
+        let width = 2 * S::LANES;
+        let mut query = 0;
+        while query < self.queries {
+            let queries = S::MR.min(self.queries - query);
+            let keys = self.first + query + queries;
+            let mut channel = 0;
+            while channel < size {
+                let channels = (S::LANES * 2).min(size - channel);
+                // SAFETY: as above.
+                unsafe {
+                    let tile = Tile::new(keys, weights.add(query), width, rows.add(channel), stride);
+                    let tile = tile.into(to.add(query * to_stride + channel), to_stride, queries, channels, false);
+                    S::tile::<false>(channels.div_ceil(S::LANES), &tile);
+                }
+                channel += channels;
+            }
+            query += S::MR;
+        }
+    }
+
+    /// `[keys, 2 · LANES] → [2 · LANES, stride]`
+    #[inline(always)]
+    unsafe fn turn<S: Simd>(&self, from: *const f32, to: *mut f32, stride: usize) {
+        let width = 2 * S::LANES;
+        let mut key = 0;
+        while key < self.keys {
+            for vector in 0..2 {
+                // SAFETY: as above.
+                unsafe {
+                    let mut square = [S::splat(0.0); LANES_MAX];
+                    for (i, square) in square.iter_mut().enumerate().take(S::LANES.min(self.keys - key)) {
+                        *square = S::load(from.add((key + i) * width + vector * S::LANES));
+                    }
+                    S::transpose(&mut square);
+                    for (i, &square) in square.iter().enumerate().take(S::LANES) {
+                        S::store(to.add((vector * S::LANES + i) * stride + key), square);
+                    }
+                }
+            }
+            key += S::LANES;
+        }
+    }
+
+    /// `to [keys, size] += weights · rows`, for weights `[2 · LANES, turned_stride]` and rows `[queries, size]`.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn spread<S: Simd>(
+        &self,
+        weights: *const f32,
+        turned_stride: usize,
+        rows: *const f32,
+        stride: usize,
+        size: usize,
+        to: *mut f32,
+        to_stride: usize,
+    ) {
+        let mut key = 0;
+        while key < self.keys {
+            let keys = S::MR.min(self.keys - key);
+            // Queries before the key do not see it.
+            let query = key.saturating_sub(self.first).min(self.queries);
+            let mut channel = 0;
+            while channel < size {
+                let channels = (S::LANES * 2).min(size - channel);
+                // SAFETY: as above.
+                unsafe {
+                    let weights = weights.add(query * turned_stride + key);
+                    let rows = rows.add(query * stride + channel);
+                    let tile = Tile::new(self.queries - query, weights, turned_stride, rows, stride);
+                    let tile = tile.into(to.add(key * to_stride + channel), to_stride, keys, channels, true);
+                    S::tile::<false>(channels.div_ceil(S::LANES), &tile);
+                }
+                channel += channels;
+            }
+            key += S::MR;
+        }
+    }
+}

@@ -1,0 +1,526 @@
+//! A decoder block with frozen weights, forwards and back. Rows are tokens; the residual stream is f32.
+//!
+//! The backward pass is written out: no gradient of a weight exists, only those of the adapters' factors and of the
+//! block's input. Kept for it are the block's input, what attention needs, and gate and up; the rest is made again.
+
+use crate::adapter::{BlockAdapter, LAYERS, Layers, Masks, PairGradients};
+use crate::attention::{self, Shape, Span};
+use crate::buffer::Buffer;
+use crate::engine::Engine;
+use crate::frozen::Frozen;
+use crate::gate;
+use crate::kept::Kept;
+use crate::norm::RmsNorm;
+use crate::product::{Columns, Term, product};
+use crate::rope::{self, Heads, Rotation};
+use crate::rows::{Blocking, Packed};
+
+/// What a block is made of; the layers stand in the order of the adapters' [`LAYERS`].
+pub struct BlockWeights {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_size: usize,
+    pub epsilon: f32,
+    /// `[width]`
+    pub attention_norm: Vec<f32>,
+    pub ffn_norm: Vec<f32>,
+    /// `[out, in]`
+    pub layers: [Frozen; LAYERS],
+    /// Of q, k and v.
+    pub biases: Option<[Vec<f32>; 3]>,
+    /// `[head_size]`, of every query's and every key's head (Qwen3).
+    pub head_norms: Option<[Vec<f32>; 2]>,
+}
+
+pub struct Block {
+    shape: Shape,
+    width: usize,
+    ffn: usize,
+    attention_norm: RmsNorm,
+    ffn_norm: RmsNorm,
+    layers: [Frozen; LAYERS],
+    /// Of q, k and v side by side.
+    biases: Option<Vec<f32>>,
+    head_norms: Option<[RmsNorm; 2]>,
+}
+
+/// The rows of a pass: which segment, position and adapter each has.
+pub struct Pass {
+    pub(crate) blocking: Blocking,
+    /// `(first row, rows)` of every segment; none lies in two groups.
+    pub(crate) segments: Vec<Span>,
+    pub(crate) rotation: Rotation,
+}
+
+/// What a block's forward pass leaves for its backward pass.
+pub struct Saved {
+    x: Kept,
+    /// Absent where everything else is made again from x.
+    inner: Option<SavedInner>,
+}
+
+struct SavedInner {
+    attention_factors: Buffer<f32>,
+    ffn_factors: Buffer<f32>,
+    /// Before norms and rotation of the heads, where they have norms.
+    raw_heads: Option<Kept>,
+    qkv: Kept,
+    mixed: Kept,
+    sums: Buffer<f32>,
+    middle: Kept,
+    gate_up: Kept,
+}
+
+/// Gradients of a block's adapters, by group.
+pub type BlockGradients = Vec<[Option<PairGradients>; LAYERS]>;
+
+/// What of a pass is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keep {
+    Nothing,
+    /// The block's input alone: half as much arithmetic again, for a tenth of the memory.
+    Input,
+    Everything,
+}
+
+const Q: usize = 0;
+const K: usize = 1;
+const V: usize = 2;
+const O: usize = 3;
+const GATE: usize = 4;
+const UP: usize = 5;
+const DOWN: usize = 6;
+
+impl Pass {
+    /// `group_segments[i]` are the lengths of the segments that have adapter i.
+    ///
+    /// # Panics
+    /// If the rotation has not a row for every token.
+    pub fn new(engine: &Engine, group_segments: &[Vec<usize>], rotation: Rotation) -> Self {
+        let group_rows: Vec<usize> = group_segments.iter().map(|lengths| lengths.iter().sum()).collect();
+        let blocking = Blocking::new(&group_rows, engine.path().tile_rows());
+        let mut row = 0;
+        let segments = group_segments.iter().flatten().map(|&length| {
+            row += length;
+            (row - length, length)
+        });
+        Self { segments: segments.collect(), blocking, rotation }
+    }
+
+    pub fn rows(&self) -> usize {
+        self.blocking.rows
+    }
+}
+
+impl Block {
+    /// # Panics
+    /// If the sizes do not fit each other.
+    pub fn new(weights: BlockWeights) -> Self {
+        let BlockWeights { heads, kv_heads, head_size, epsilon, attention_norm, ffn_norm, layers, .. } = weights;
+        let norm = |weight| RmsNorm { weight, epsilon };
+        let (width, ffn) = (attention_norm.len(), layers[GATE].rows());
+        let [query, key] = [heads, kv_heads].map(|heads| heads * head_size);
+        let expected =
+            [(query, width), (key, width), (key, width), (width, query), (ffn, width), (ffn, width), (width, ffn)];
+        for (layer, expected) in layers.iter().zip(expected) {
+            assert_eq!((layer.rows(), layer.columns()), expected, "a block's layer");
+        }
+        Self {
+            shape: Shape { heads, kv_heads, size: head_size },
+            width,
+            ffn,
+            attention_norm: norm(attention_norm),
+            ffn_norm: norm(ffn_norm),
+            layers,
+            biases: weights.biases.map(|biases| biases.concat()),
+            head_norms: weights.head_norms.map(|norms| norms.map(norm)),
+        }
+    }
+
+    /// Bytes of the weights in memory.
+    pub fn bytes(&self) -> usize {
+        self.layers.iter().map(Frozen::bytes).sum()
+    }
+
+    pub(crate) fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    pub(crate) fn layers(&self) -> &[Frozen; LAYERS] {
+        &self.layers
+    }
+
+    /// Before attention and before the feed-forward layers.
+    pub(crate) fn norms(&self) -> [&RmsNorm; 2] {
+        [&self.attention_norm, &self.ffn_norm]
+    }
+
+    /// Parameters of the frozen layers.
+    pub fn parameters(&self) -> usize {
+        self.layers.iter().map(|layer| layer.rows() * layer.columns()).sum()
+    }
+
+    /// `x [rows, width]` → the block's output, and what the backward pass needs.
+    pub fn forward(
+        &self,
+        engine: &Engine,
+        pass: &Pass,
+        x: Stream,
+        adapters: &[&BlockAdapter],
+        masks: Option<Masks<'_>>,
+        keep: Keep,
+    ) -> (Stream, Option<Saved>) {
+        let Stream(x) = x;
+        let (output, inner) = self.forward_inner(engine, pass, &x, adapters, masks, keep == Keep::Everything);
+        let saved = match keep {
+            Keep::Nothing => None,
+            // Made again, the block must come out bit for bit as it did.
+            Keep::Input => Some(Saved { x: Kept::F32(x), inner: None }),
+            Keep::Everything => Some(Saved { x: Kept::new(engine, x), inner }),
+        };
+        (Stream(output), saved)
+    }
+
+    fn forward_inner(
+        &self,
+        engine: &Engine,
+        pass: &Pass,
+        x: &Buffer<f32>,
+        adapters: &[&BlockAdapter],
+        masks: Option<Masks<'_>>,
+        keep: bool,
+    ) -> (Buffer<f32>, Option<SavedInner>) {
+        let Pass { blocking, segments, rotation } = pass;
+        let layers = |layers| Layers { engine, blocking, adapters, masks, layers };
+
+        let (h, attention_factors) = self.attention_norm.packed(engine, blocking, x);
+        let inputs = layers(&[Q, K, V]);
+        let inner = inputs.inner_of_input(&h, &|| self.attention_norm.rows(engine, x));
+        let mut qkv = self.biases_or_room(engine, blocking.rows);
+        let stride = self.shape.stride();
+        let columns: Vec<Columns<'_>> = [Q, K, V]
+            .into_iter()
+            .enumerate()
+            .map(|(i, layer)| {
+                let low_rank = inputs.of_output(i, &inner);
+                let term = forward_term(&h, &self.layers[layer], low_rank);
+                let columns = self.layers[layer].rows();
+                Columns { at: self.heads_at()[i], columns, terms: vec![term], accumulate: self.biases.is_some() }
+            })
+            .collect();
+        product(engine, blocking, &mut qkv, stride, &columns);
+        drop(columns);
+        drop((inner, h));
+        let raw_heads = (keep && self.head_norms.is_some()).then(|| Kept::new(engine, engine.copy_of(&qkv)));
+        rope::rotate(engine, &mut qkv, &self.rotated_heads(), rotation, false);
+        let (mixed, sums) = attention::forward(engine, self.shape, segments, &qkv);
+
+        let output = layers(&[O]);
+        let packed = Packed::of(engine, blocking, &mixed, self.layers[O].columns());
+        let inner = output.inner_of_input(&packed, &|| engine.copy_of(&mixed));
+        let mut middle = engine.copy_of(x);
+        let term = forward_term(&packed, &self.layers[O], output.of_output(0, &inner));
+        product(engine, blocking, &mut middle, self.width, &[self.whole_width(term, true)]);
+        drop((packed, inner));
+
+        let (h, ffn_factors) = self.ffn_norm.packed(engine, blocking, &middle);
+        let gates = layers(&[GATE, UP]);
+        let inner = gates.inner_of_input(&h, &|| self.ffn_norm.rows(engine, &middle));
+        let mut gate_up = engine.take(blocking.rows * 2 * self.ffn);
+        let columns = [GATE, UP].map(|layer| {
+            let i = layer - GATE;
+            let term = forward_term(&h, &self.layers[layer], gates.of_output(i, &inner));
+            Columns { at: i * self.ffn, columns: self.ffn, terms: vec![term], accumulate: false }
+        });
+        product(engine, blocking, &mut gate_up, 2 * self.ffn, &columns);
+        drop(columns);
+        drop((inner, h));
+
+        let down = layers(&[DOWN]);
+        let gated = gate::packed(engine, blocking, &gate_up, self.ffn);
+        let inner = down.inner_of_input(&gated, &|| gate::rows(engine, &gate_up, self.ffn));
+        let mut output = engine.copy_of(&middle);
+        let term = forward_term(&gated, &self.layers[DOWN], down.of_output(0, &inner));
+        product(engine, blocking, &mut output, self.width, &[self.whole_width(term, true)]);
+        drop((gated, inner));
+
+        let kept = |numbers| Kept::new(engine, numbers);
+        let saved = keep.then(|| SavedInner {
+            attention_factors,
+            ffn_factors,
+            raw_heads,
+            qkv: kept(qkv),
+            mixed: kept(mixed),
+            sums,
+            middle: kept(middle),
+            gate_up: kept(gate_up),
+        });
+        (output, saved)
+    }
+
+    /// The gradient of the block's input, if asked for, and those of the adapters, from the gradient of its output.
+    #[allow(clippy::too_many_arguments)]
+    pub fn backward(
+        &self,
+        engine: &Engine,
+        pass: &Pass,
+        saved: Saved,
+        gradient: Stream,
+        adapters: &[&BlockAdapter],
+        trains: [bool; 2],
+        masks: Option<Masks<'_>>,
+        input_gradient: bool,
+    ) -> (Option<Stream>, BlockGradients) {
+        let Pass { blocking, segments, rotation } = pass;
+        let layers = |layers| Layers { engine, blocking, adapters, masks, layers };
+        let mut gradients: BlockGradients = adapters.iter().map(|_| Default::default()).collect();
+        let (x, inner) = match saved {
+            Saved { x, inner: Some(inner) } => (x.widened(engine), inner),
+            Saved { x, inner: None } => {
+                let x = x.widened(engine);
+                let (_, inner) = self.forward_inner(engine, pass, &x, adapters, masks, true);
+                (x, inner.expect("everything is kept"))
+            }
+        };
+        let Stream(mut gradient) = gradient;
+        let rows = blocking.rows;
+
+        // y = middle + W_down (silu(gate) ∘ up)
+        let mut gate_up = inner.gate_up.widened(engine);
+        let down = layers(&[DOWN]);
+        let g = Packed::of(engine, blocking, &gradient, self.width);
+        let g_inner = [down.inner_of_gradient(DOWN, &g)];
+        let mut gated_gradient = engine.take(rows * self.ffn);
+        let term = backward_term(&g, 0, &self.layers[DOWN], down.of_input(DOWN, &g_inner[0]));
+        let all = Columns { at: 0, columns: self.ffn, terms: vec![term], accumulate: false };
+        product(engine, blocking, &mut gated_gradient, self.ffn, &[all]);
+        down.add_masked_input_gradient(DOWN, &g_inner[0], &mut gated_gradient);
+        drop(g);
+        let x_inner = {
+            let packed;
+            match g_inner[0] {
+                Some(_) => {
+                    packed = gate::packed(engine, blocking, &gate_up, self.ffn);
+                    down.inner_of_input(&packed, &|| gate::rows(engine, &gate_up, self.ffn))
+                }
+                None => None,
+            }
+        };
+        let gated = gate::backward(engine, &mut gate_up, &gated_gradient, self.ffn, x_inner.is_some());
+        drop(gated_gradient);
+        if let Some(gated) = gated {
+            let rows = || engine.copy_of(&gated);
+            down.gradients(trains, &x_inner, &g_inner, &rows, &gradient, &[0], &mut gradients);
+        }
+        drop((x_inner, g_inner));
+
+        // gate and up of h = norm(middle)
+        let gate_up_gradient = gate_up;
+        let middle = inner.middle.widened(engine);
+        let gates = layers(&[GATE, UP]);
+        let g = Packed::of(engine, blocking, &gate_up_gradient, 2 * self.ffn);
+        let mut h_gradient = engine.take(rows * self.width);
+        let places = [0, self.ffn];
+        let mut back = Back { layers: gates, block: self, g: &g, stride: 2 * self.ffn, rows: &gate_up_gradient };
+        let g_inner = back.input_gradient(&places, &mut h_gradient);
+        drop(g);
+        back_factors(&gates, &self.ffn_norm, &middle, trains, &g_inner, &gate_up_gradient, &places, &mut gradients);
+        drop(gate_up_gradient);
+        self.ffn_norm.backward(engine, &middle, &inner.ffn_factors, &h_gradient, &mut gradient);
+        drop(middle);
+
+        // middle = x + W_o mixed
+        let mixed = inner.mixed.widened(engine);
+        let output = layers(&[O]);
+        let g = Packed::of(engine, blocking, &gradient, self.width);
+        let g_inner = [output.inner_of_gradient(O, &g)];
+        let mut mixed_gradient = engine.take(mixed.len());
+        let columns = self.layers[O].columns();
+        let term = backward_term(&g, 0, &self.layers[O], output.of_input(O, &g_inner[0]));
+        let all = Columns { at: 0, columns, terms: vec![term], accumulate: false };
+        product(engine, blocking, &mut mixed_gradient, columns, &[all]);
+        output.add_masked_input_gradient(O, &g_inner[0], &mut mixed_gradient);
+        drop(g);
+        if g_inner[0].is_some() {
+            let packed = Packed::of(engine, blocking, &mixed, columns);
+            let rows = || engine.copy_of(&mixed);
+            let x_inner = output.inner_of_input(&packed, &rows);
+            output.gradients(trains, &x_inner, &g_inner, &rows, &gradient, &[0], &mut gradients);
+        }
+        drop(g_inner);
+
+        let qkv = inner.qkv.widened(engine);
+        let mut qkv_gradient =
+            attention::backward(engine, self.shape, segments, &qkv, &mixed, &inner.sums, &mixed_gradient);
+        drop((qkv, mixed, mixed_gradient));
+        let plain_heads: Vec<_> = self.rotated_heads().into_iter().map(|(heads, _)| (heads, None)).collect();
+        rope::rotate(engine, &mut qkv_gradient, &plain_heads, rotation, true);
+        if let (Some(raw), Some(norms)) = (inner.raw_heads, &self.head_norms) {
+            let raw = raw.widened(engine);
+            for ((heads, _), norm) in plain_heads.into_iter().zip(norms) {
+                rope::norm_backward(engine, &raw, &mut qkv_gradient, heads, norm);
+            }
+        }
+
+        // q, k and v of h = norm(x)
+        let inputs = layers(&[Q, K, V]);
+        let g = Packed::of(engine, blocking, &qkv_gradient, self.shape.stride());
+        let places = self.heads_at();
+        let mut back = Back { layers: inputs, block: self, g: &g, stride: self.shape.stride(), rows: &qkv_gradient };
+        let g_inner = match input_gradient {
+            true => back.input_gradient(&places, &mut h_gradient),
+            false => back.inners(&places),
+        };
+        drop(g);
+        back_factors(&inputs, &self.attention_norm, &x, trains, &g_inner, &qkv_gradient, &places, &mut gradients);
+        let input = input_gradient.then(|| {
+            self.attention_norm.backward(engine, &x, &inner.attention_factors, &h_gradient, &mut gradient);
+            Stream(gradient)
+        });
+        (input, gradients)
+    }
+
+    /// Where queries, keys and values begin.
+    pub(crate) fn heads_at(&self) -> [usize; 3] {
+        let Shape { heads, kv_heads, size } = self.shape;
+        [0, heads * size, (heads + kv_heads) * size]
+    }
+
+    pub(crate) fn rotated_heads(&self) -> [(Heads, Option<&RmsNorm>); 2] {
+        let Shape { heads, kv_heads, size } = self.shape;
+        let stride = self.shape.stride();
+        let norm = |i: usize| self.head_norms.as_ref().map(|norms| &norms[i]);
+        [
+            (Heads { at: 0, heads, size, stride }, norm(0)),
+            (Heads { at: heads * size, heads: kv_heads, size, stride }, norm(1)),
+        ]
+    }
+
+    fn biases_or_room(&self, engine: &Engine, rows: usize) -> Buffer<f32> {
+        let mut qkv = engine.take(rows * self.shape.stride());
+        if let Some(biases) = &self.biases {
+            qkv.chunks_exact_mut(biases.len()).for_each(|row| row.copy_from_slice(biases));
+        }
+        qkv
+    }
+
+    pub(crate) fn add_biases(&self, qkv: &mut [f32]) {
+        let Some(biases) = &self.biases else { return };
+        for row in qkv.chunks_exact_mut(biases.len()) {
+            row.iter_mut().zip(biases).for_each(|(x, bias)| *x += bias);
+        }
+    }
+
+    fn whole_width<'a>(&self, term: Term<'a>, accumulate: bool) -> Columns<'a> {
+        Columns { at: 0, columns: self.width, terms: vec![term], accumulate }
+    }
+}
+
+/// The way back through layers that share their input.
+struct Back<'a> {
+    layers: Layers<'a>,
+    block: &'a Block,
+    /// The layers' gradients side by side, packed, and as rows of `stride`.
+    g: &'a Packed,
+    stride: usize,
+    rows: &'a [f32],
+}
+
+impl Back<'_> {
+    /// `g · s B` for every layer; gradients of layers without an adapter have none.
+    fn inners(&self, places: &[usize]) -> Vec<Option<crate::product::Inner>> {
+        let Layers { engine, blocking, layers, .. } = self.layers;
+        let one = |(&layer, &at): (&usize, &usize)| {
+            let columns = self.block.layers[layer].rows();
+            if self.layers.adapters.iter().all(|adapter| adapter[layer].is_none()) {
+                return None;
+            }
+            let g = Packed::of_columns(engine, blocking, self.rows, self.stride, at, columns);
+            self.layers.inner_of_gradient(layer, &g)
+        };
+        layers.iter().zip(places).map(one).collect()
+    }
+
+    fn input_gradient(&mut self, places: &[usize], to: &mut [f32]) -> Vec<Option<crate::product::Inner>> {
+        let Layers { engine, blocking, layers, .. } = self.layers;
+        let inners = self.inners(places);
+        let terms = layers.iter().zip(places).zip(&inners).map(|((&layer, &at), inner)| {
+            backward_term(self.g, at, &self.block.layers[layer], self.layers.of_input(layer, inner))
+        });
+        let columns = self.block.whole_width_of(terms.collect());
+        product(engine, blocking, to, self.block.width, &[columns]);
+        for (&layer, inner) in layers.iter().zip(&inners) {
+            self.layers.add_masked_input_gradient(layer, inner, to);
+        }
+        inners
+    }
+}
+
+impl Block {
+    fn whole_width_of<'a>(&self, terms: Vec<Term<'a>>) -> Columns<'a> {
+        Columns { at: 0, columns: self.width, terms, accumulate: false }
+    }
+}
+
+/// Gradients of the adapters of layers whose input is normed.
+#[allow(clippy::too_many_arguments)]
+fn back_factors(
+    layers: &Layers<'_>,
+    norm: &RmsNorm,
+    x: &[f32],
+    trains: [bool; 2],
+    g_inner: &[Option<crate::product::Inner>],
+    g: &Buffer<f32>,
+    places: &[usize],
+    to: &mut BlockGradients,
+) {
+    if g_inner.iter().all(Option::is_none) {
+        return;
+    }
+    let Layers { engine, blocking, .. } = *layers;
+    let (h, _) = norm.packed(engine, blocking, x);
+    let rows = || norm.rows(engine, x);
+    let x_inner = layers.inner_of_input(&h, &rows);
+    layers.gradients(trains, &x_inner, g_inner, &rows, g, places, to);
+}
+
+fn forward_term<'a>(x: &'a Packed, weights: &'a Frozen, low_rank: Option<crate::product::LowRank<'a>>) -> Term<'a> {
+    Term { x, column: 0, length: x.columns, weights, transposed: true, from: 0, low_rank }
+}
+
+fn backward_term<'a>(
+    g: &'a Packed,
+    column: usize,
+    weights: &'a Frozen,
+    low_rank: Option<crate::product::LowRank<'a>>,
+) -> Term<'a> {
+    Term { x: g, column, length: weights.rows(), weights, transposed: false, from: 0, low_rank }
+}
+
+/// The residual stream, `[rows, width]`.
+pub struct Stream(pub(crate) Buffer<f32>);
+
+impl Stream {
+    pub fn new(engine: &Engine, values: &[f32]) -> Self {
+        Self(engine.copy_of(values))
+    }
+
+    /// Contents are left from earlier use: to be filled.
+    pub fn room(engine: &Engine, numbers: usize) -> Self {
+        Self(engine.take(numbers))
+    }
+}
+
+impl std::ops::Deref for Stream {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.0
+    }
+}
+
+impl std::ops::DerefMut for Stream {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.0
+    }
+}

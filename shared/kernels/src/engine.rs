@@ -1,0 +1,96 @@
+//! What all kernels of a device share: the instructions, the threads and the memory.
+
+use std::sync::Arc;
+
+use crate::Path;
+use crate::buffer::{Buffer, Number, Spare};
+use crate::path::Work;
+use crate::pool::Pool;
+use crate::simd::Simd;
+
+/// Cheap to clone; clones share threads and memory.
+#[derive(Clone)]
+pub struct Engine {
+    path: Path,
+    /// Activations are multiplied as bf16, and those kept for the backward pass are stored as bf16.
+    narrow: bool,
+    pool: Arc<Pool>,
+    spare: Arc<Spare>,
+}
+
+impl Engine {
+    /// `threads` of 0 takes all cores. With `narrow`, products are made of bf16 numbers where `path` has instructions
+    /// for them; sums are f32 always.
+    pub fn new(path: Path, threads: usize, narrow: bool) -> Self {
+        Self { path, narrow, pool: Arc::new(Pool::new(threads)), spare: Arc::default() }
+    }
+
+    pub fn path(&self) -> Path {
+        self.path
+    }
+
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
+    /// Whether products are made of pairs of bf16.
+    pub fn multiplies_bf16(&self) -> bool {
+        self.narrow && self.path.multiplies_bf16()
+    }
+
+    pub(crate) fn keeps_bf16(&self) -> bool {
+        self.narrow
+    }
+
+    /// Gives memory of passes that are over back to the system.
+    pub fn trim(&self) {
+        self.spare.clear();
+    }
+
+    /// Contents are left from earlier use.
+    pub(crate) fn take<T: Number>(&self, length: usize) -> Buffer<T> {
+        self.spare.take(length)
+    }
+
+    pub(crate) fn zeros(&self, length: usize) -> Buffer<f32> {
+        let mut buffer = self.take(length);
+        buffer.fill(0.0);
+        buffer
+    }
+
+    pub(crate) fn copy_of(&self, values: &[f32]) -> Buffer<f32> {
+        let mut buffer = self.take(values.len());
+        buffer.copy_from_slice(values);
+        buffer
+    }
+
+    /// Every task of `tasks` on some thread, compiled for this path.
+    pub(crate) fn parallel<T: Task>(&self, tasks: usize, task: &T) {
+        struct One<'a, T>(&'a T, usize);
+        impl<T: Task> Work for One<'_, T> {
+            type Output = ();
+            #[inline(always)]
+            unsafe fn run<S: Simd>(self) {
+                // SAFETY: the CPU has `S`, as this function's caller promises.
+                unsafe { self.0.run::<S>(self.1) }
+            }
+        }
+        self.pool.run(tasks, |i| self.path.run(One(task, i)));
+    }
+}
+
+/// One of several pieces of work that may run at the same time: each writes where no other reads or writes.
+pub(crate) trait Task: Sync {
+    /// # Safety
+    /// The CPU has `S`.
+    unsafe fn run<S: Simd>(&self, i: usize);
+}
+
+/// A pointer that tasks of one kernel share; each writes its own places.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared<T>(pub(crate) *mut T);
+
+// SAFETY: whoever dereferences it keeps to the places of their own task.
+unsafe impl<T: Send> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Shared<T> {}

@@ -1,0 +1,67 @@
+//! Activations that wait for the backward pass: as they are, or as bf16.
+
+use crate::buffer::Buffer;
+use crate::engine::{Engine, Shared, Task};
+use crate::simd::Simd;
+
+pub(crate) enum Kept {
+    F32(Buffer<f32>),
+    Bf16(Buffer<u16>),
+}
+
+/// Numbers of a task.
+const NUMBERS: usize = 1 << 16;
+
+impl Kept {
+    pub(crate) fn new(engine: &Engine, numbers: Buffer<f32>) -> Self {
+        struct Narrow<'a>(&'a [f32], Shared<u16>);
+        impl Task for Narrow<'_> {
+            #[inline(always)]
+            unsafe fn run<S: Simd>(&self, i: usize) {
+                let end = self.0.len().min((i + 1) * NUMBERS);
+                let mut at = i * NUMBERS;
+                while at < end {
+                    let n = S::LANES.min(end - at);
+                    // SAFETY: within both slices; this task alone writes these numbers.
+                    unsafe { S::store_bf16(self.1.0.add(at), S::load_n(self.0.as_ptr().add(at), n), n) }
+                    at += S::LANES;
+                }
+            }
+        }
+        if !engine.keeps_bf16() {
+            return Self::F32(numbers);
+        }
+        let mut narrow = engine.take::<u16>(numbers.len());
+        let to = Shared(narrow.as_mut_ptr());
+        engine.parallel(numbers.len().div_ceil(NUMBERS), &Narrow(&numbers, to));
+        Self::Bf16(narrow)
+    }
+
+    pub(crate) fn widened(self, engine: &Engine) -> Buffer<f32> {
+        match self {
+            Self::F32(numbers) => numbers,
+            Self::Bf16(narrow) => widen(engine, &narrow),
+        }
+    }
+}
+
+fn widen(engine: &Engine, narrow: &[u16]) -> Buffer<f32> {
+    struct Widen<'a>(&'a [u16], Shared<f32>);
+    impl Task for Widen<'_> {
+        #[inline(always)]
+        unsafe fn run<S: Simd>(&self, i: usize) {
+            let end = self.0.len().min((i + 1) * NUMBERS);
+            let mut at = i * NUMBERS;
+            while at < end {
+                let n = S::LANES.min(end - at);
+                // SAFETY: within both slices; this task alone writes these numbers.
+                unsafe { S::store_n(self.1.0.add(at), S::load_bf16(self.0.as_ptr().add(at), n), n) }
+                at += S::LANES;
+            }
+        }
+    }
+    let mut wide = engine.take(narrow.len());
+    let to = Shared(wide.as_mut_ptr());
+    engine.parallel(narrow.len().div_ceil(NUMBERS), &Widen(narrow, to));
+    wide
+}

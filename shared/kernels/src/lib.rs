@@ -1,0 +1,37 @@
+//! Arithmetic of a decoder with frozen weights and trained adapters, on CPUs.
+//!
+//! A [`Block`] goes forwards and back over the rows of a [`Pass`], which may belong to several participants, each with its
+//! adapter; [`Head`] is the loss behind the last block. What runs where is the [`Engine`]'s: a [`Path`] of instructions,
+//! threads, and memory. This crate knows no files, no names and no tensors: plain slices enter and leave, and sizes that
+//! do not agree are the caller's bug and panic.
+//!
+//! Invariants: a row's results depend on that row's segment and adapter alone, not on the batch around it nor on the number
+//! of threads; the weights exist once, as they are stored.
+
+mod adapter;
+mod attention;
+mod block;
+mod buffer;
+mod decode;
+mod engine;
+mod frozen;
+mod gate;
+mod head;
+mod kept;
+mod norm;
+mod path;
+mod pool;
+mod product;
+mod rope;
+mod rows;
+mod simd;
+mod tile;
+
+pub use adapter::{BlockAdapter, LAYERS, Masks, Pair, PairGradients};
+pub use block::{Block, BlockGradients, BlockWeights, Keep, Pass, Saved, Stream};
+pub use decode::Cache;
+pub use engine::Engine;
+pub use frozen::{Frozen, WeightType};
+pub use head::Head;
+pub use path::{PATH_VARIABLE, Path};
+pub use rope::{HEAD_MAX, Rotation};
