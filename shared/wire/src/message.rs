@@ -172,8 +172,6 @@ pub enum RefusalReason {
     WrongTensors,
     /// It does not rest on as many tokens or steps as it says.
     WrongCount,
-    /// It is farther from the global adapter than the strategy allows.
-    OutOfBounds,
 }
 
 /// The rows of the byte ledger.
