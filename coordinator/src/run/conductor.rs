@@ -22,6 +22,9 @@ use crate::round::{Action, Contribution, DeviceId, Event, FinishReason, Particip
 use crate::serve::{self, Incoming, Shared};
 use crate::status::{ParticipantStatus, Status};
 
+/// Connections served at a time, unless the cohort asks for more. Every one of them takes memory before it has said hello.
+const CONNECTIONS_MAX: usize = 1024;
+
 pub(super) struct Conductor {
     rounds: Rounds,
     directory: RunDirectory,
@@ -157,7 +160,7 @@ impl Conductor {
             let deadline = self.rounds.next_deadline_ms().map(|at| Duration::from_millis(at.saturating_sub(now_ms)));
             let (actions, judged) = tokio::select! {
                 Some(connection) = connections.recv() => {
-                    peers.spawn(serve::serve(connection, self.shared.clone()));
+                    self.admit(connection, peers);
                     continue;
                 }
                 // A peer's task that has ended has said so; it is only collected here.
@@ -178,6 +181,17 @@ impl Conductor {
                 return Ok(reason);
             }
         }
+    }
+
+    fn admit(&self, connection: Connection, peers: &mut JoinSet<()>) {
+        // Every member may come again before the connection it has lost times out.
+        let connections_max = CONNECTIONS_MAX.max(2 * self.shared.experiment.federation.cohort as usize);
+        if peers.len() >= connections_max {
+            tracing::warn!(peer = %connection.peer(), connections_max, "no room for a connection");
+            connection.close(CloseCode::NoRoom, &format!("{connections_max} connections are served already"));
+            return;
+        }
+        peers.spawn(serve::serve(connection, self.shared.clone()));
     }
 
     fn handle(&mut self, event: Event) -> Vec<Action> {

@@ -3,6 +3,7 @@
 
 mod coordinator;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use model::Adapter;
@@ -14,7 +15,7 @@ use wire::{
     RefusalReason, Request, Shape, SquaredNorms, TensorHeader, TensorInfo, UpdateReply,
 };
 
-use crate::world::{Coordinator, Joined, World, alone, run_to_the_end};
+use crate::world::{Coordinator, Holding, Joined, World, alone, run_to_the_end};
 
 const HONEST: &str = "press-1";
 const HOSTILE: &str = "mill-1";
@@ -340,6 +341,33 @@ async fn a_blob_that_is_not_the_runs_is_refused() {
         let BlobRef { sha256, length } = hostile.manifest;
         let complaint = format!("offset {} in a blob of {length} bytes", length + 1);
         hostile.check_blob_refused(sha256, length + 1, &complaint).await;
+    })
+    .await;
+}
+
+/// Both honest ones are in the round; then a crowd comes that never says hello.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_connection_more_than_there_is_room_for_is_turned_away() {
+    within_a_minute(async {
+        let world = World::new(|text| text.replace("rounds = 2", "rounds = 1"));
+        let coordinator = world.coordinator();
+        let (mut press, _) = world.participant(HONEST);
+        let (holding, mut reached, release) = Holding::at(0);
+        press.reporter = Arc::new(holding);
+        let honest = [coordinator.join(press).await, coordinator.join(world.participant("mill-1").0).await];
+        reached.recv().await.unwrap();
+        let mut crowd = Vec::new();
+        for _ in 2..1024 {
+            crowd.push(coordinator.connect("packer-1").await);
+        }
+        let late = coordinator.connect("packer-1").await.closed().await;
+        check_closed(&late, CloseCode::NoRoom, "1024 connections are served already");
+        assert!(late.is_retryable());
+        drop((crowd, reached, release));
+        for joined in honest {
+            assert_eq!(joined.await.unwrap().1.unwrap(), "completed");
+        }
+        assert_eq!(coordinator.end().await.unwrap().rounds, 1);
     })
     .await;
 }

@@ -64,7 +64,7 @@ pub enum CloseCode {
     NotAuthorized = 0x30,
     /// The same device has connected again, and goes on there.
     Superseded = 0x31,
-    /// No room at present.
+    /// The coordinator serves as many connections as it will.
     NoRoom = 0x40,
 }
 
