@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use experiment::Row;
 use indicatif::{ProgressBar, ProgressStyle};
 use net::PeerName;
+use quant::Method;
 use serde_json::json;
 use time::OffsetDateTime;
 
@@ -60,7 +61,9 @@ enum Command {
     #[command(after_help = "Example:\n  coordinator report runs/demo --out report.html")]
     Report(ReportArguments),
     /// Write what a run has learned as files for other programs
-    #[command(after_help = "Example:\n  coordinator export runs/demo --format hf,peft,gguf:q8_0 --out exports/")]
+    #[command(
+        after_help = "Example:\n  coordinator export runs/demo --format hf,peft,gguf:q8_0,gguf:q4_k_m --out exports/"
+    )]
     Export(ExportArguments),
 }
 
@@ -134,9 +137,13 @@ struct ReportArguments {
 #[derive(Args)]
 struct ExportArguments {
     run: PathBuf,
-    /// hf, peft, gguf:f32, gguf:f16, gguf:bf16, gguf:q8_0, gguf:q5_1, gguf:q5_0, gguf:q4_1, gguf:q4_0
+    /// hf, peft, or gguf: with f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0, iq4_nl,
+    /// q3_k_l, q3_k_m, q3_k_s, q2_k, q2_k_s, tq2_0, tq1_0: llama-quantize's mixes of types
     #[arg(long, value_delimiter = ',', required = true)]
     format: Vec<String>,
+    /// How gguf files choose their codes
+    #[arg(long, value_enum, default_value_t = Quantizer::Search)]
+    quantizer: Quantizer,
     #[arg(long)]
     out: PathBuf,
     /// A finished round [default: the newest]
@@ -147,6 +154,23 @@ struct ExportArguments {
     force: bool,
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Quantizer {
+    /// Look for the codes that lose least
+    Search,
+    /// Make the bytes that llama-quantize makes
+    Reference,
+}
+
+impl From<Quantizer> for Method {
+    fn from(quantizer: Quantizer) -> Method {
+        match quantizer {
+            Quantizer::Search => Method::Search,
+            Quantizer::Reference => Method::Reference,
+        }
+    }
 }
 
 impl Cli {
@@ -200,9 +224,9 @@ impl Command {
                     false => print(format_args!("{}\npage: {}", report.text.trim_end(), out.display())),
                 }
             }
-            Self::Export(ExportArguments { run, format, out, round, force, json }) => {
+            Self::Export(ExportArguments { run, format, quantizer, out, round, force, json }) => {
                 let formats = format.iter().map(|format| format.parse()).collect::<Result<Vec<Format>, _>>();
-                let exported = formats.and_then(|formats| export(&run, round, &formats, &out, force));
+                let exported = formats.and_then(|formats| export(&run, round, &formats, quantizer.into(), &out, force));
                 for exported in exported.map_err(failed)? {
                     match json {
                         true => print(serde_json::to_string(&exported)?)?,

@@ -7,6 +7,7 @@
 
 mod gguf;
 mod huggingface;
+mod importance;
 mod merged;
 mod safetensors;
 
@@ -19,17 +20,19 @@ use std::str::FromStr;
 use experiment::{Experiment, RunDirectory};
 use model::adapter::peft;
 use model::{Adapter, Manifest, ModelError, Source, tokenizer::TokenizerError};
-use quant::BlockType;
+use quant::{Method, Mix};
 use serde::{Serialize, Serializer};
 
 use merged::Merged;
 
 /// Writes what the run directory `run` holds of `round` (or of its newest finished round) into `out`, once for every
-/// format. Without `force` nothing is written if any of the files is already there.
+/// format; `method` is how GGUF files are quantized. Without `force` nothing is written if any of the files is already
+/// there.
 pub fn export(
     run: &Path,
     round: Option<u32>,
     formats: &[Format],
+    method: Method,
     out: &Path,
     force: bool,
 ) -> Result<Vec<Exported>, ExportError> {
@@ -49,9 +52,9 @@ pub fn export(
         let worst_error = match format {
             Format::HuggingFace => huggingface::write(&merged, &path).map(|()| 0.0)?,
             Format::Peft => adapter.save(&path, &base_name(experiment)).map(|()| 0.0)?,
-            Format::Gguf(ty) => {
+            Format::Gguf(mix) => {
                 fs::create_dir_all(out).map_err(ExportError::io(out))?;
-                gguf::write(&merged, &format!("{}, round {round}", experiment.name), ty, &path)?
+                gguf::write(&merged, &format!("{}, round {round}", experiment.name), mix, method, &path)?
             }
         };
         let sizes = format.files(out).into_iter().map(|file| match fs::metadata(&file) {
@@ -70,31 +73,28 @@ pub enum Format {
     HuggingFace,
     /// `peft/`: the adapter alone, as PEFT reads it.
     Peft,
-    /// `model-<type>.gguf`: the merged model, as llama.cpp reads it.
-    Gguf(BlockType),
+    /// `model-<mix>.gguf`: the merged model, as llama.cpp reads it.
+    Gguf(Mix),
 }
 
 impl Format {
-    /// Every format that can be written: the K types have no quantizer here.
-    pub const ALL: [Self; 10] = [
-        Self::HuggingFace,
-        Self::Peft,
-        Self::Gguf(BlockType::F32),
-        Self::Gguf(BlockType::F16),
-        Self::Gguf(BlockType::BF16),
-        Self::Gguf(BlockType::Q8_0),
-        Self::Gguf(BlockType::Q4_0),
-        Self::Gguf(BlockType::Q4_1),
-        Self::Gguf(BlockType::Q5_0),
-        Self::Gguf(BlockType::Q5_1),
-    ];
+    pub const ALL: [Self; 2 + Mix::ALL.len()] = {
+        let mut all = [Self::HuggingFace; 2 + Mix::ALL.len()];
+        all[1] = Self::Peft;
+        let mut i = 0;
+        while i < Mix::ALL.len() {
+            all[2 + i] = Self::Gguf(Mix::ALL[i]);
+            i += 1;
+        }
+        all
+    };
 
     /// The file, or the directory of the files.
     fn path(self, out: &Path) -> PathBuf {
         match self {
             Self::HuggingFace => out.join("hf"),
             Self::Peft => out.join("peft"),
-            Self::Gguf(ty) => out.join(format!("model-{}.gguf", ty.name().to_lowercase())),
+            Self::Gguf(mix) => out.join(format!("model-{}.gguf", mix.name().to_lowercase())),
         }
     }
 
@@ -113,7 +113,7 @@ impl fmt::Display for Format {
         match self {
             Self::HuggingFace => f.write_str("hf"),
             Self::Peft => f.write_str("peft"),
-            Self::Gguf(ty) => write!(f, "gguf:{}", ty.name().to_lowercase()),
+            Self::Gguf(mix) => write!(f, "gguf:{}", mix.name().to_lowercase()),
         }
     }
 }

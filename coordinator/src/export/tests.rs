@@ -48,7 +48,7 @@ impl Run {
 
     fn export(&self, round: Option<u32>, formats: &[&str], force: bool) -> Result<Vec<Exported>, ExportError> {
         let formats: Vec<Format> = formats.iter().map(|format| format.parse().unwrap()).collect();
-        export(self.directory.path(), round, &formats, &self.out(), force)
+        export(self.directory.path(), round, &formats, Method::Search, &self.out(), force)
     }
 }
 
@@ -98,8 +98,8 @@ fn formats_are_read_as_they_are_printed() {
     for format in Format::ALL {
         assert_eq!(format.to_string().parse::<Format>().unwrap(), format);
     }
-    assert_eq!("gguf:q8_0".parse::<Format>().unwrap(), Format::Gguf(BlockType::Q8_0));
-    for unknown in ["", "gguf", "gguf:q4_k", "GGUF:F32", "safetensors"] {
+    assert_eq!("gguf:q8_0".parse::<Format>().unwrap(), Format::Gguf(Mix::Q8_0));
+    for unknown in ["", "gguf", "gguf:q4_k", "gguf:Q4_K_M", "GGUF:F32", "safetensors"] {
         let error = unknown.parse::<Format>().unwrap_err().to_string();
         assert!(error.contains(&format!("`{unknown}`")) && error.contains("hf, peft, gguf:f32"), "{error}");
     }
@@ -148,19 +148,71 @@ fn every_gguf_type_is_read_back_with_the_error_it_reports() {
         let worst = check_weights(&*found, &Merged { base: &*base, adapter: &adapter }, |_, _| f32::INFINITY);
         assert_eq!(exported.worst_error, worst, "{exported}");
         for info in found.tensors() {
-            let Format::Gguf(ty) = exported.format else { unreachable!("the first two formats are left out") };
-            assert_eq!(info.dtype, gguf::stored_type(ty, &info.shape), "{} of {exported}", info.name);
+            let Format::Gguf(mix) = exported.format else { unreachable!("the first two formats are left out") };
+            let expected = gguf::stored_type(mix, found.config(), &info.name, &info.shape);
+            assert_eq!(info.dtype, expected, "{} of {exported}", info.name);
+        }
+    }
+}
+
+/// Wide enough for superblocks.
+fn wide_shape() -> ModelConfig {
+    ModelConfig { width: 256, ffn: 256, head_size: 64, qkv_bias: false, ..odd_shape(Family::Llama) }
+}
+
+#[test]
+fn every_mix_of_a_wide_model_is_read_back_and_searching_loses_less() {
+    let config = wide_shape();
+    let base = RandomModel::of_shape(config.clone(), Tokenizer::bytes(), Seed(5)).unwrap();
+    let targets = model::adapter::TARGETS.map(str::to_owned).to_vec();
+    let adapter = AdapterConfig { rank: 2, alpha: 3.0, dropout: 0.0, targets, factors: Factors::Both };
+    let adapter = trained(adapter, &config, 1);
+    let merged = Merged { base: &base, adapter: &adapter };
+    let name = "model.layers.1.mlp.up_proj.weight";
+    let expected = merged.tensor(name, &[config.ffn, config.width]).unwrap();
+    let importance = importance::Importance::of(&merged).unwrap();
+    let columns = importance.columns(name).unwrap();
+
+    let directory = tempfile::tempdir().unwrap();
+    for mix in Mix::ALL {
+        let losses = [Method::Reference, Method::Search].map(|method| {
+            let path = directory.path().join(format!("{mix}-{method:?}.gguf"));
+            let worst = gguf::write(&merged, "wide", mix, method, &path).unwrap();
+            let found = model::source::open(&path).unwrap();
+            assert_eq!(check_weights(&*found, &merged, |_, _| f32::INFINITY), worst, "{mix}");
+            let found = found.tensor(name, &[config.ffn, config.width]).unwrap();
+            let losses = found.iter().zip(&expected).enumerate();
+            losses.map(|(i, (found, x))| columns[i % config.width] * (found - x).powi(2)).sum::<f32>()
+        });
+        let [reference, searched] = losses;
+        match mix {
+            Mix::F32 | Mix::F16 | Mix::BF16 | Mix::Q8_0 => assert_eq!(searched, reference, "{mix}"),
+            _ => assert!(searched < reference * 0.99, "{mix}: {searched}, ggml {reference}"),
         }
     }
 }
 
 #[test]
-fn vectors_stay_f32_and_rows_of_partial_blocks_become_f16() {
-    assert_eq!(gguf::stored_type(BlockType::Q4_0, &[64]), BlockType::F32);
-    assert_eq!(gguf::stored_type(BlockType::BF16, &[64]), BlockType::F32);
-    assert_eq!(gguf::stored_type(BlockType::Q4_0, &[2, 64]), BlockType::Q4_0);
-    assert_eq!(gguf::stored_type(BlockType::Q4_0, &[64, 176]), BlockType::F16);
-    assert_eq!(gguf::stored_type(BlockType::F32, &[64, 7]), BlockType::F32);
+fn importance_follows_the_norms_and_is_known_for_what_they_feed() {
+    let config = wide_shape();
+    let base = RandomModel::of_shape(config.clone(), Tokenizer::bytes(), Seed(5)).unwrap();
+    let targets = vec!["q_proj".to_owned()];
+    let adapter = AdapterConfig { rank: 2, alpha: 3.0, dropout: 0.0, targets, factors: Factors::Both };
+    let adapter = trained(adapter, &config, 1);
+    let importance = importance::Importance::of(&Merged { base: &base, adapter: &adapter }).unwrap();
+    for layer in
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    {
+        let columns = importance.columns(&format!("model.layers.1.{layer}.weight")).unwrap();
+        assert_eq!(columns.len(), 256, "{layer}");
+        assert!(columns.iter().all(|v| v.is_finite() && *v >= 0.0) && columns.iter().any(|v| *v > 0.0), "{layer}");
+    }
+    // A norm makes the mean square one; the gains of a random model are one.
+    let columns = importance.columns("model.layers.0.self_attn.q_proj.weight").unwrap();
+    assert!((columns.iter().sum::<f32>() / 256.0 - 1.0).abs() < 1e-3);
+    for unknown in ["model.layers.0.self_attn.o_proj.weight", "model.layers.2.mlp.up_proj.weight", "lm_head.weight"] {
+        assert!(importance.columns(unknown).is_none(), "{unknown}");
+    }
 }
 
 #[test]
@@ -233,7 +285,7 @@ fn check_shape_survives(config: ModelConfig) {
 
     let directory = tempfile::tempdir().unwrap();
     let gguf_path = directory.path().join("model.gguf");
-    assert_eq!(gguf::write(&merged, "odd", BlockType::F32, &gguf_path).unwrap(), 0.0);
+    assert_eq!(gguf::write(&merged, "odd", Mix::F32, Method::Search, &gguf_path).unwrap(), 0.0);
     huggingface::write(&merged, &directory.path().join("hf")).unwrap();
     for path in [gguf_path, directory.path().join("hf")] {
         let found = model::source::open(&path).unwrap();
@@ -286,7 +338,7 @@ fn a_tokenizer_larger_than_the_embedding_is_refused() {
     let adapter = trained(adapter, &config, 1);
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("model.gguf");
-    let refused = gguf::write(&Merged { base: &base, adapter: &adapter }, "small", BlockType::F32, &path);
+    let refused = gguf::write(&Merged { base: &base, adapter: &adapter }, "small", Mix::F32, Method::Search, &path);
     assert!(matches!(refused, Err(ExportError::Vocabulary { tokens: 259, rows: 258 })), "{refused:?}");
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
 }
@@ -299,7 +351,7 @@ fn a_weight_too_large_for_the_type_is_named_and_leaves_no_file() {
     let base = run.base();
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("model.gguf");
-    let refused = gguf::write(&Merged { base: &*base, adapter: &huge }, "huge", BlockType::F16, &path);
+    let refused = gguf::write(&Merged { base: &*base, adapter: &huge }, "huge", Mix::F16, Method::Search, &path);
     let error = refused.unwrap_err().to_string();
     assert!(error.starts_with("export model.layers.0.self_attn.q_proj.weight: cannot use block"), "{error}");
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
@@ -332,7 +384,7 @@ fn only_finished_rounds_are_exported() {
     let fresh = RunDirectory::create(root.path(), run.directory.experiment()).unwrap();
     fresh.begin_round(1).unwrap();
     for round in [None, Some(1)] {
-        let refused = export(fresh.path(), round, &[Format::Peft], &run.out(), false);
+        let refused = export(fresh.path(), round, &[Format::Peft], Method::Search, &run.out(), false);
         assert!(matches!(refused, Err(ExportError::NoRound { .. })), "{refused:?}");
     }
     assert!(!run.out().exists());
@@ -359,7 +411,7 @@ fn an_adapter_is_not_merged_into_another_model() {
 #[test]
 fn a_result_is_printed_on_one_line_and_as_json() {
     let exported = Exported {
-        format: Format::Gguf(BlockType::Q8_0),
+        format: Format::Gguf(Mix::Q8_0),
         path: PathBuf::from("out/model-q8_0.gguf"),
         bytes: 1234,
         worst_error: 0.5,
