@@ -15,5 +15,5 @@ mod rope_rows;
 pub use blocks::{BlockType, dequantize};
 pub use error::Error;
 pub use mix::{Layout, Mix};
-pub use quantizer::{Method, quantize, quantize_row};
+pub use quantizer::{Feedback, Method, quantize, quantize_row, quantize_row_with_feedback};
 pub use rope_rows::{permute_rows, unpermute_rows};

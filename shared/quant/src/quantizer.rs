@@ -6,6 +6,7 @@
 //! [`Method::Search`] looks for codes that lose less. Where bits go inside a block is [`crate::blocks`]' business.
 
 mod affine;
+mod feedback;
 mod fits;
 mod levels;
 mod reference32;
@@ -16,6 +17,8 @@ mod search_k;
 use crate::blocks::{BlockResult, NotFinite, blocks32, float, partial_block, superblocks, ternary};
 use crate::{BlockType, Error};
 use half::f16;
+
+pub use feedback::Feedback;
 
 /// How codes are chosen. Plain floats are rounded to nearest, ties to even, by either.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,22 +38,26 @@ pub fn quantize_row(
     importance: Option<&[f32]>,
     bytes: &mut [u8],
 ) -> Result<(), Error> {
-    let expected = ty.bytes_of(row.len()).ok_or_else(|| partial_block(ty, row.len()))?;
-    if bytes.len() != expected {
-        return Err(Error::WrongLength { what: ty.name(), unit: "bytes", expected, found: bytes.len() });
-    }
-    if let Some(importance) = importance {
-        check_importance(row, importance)?;
-    }
-    let packed = ty.block_elements() > 1;
-    if let Some(at) = row.iter().position(|value| !value.is_finite() || packed && value.abs() > PACKED_MAX) {
-        return Err(Error::NotFinite { ty, block: at / ty.block_elements() });
-    }
-    let mut row = Row { ty, row, importance, bytes };
+    let mut row = Row::new(ty, row, importance, bytes)?;
     match method {
         Method::Reference => reference(&mut row),
-        Method::Search => search::search(&mut row),
+        Method::Search => search::search(&mut row, None),
     }
+}
+
+/// As [`quantize_row`] with [`Method::Search`], for a matrix whose activations are known better than by the importance of
+/// single columns.
+pub fn quantize_row_with_feedback(
+    ty: BlockType,
+    row: &[f32],
+    feedback: &Feedback,
+    bytes: &mut [u8],
+) -> Result<(), Error> {
+    if feedback.columns() != row.len() {
+        let (expected, found) = (row.len(), feedback.columns());
+        return Err(Error::WrongLength { what: "feedback", unit: "columns", expected, found });
+    }
+    search::search(&mut Row::new(ty, row, None, bytes)?, Some(feedback))
 }
 
 /// No type of blocks can hold more, and the sums of the searches must not overflow.
@@ -93,7 +100,7 @@ fn reference(row: &mut Row<'_>) -> Result<(), Error> {
     }
 }
 
-/// Buffers whose lengths agree.
+/// Values that a block can hold, and buffers whose lengths agree.
 struct Row<'a> {
     ty: BlockType,
     row: &'a [f32],
@@ -101,7 +108,27 @@ struct Row<'a> {
     bytes: &'a mut [u8],
 }
 
-impl Row<'_> {
+impl<'a> Row<'a> {
+    fn new(
+        ty: BlockType,
+        row: &'a [f32],
+        importance: Option<&'a [f32]>,
+        bytes: &'a mut [u8],
+    ) -> Result<Row<'a>, Error> {
+        let expected = ty.bytes_of(row.len()).ok_or_else(|| partial_block(ty, row.len()))?;
+        if bytes.len() != expected {
+            return Err(Error::WrongLength { what: ty.name(), unit: "bytes", expected, found: bytes.len() });
+        }
+        if let Some(importance) = importance {
+            check_importance(row, importance)?;
+        }
+        let packed = ty.block_elements() > 1;
+        if let Some(at) = row.iter().position(|value| !value.is_finite() || packed && value.abs() > PACKED_MAX) {
+            return Err(Error::NotFinite { ty, block: at / ty.block_elements() });
+        }
+        Ok(Row { ty, row, importance, bytes })
+    }
+
     /// `E` elements go into `B` bytes; both follow from the signature of `encode`, and must be the type's own.
     fn each<const E: usize, const B: usize>(
         &mut self,

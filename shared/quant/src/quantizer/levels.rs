@@ -93,6 +93,10 @@ impl Levels {
         (sum_xl, sum_l2)
     }
 
+    pub(super) fn level(&self, code: usize) -> f32 {
+        self.levels[code]
+    }
+
     /// The code of the level nearest to `x`.
     pub(super) fn nearest(&self, x: f32) -> usize {
         self.middles.partition_point(|&middle| middle <= x)
