@@ -135,8 +135,7 @@ impl Run {
         mut watcher: Box<dyn Watcher>,
         shutdown: impl Future<Output = ()>,
     ) -> Result<Ended, RunError> {
-        ComputeDevice::limit_threads(experiment.device.threads);
-        let device = ComputeDevice::new(experiment.device.backend)?;
+        let device = ComputeDevice::new(&experiment.device)?;
         experiment.check_blocks(source.config().blocks as u32)?;
         let manifest = tokio::task::block_in_place(|| Manifest::of(&*source))?;
         if let Some(expected) = experiment.model.sha256.clone().filter(|sha256| *sha256 != hex(&manifest.digest())) {

@@ -9,13 +9,14 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use experiment::{Backend, Columns, Experiment, Seed};
+use experiment::{Backend, Columns, Experiment, Seed, WeightType};
 use model::source::BlobStore;
 use net::Invitation;
 use serde_json::json;
 use tokio::sync::watch;
 
 use crate::data::read_records;
+use crate::device_choice::DeviceChoice;
 use crate::device_log::{Canary, FactoryDevice, write_files};
 use crate::generate::{Generation, Runner};
 use crate::join::{Join, default_state};
@@ -82,10 +83,24 @@ struct DeviceArguments {
     /// Threads for tensor work; 0 takes all cores
     #[arg(long)]
     threads: Option<u32>,
+    /// How the native backend keeps frozen weights; the experiment's `[device] weights` otherwise
+    #[arg(long, value_enum)]
+    weights: Option<WeightName>,
+    /// Keep each block's input alone for the backward pass: slower, in less memory
+    #[arg(long)]
+    recompute: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum WeightName {
+    F32,
+    Bf16,
+    Int8,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum BackendName {
+    Native,
     Flex,
     Ndarray,
     Cuda,
@@ -320,8 +335,7 @@ async fn join(arguments: JoinArguments, stop: watch::Receiver<bool>) -> anyhow::
         records: Box::new(move |experiment: &Experiment| Ok(read_records(&data, &experiment.data.columns)?)),
         store: BlobStore::open(cache)?,
         model,
-        backend: device.backend(),
-        threads: device.threads,
+        device: device.choice(),
         prepared: None,
         stages: Arc::new(Stages::default()),
         reporter: Arc::new(Printer { json, name: None }),
@@ -337,8 +351,8 @@ async fn join(arguments: JoinArguments, stop: watch::Receiver<bool>) -> anyhow::
 
 async fn train(arguments: TrainArguments) -> anyhow::Result<()> {
     let TrainArguments { experiment, data, name, out, init_adapter, dump_batches, steps, device, json } = arguments;
-    let (backend, threads) = (device.backend(), device.threads);
-    let training = LocalTraining { experiment, data, name, out, init_adapter, dump_batches, steps, backend, threads };
+    let device = device.choice();
+    let training = LocalTraining { experiment, data, name, out, init_adapter, dump_batches, steps, device };
     let mut last = None;
     training
         .run(|happened| match happened {
@@ -506,21 +520,27 @@ fn print_step(json: bool, name: Option<&str>, round: Option<u32>, report: &StepR
 }
 
 impl DeviceArguments {
-    fn backend(&self) -> Option<Backend> {
-        self.backend.map(|name| match name {
+    fn choice(&self) -> DeviceChoice {
+        let backend = self.backend.map(|name| match name {
+            BackendName::Native => Backend::Native,
             BackendName::Flex => Backend::Flex,
             BackendName::Ndarray => Backend::Ndarray,
             BackendName::Cuda => Backend::Cuda,
             BackendName::Wgpu => Backend::Wgpu,
-        })
+        });
+        let weights = self.weights.map(|name| match name {
+            WeightName::F32 => WeightType::F32,
+            WeightName::Bf16 => WeightType::Bf16,
+            WeightName::Int8 => WeightType::Int8,
+        });
+        DeviceChoice { backend, threads: self.threads, weights, recompute: self.recompute.then_some(true) }
     }
 }
 
 impl ModelArguments {
     fn open(&self) -> anyhow::Result<Runner> {
         let Self { model, adapter, device } = self;
-        let backend = device.backend().unwrap_or_default();
-        Ok(Runner::open(model, adapter.as_deref(), backend, device.threads.unwrap_or(0))?)
+        Ok(Runner::open(model, adapter.as_deref(), &device.choice().over(&Default::default()))?)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use experiment::{Backend, Seed};
+use experiment::Seed;
 use model::stage::Lora;
 use model::tokenizer::Message;
 use model::{Adapter, ComputeDevice, Part, Source, Stage};
@@ -37,14 +37,8 @@ pub struct Generated {
 }
 
 impl Runner {
-    pub fn open(
-        model: &Path,
-        adapter: Option<&Path>,
-        backend: Backend,
-        threads: u32,
-    ) -> Result<Self, ParticipantError> {
-        ComputeDevice::limit_threads(threads);
-        let device = ComputeDevice::new(backend)?;
+    pub fn open(model: &Path, adapter: Option<&Path>, device: &experiment::Device) -> Result<Self, ParticipantError> {
+        let device = ComputeDevice::new(device)?;
         let source = model::source::open(model)?;
         let stage = Stage::load(&*source, Part::whole(source.config().blocks), &device, None)?;
         let adapter = match adapter {

@@ -10,6 +10,7 @@ pub mod cli;
 pub mod data;
 pub mod dataset;
 pub mod device;
+pub mod device_choice;
 pub mod device_log;
 mod encoder;
 mod error;

@@ -4,13 +4,14 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use experiment::{Backend, Experiment, Seed, hex};
+use experiment::{Experiment, Seed, hex};
 use model::{Adapter, AdapterConfig, ComputeDevice, Manifest, Source};
 use serde_json::{Value, json};
 
 use crate::ParticipantError;
 use crate::data::read_records;
 use crate::dataset::Dataset;
+use crate::device_choice::DeviceChoice;
 use crate::stages::Stages;
 use crate::trainer::{StepReport, Trainer};
 
@@ -24,8 +25,7 @@ pub struct LocalTraining {
     pub dump_batches: Option<PathBuf>,
     /// Stop after this many steps; the learning rate's schedule stays the experiment's.
     pub steps: Option<u64>,
-    pub backend: Option<Backend>,
-    pub threads: Option<u32>,
+    pub device: DeviceChoice,
 }
 
 /// What happens, in order.
@@ -43,8 +43,7 @@ pub enum Happened {
 impl LocalTraining {
     pub async fn run(&self, mut tell: impl FnMut(Happened) + Send) -> Result<(), ParticipantError> {
         let experiment = Arc::new(Experiment::from_file(&self.experiment)?);
-        ComputeDevice::limit_threads(self.threads.unwrap_or(experiment.device.threads));
-        let device = ComputeDevice::new(self.backend.unwrap_or(experiment.device.backend))?;
+        let device = ComputeDevice::new(&self.device.over(&experiment.device))?;
         let source = model::source::of_experiment(&experiment)?;
         check_digest(&experiment, &*source)?;
         let records = read_records(&self.data, &experiment.data.columns)?;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use experiment::{Backend, Experiment, SplitMode, WireDtype};
+use experiment::{Experiment, SplitMode, WireDtype};
 use indicatif::ProgressBar;
 use model::source::BlobStore;
 use model::{Adapter, ComputeDevice, Cut, ModelError, Part};
@@ -18,6 +18,7 @@ use crate::ParticipantError;
 use crate::body_link::BodyLink;
 use crate::data::Record;
 use crate::dataset::Dataset;
+use crate::device_choice::DeviceChoice;
 use crate::outgoing::Outgoing;
 use crate::stages::Stages;
 use crate::trainer::Trainer;
@@ -37,8 +38,7 @@ pub struct Participant {
     /// A local copy of the base model, instead of the coordinator's parts.
     pub model: Option<PathBuf>,
     /// Overrides the experiment's `[device]`.
-    pub backend: Option<Backend>,
-    pub threads: Option<u32>,
+    pub device: DeviceChoice,
     /// Kept over a lost connection, so that nothing is loaded twice and optimizer moments survive.
     pub prepared: Option<Prepared>,
     /// Base weights, shared with the other participants of this process.
@@ -210,8 +210,7 @@ impl Participant {
             None => parts::source(connection, &self.store, manifest, &parts).await?,
             Some(path) => local_model(path, reference.sha256)?,
         };
-        ComputeDevice::limit_threads(self.threads.unwrap_or(experiment.device.threads));
-        let device = ComputeDevice::new(self.backend.unwrap_or(experiment.device.backend))?;
+        let device = ComputeDevice::new(&self.device.over(&experiment.device))?;
         let records = (self.records)(&experiment)?;
         let data = Dataset::new(records, &experiment, &self.name, source.tokenizer())?;
         let model_digest = reference.sha256;

@@ -34,7 +34,7 @@ impl LoadedStages<'_> {
     ) -> Result<Arc<Stage>, ParticipantError> {
         let mut same_model =
             self.loaded.iter().filter(|(digest, _)| *digest == self.model_digest).map(|(_, stage)| stage);
-        let on_device = |stage: &&Arc<Stage>| stage.device().backend() == device.backend();
+        let on_device = |stage: &&Arc<Stage>| stage.device().keeps_weights_as(device);
         if let Some(stage) = same_model.clone().find(|stage| *stage.part() == part && on_device(stage)) {
             return Ok(stage.clone());
         }

@@ -34,7 +34,7 @@ fn demanding(text: &str) -> String {
 }
 
 fn on_backend(backend: Backend) -> impl Fn(&str) -> String {
-    let name = if backend == Backend::Ndarray { "ndarray" } else { "flex" };
+    let name = backend.name();
     move |text| {
         let text: String =
             text.lines().filter(|line| !line.starts_with("backend")).map(|line| format!("{line}\n")).collect();
@@ -55,8 +55,7 @@ async fn train_locally(world: &World, name: &str) -> (Vec<StepReport>, Adapter) 
         init_adapter: None,
         dump_batches: None,
         steps: None,
-        backend: None,
-        threads: None,
+        device: Default::default(),
     };
     let steps = Mutex::new(Vec::new());
     let tell = |happened| {
@@ -143,7 +142,7 @@ fn shared_body_by_definition(world: &World) -> (Vec<Vec<StepBits>>, Adapter) {
     let experiment = &world.experiment;
     let (training, federation) = (&experiment.training, &experiment.federation);
     let model = world.source.config();
-    let device = ComputeDevice::new(experiment.device.backend).unwrap();
+    let device = ComputeDevice::new(&experiment.device).unwrap();
     let stage = Stage::load(&*world.source, Part::whole(model.blocks), &device, None).unwrap();
     let seed = Seed(experiment.seed);
     let config = AdapterConfig::new(&experiment.adapter);

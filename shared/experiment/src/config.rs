@@ -300,14 +300,47 @@ pub struct Device {
     pub backend: Backend,
     /// Threads for tensor work; 0 takes all cores.
     pub threads: u32,
+    /// How frozen weights are kept, and with them what is multiplied.
+    pub weights: WeightType,
+    /// Keep each block's input alone for the backward pass, and make the rest again: slower, in less memory.
+    pub recompute: bool,
+}
+
+/// How the native backend keeps frozen weights.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WeightType {
+    #[default]
+    F32,
+    /// Activations are rounded to bf16 for products, where the CPU multiplies bf16; sums are f32.
+    Bf16,
+    /// 8 bits and a scale for every output channel; activations as with bf16.
+    Int8,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
+    /// Our own kernels, on the CPU.
     #[default]
+    Native,
     Flex,
     Ndarray,
     Cuda,
     Wgpu,
+}
+
+impl Backend {
+    pub const ALL: [Self; 5] = [Self::Native, Self::Flex, Self::Ndarray, Self::Cuda, Self::Wgpu];
+
+    /// Its name in TOML, and of the cargo feature that compiles it in.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Flex => "flex",
+            Self::Ndarray => "ndarray",
+            Self::Cuda => "cuda",
+            Self::Wgpu => "wgpu",
+        }
+    }
 }

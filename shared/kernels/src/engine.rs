@@ -25,6 +25,11 @@ impl Engine {
         Self { path, narrow, pool: Arc::new(Pool::new(threads)), spare: Arc::default() }
     }
 
+    /// The same threads and memory, with products of f32 alone.
+    pub fn wide(&self) -> Self {
+        Self { narrow: false, ..self.clone() }
+    }
+
     pub fn path(&self) -> Path {
         self.path
     }

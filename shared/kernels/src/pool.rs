@@ -5,7 +5,7 @@
 
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread::JoinHandle;
 
 /// Turns of an idle thread before it sleeps: some 20 µs, about the gap between two kernels of a pass.
@@ -13,7 +13,10 @@ const SPINS: u32 = 2_000;
 
 pub(crate) struct Pool {
     shared: Arc<Shared>,
-    workers: Vec<JoinHandle<()>>,
+    /// Threads to start beside the caller's.
+    more: usize,
+    /// Started by the first piece of work: many devices never have one.
+    workers: OnceLock<Vec<JoinHandle<()>>>,
     /// One piece of work at a time.
     turn: Mutex<()>,
 }
@@ -58,22 +61,25 @@ impl Pool {
             sleeping: Mutex::new(0),
             wake: Condvar::new(),
         });
+        Self { shared, more: threads - 1, workers: OnceLock::new(), turn: Mutex::new(()) }
+    }
+
+    fn workers(&self) -> &[JoinHandle<()>] {
         let spawn = |i: usize| {
-            let shared = shared.clone();
+            let shared = self.shared.clone();
             std::thread::Builder::new().name(format!("kernels-{i}")).spawn(move || shared.work_until_the_end()).ok()
         };
         // Where the system gives no more threads, those there are do the work.
-        let workers = (1..threads).map_while(spawn).collect();
-        Self { shared, workers, turn: Mutex::new(()) }
+        self.workers.get_or_init(|| (1..=self.more).map_while(spawn).collect())
     }
 
     pub(crate) fn threads(&self) -> usize {
-        self.workers.len() + 1
+        self.more + 1
     }
 
     /// Calls `task` with every number below `tasks`, on all threads, and returns when all are done.
     pub(crate) fn run(&self, tasks: usize, task: impl Fn(usize) + Sync) {
-        if tasks <= 1 || self.workers.is_empty() {
+        if tasks <= 1 || self.workers().is_empty() {
             (0..tasks).for_each(task);
             return;
         }
@@ -87,7 +93,7 @@ impl Pool {
         // SAFETY: this thread has the turn and no worker is busy, so nobody reads.
         unsafe { *shared.work.get() = Some(piece) };
         shared.next.store(0, Ordering::Relaxed);
-        shared.busy.store(self.workers.len(), Ordering::Relaxed);
+        shared.busy.store(self.workers().len(), Ordering::Relaxed);
         shared.generation.fetch_add(2, Ordering::Release);
         shared.wake_all();
         {
@@ -176,7 +182,7 @@ impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.generation.fetch_or(END, Ordering::Release);
         self.shared.wake_all();
-        for worker in self.workers.drain(..) {
+        for worker in self.workers.take().into_iter().flatten() {
             // A worker catches its tasks' panics.
             let _ = worker.join();
         }

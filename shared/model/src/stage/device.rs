@@ -1,20 +1,53 @@
 use burn::tensor::Device;
-use experiment::Backend;
+use experiment::{Backend, WeightType};
+use kernels::{Engine, Path};
 
 use crate::ModelError;
 
-/// Where tensors live: one of the backends that were compiled in, chosen by the experiment.
-#[derive(Clone, Debug)]
+/// Where and how a stage computes: on our own kernels, or on one of the tensor library's backends that were compiled in.
+#[derive(Clone)]
 pub struct ComputeDevice {
-    device: Device,
+    place: Place,
     backend: Backend,
 }
 
+#[derive(Clone)]
+pub(super) enum Place {
+    Native(Native),
+    Tensor(Device),
+}
+
+/// Our own kernels: instructions, threads and memory, and how weights and activations are kept.
+#[derive(Clone)]
+pub(super) struct Native {
+    pub engine: Engine,
+    pub weights: kernels::WeightType,
+    pub recompute: bool,
+}
+
 impl ComputeDevice {
+    /// Threads of the tensor library are the process', set by the first call.
+    ///
     /// # Errors
-    /// If the backend was not compiled in.
-    pub fn new(backend: Backend) -> Result<Self, ModelError> {
-        let device = match backend {
+    /// If the backend was not compiled in, keeps no weights of that type, or the kernels are told to use instructions
+    /// that this CPU lacks.
+    pub fn new(device: &experiment::Device) -> Result<Self, ModelError> {
+        let experiment::Device { backend, threads, weights, recompute } = *device;
+        if backend == Backend::Native {
+            let path = Path::detect().map_err(ModelError::Mismatch)?;
+            let ty = match weights {
+                WeightType::F32 => kernels::WeightType::F32,
+                WeightType::Bf16 => kernels::WeightType::Bf16,
+                WeightType::Int8 => kernels::WeightType::Int8,
+            };
+            let engine = Engine::new(path, threads as usize, weights != WeightType::F32);
+            return Ok(Self { place: Place::Native(Native { engine, weights: ty, recompute }), backend });
+        }
+        if weights != WeightType::F32 || recompute {
+            let what = "keeps f32 weights and all activations; `weights` and `recompute` need the backend `native`";
+            return Err(ModelError::Mismatch(format!("the backend `{}` {what}", backend.name())));
+        }
+        let tensors = match backend {
             #[cfg(feature = "flex")]
             Backend::Flex => Device::flex(),
             #[cfg(feature = "ndarray")]
@@ -25,40 +58,52 @@ impl ComputeDevice {
             #[cfg(feature = "wgpu")]
             Backend::Wgpu => Device::wgpu(Default::default()),
             #[allow(unreachable_patterns)]
-            missing => return Err(ModelError::Backend(feature(missing))),
+            missing => return Err(ModelError::Backend(missing.name())),
         };
-        Ok(Self { device, backend })
-    }
-
-    /// Limits the threads of all tensor work in this process; 0 leaves all cores. Only the first call counts.
-    pub fn limit_threads(threads: u32) {
         // An error says that the pool exists already; then its size stays.
         let _ = rayon::ThreadPoolBuilder::new().num_threads(threads as usize).build_global();
+        Ok(Self { place: Place::Tensor(tensors), backend })
     }
 
-    /// All backends of this build.
+    /// All backends of this build, the native one first.
     pub fn compiled() -> Vec<Self> {
-        [Backend::Flex, Backend::Ndarray, Backend::Cuda, Backend::Wgpu]
-            .into_iter()
-            .filter_map(|backend| Self::new(backend).ok())
-            .collect()
+        let device = |backend| experiment::Device { backend, ..Default::default() };
+        Backend::ALL.into_iter().filter_map(|backend| Self::new(&device(backend)).ok()).collect()
     }
 
     pub fn backend(&self) -> Backend {
         self.backend
     }
 
-    pub(super) fn inner(&self) -> &Device {
-        &self.device
+    /// Whether stages of both keep their weights in the same way, so that one can lend to the other.
+    pub fn keeps_weights_as(&self, other: &Self) -> bool {
+        match (&self.place, &other.place) {
+            (Place::Native(one), Place::Native(other)) => one.weights == other.weights,
+            (Place::Tensor(_), Place::Tensor(_)) => self.backend == other.backend,
+            _ => false,
+        }
+    }
+
+    /// The kernels' instructions, where stages run on our own.
+    pub fn kernels(&self) -> Option<&Engine> {
+        match &self.place {
+            Place::Native(native) => Some(&native.engine),
+            Place::Tensor(_) => None,
+        }
+    }
+
+    pub(super) fn place(&self) -> &Place {
+        &self.place
     }
 }
 
-/// The cargo feature that compiles a backend in; also its name in TOML.
-fn feature(backend: Backend) -> &'static str {
-    match backend {
-        Backend::Flex => "flex",
-        Backend::Ndarray => "ndarray",
-        Backend::Cuda => "cuda",
-        Backend::Wgpu => "wgpu",
+impl std::fmt::Debug for ComputeDevice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.place {
+            Place::Native(Native { engine, weights, .. }) => {
+                write!(f, "native ({:?}, {} threads, {weights:?} weights)", engine.path(), engine.threads())
+            }
+            Place::Tensor(_) => f.write_str(self.backend.name()),
+        }
     }
 }

@@ -3,33 +3,50 @@
 //! A [`Stage`] holds base weights only. Adapters come with every call as a [`Lora`], so that one stage serves many
 //! participants. Everything that enters or leaves is a plain [`Matrix`]. A stage never decides anything: what is
 //! trained, when, and with which rate is the caller's business.
+//!
+//! What comes in is checked here, for both kinds of stage: one on our own kernels, one on the tensor library's backends.
 
-mod attention;
-mod block;
 mod device;
-mod generate;
-mod lm_head;
-mod lora;
+mod dropout;
+mod native;
+mod tensor;
 
-use burn::tensor::{Int, Tensor, TensorData};
-
-use crate::{Gradients, Matrix, ModelConfig, ModelError, Part, Segments, Source};
-use attention::Layout;
-use block::{Block, RmsNorm};
+use crate::{Adapter, Gradients, Matrix, ModelConfig, ModelError, Part, Segments, Source};
 pub use device::ComputeDevice;
-pub use generate::KvCache;
-pub use lora::{Dropout, Lora};
+use device::Place;
+pub use dropout::Dropout;
+use native::NativeStage;
+use tensor::TensorStage;
 
 pub struct Stage {
     config: ModelConfig,
     part: Part,
     device: ComputeDevice,
-    /// `[vocabulary, width]`
-    embedding: Option<Tensor<2>>,
-    blocks: Vec<Block>,
-    norm: Option<RmsNorm>,
-    /// `[vocabulary, width]`; the embedding itself where the two are tied.
-    lm_head: Option<Tensor<2>>,
+    weights: Weights,
+}
+
+enum Weights {
+    Native(NativeStage),
+    Tensor(Box<TensorStage>),
+}
+
+/// An adapter beside a stage's blocks, ready for a pass.
+pub struct Lora(OnDevice);
+
+enum OnDevice {
+    Native(native::Lora),
+    Tensor(tensor::Lora),
+}
+
+/// Keys and values of one sequence, for every block of a stage.
+pub struct KvCache {
+    slots: Slots,
+    tokens: usize,
+}
+
+enum Slots {
+    Native(Vec<kernels::Cache>),
+    Tensor(tensor::KvCache),
 }
 
 /// What a stage is fed: the first one with tokens, every other with the residual stream of the one before.
@@ -39,6 +56,18 @@ pub enum Input<'a> {
     Activations(Matrix),
 }
 
+/// An input that has been found to fit the stage.
+enum Rows<'a> {
+    Tokens(&'a [u32]),
+    Activations(Matrix),
+}
+
+/// The positions that have a target, and their targets.
+struct Trained {
+    rows: Vec<u32>,
+    targets: Vec<u32>,
+}
+
 /// Summed over the trained tokens of a micro-batch, so that micro-batches of different size add up.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Loss {
@@ -46,15 +75,12 @@ pub struct Loss {
     pub tokens: usize,
 }
 
-/// A forward pass that waits for the gradient of its output.
-///
-/// The recorded graph lives as long as this value. Dropping it unused runs a throw-away backward pass, because the
-/// tensor library frees an abandoned graph in no other way (burn #4970).
-pub struct Pending {
-    output: Option<Tensor<2>>,
-    input: Option<Tensor<2>>,
-    leaves: lora::Leaves,
-    device: ComputeDevice,
+/// A forward pass that waits for the gradient of its output. Its activations live as long as this value.
+pub struct Pending(Recorded);
+
+enum Recorded {
+    Native(native::Pending),
+    Tensor(Box<tensor::Pending>),
 }
 
 /// What a backward pass yields.
@@ -79,28 +105,23 @@ impl Stage {
                 part.blocks.start, part.blocks.end, config.blocks
             )));
         }
-        let table = |name: &str| -> Result<Tensor<2>, ModelError> {
-            let values = source.tensor(name, &[config.vocabulary, config.width])?;
-            Ok(Tensor::from_data(TensorData::new(values, [config.vocabulary, config.width]), device.inner()))
+        let weights = match (device.place(), lend.map(|stage| &stage.weights)) {
+            (Place::Native(native), lend) => {
+                let lend = match lend {
+                    Some(Weights::Native(stage)) => Some(stage),
+                    _ => None,
+                };
+                Weights::Native(NativeStage::load(source, &part, native, lend)?)
+            }
+            (Place::Tensor(device), lend) => {
+                let lend = match lend {
+                    Some(Weights::Tensor(stage)) => Some(&**stage),
+                    _ => None,
+                };
+                Weights::Tensor(Box::new(TensorStage::load(source, part.clone(), device, lend)?))
+            }
         };
-        let lent =
-            lend.and_then(|stage| stage.embedding.clone().or(stage.lm_head.clone().filter(|_| config.tied_embeddings)));
-        let tied = config.tied_embeddings && part.lm_head;
-        let embedding_table = match lent {
-            Some(table) if part.embedding || tied => Some(table),
-            _ if part.embedding || tied => Some(table("model.embed_tokens.weight")?),
-            _ => None,
-        };
-        let lm_head = match part.lm_head {
-            true if config.tied_embeddings => embedding_table.clone(),
-            true => Some(table("lm_head.weight")?),
-            false => None,
-        };
-        let norm =
-            part.lm_head.then(|| RmsNorm::load(source, "model.norm.weight", config.width, device)).transpose()?;
-        let blocks = part.blocks.clone().map(|index| Block::load(source, index, device)).collect::<Result<_, _>>()?;
-        let embedding = embedding_table.filter(|_| part.embedding);
-        Ok(Self { config, part, device: device.clone(), embedding, blocks, norm, lm_head })
+        Ok(Self { config, part, device: device.clone(), weights })
     }
 
     pub fn config(&self) -> &ModelConfig {
@@ -115,10 +136,27 @@ impl Stage {
         &self.device
     }
 
+    /// Puts `adapter` beside this stage's blocks. It must cover exactly these blocks (or be empty).
+    pub fn attach(&self, adapter: &Adapter) -> Result<Lora, ModelError> {
+        if let Some(strange) = adapter.tensors().iter().find(|tensor| !self.part.blocks.contains(&tensor.block)) {
+            return Err(ModelError::Mismatch(format!(
+                "adapter tensor {} belongs to none of the blocks {:?}",
+                strange.name, self.part.blocks
+            )));
+        }
+        Ok(Lora(match &self.weights {
+            Weights::Native(_) => OnDevice::Native(native::Lora::new(adapter, &self.part)),
+            Weights::Tensor(stage) => OnDevice::Tensor(stage.attach(adapter)),
+        }))
+    }
+
     /// The residual stream behind the last block, `[tokens, width]`; nothing is recorded.
     pub fn forward(&self, input: Input<'_>, segments: &Segments, lora: &Lora) -> Result<Matrix, ModelError> {
-        let output = self.residual(input, segments, lora)?;
-        Ok(to_matrix(output))
+        let rows = self.entry(input, segments)?;
+        Ok(match self.with(lora)? {
+            With::Native(stage, lora) => stage.forward(rows, segments, lora),
+            With::Tensor(stage, lora) => stage.forward(rows, segments, lora),
+        })
     }
 
     /// As [`forward`](Self::forward), recorded, so that [`Pending::backward`] can follow.
@@ -129,11 +167,17 @@ impl Stage {
         lora: &Lora,
         dropout: &Dropout,
     ) -> Result<(Matrix, Pending), ModelError> {
-        let leaves = lora.leaves();
-        let (input, leaf) = self.entry(input, segments, true)?;
-        let output = self.run_blocks(input, segments, &leaves, Some(dropout), None);
-        let matrix = to_matrix(output.clone().inner());
-        Ok((matrix, Pending { output: Some(output), input: leaf, leaves, device: self.device.clone() }))
+        let rows = self.entry(input, segments)?;
+        Ok(match self.with(lora)? {
+            With::Native(stage, lora) => {
+                let (output, pending) = stage.forward_recorded(rows, segments, lora, dropout);
+                (output, Pending(Recorded::Native(pending)))
+            }
+            With::Tensor(stage, lora) => {
+                let (output, pending) = stage.forward_recorded(rows, segments, lora, dropout);
+                (output, Pending(Recorded::Tensor(Box::new(pending))))
+            }
+        })
     }
 
     /// Loss of the predictions at every position that has a target.
@@ -147,9 +191,11 @@ impl Stage {
         lora: &Lora,
     ) -> Result<Loss, ModelError> {
         let trained = self.trained_positions(targets, segments)?;
-        let residual = self.residual(input, segments, lora)?;
-        let normed = self.normed(residual.select(0, self.rows(&trained.rows)))?;
-        Ok(lm_head::loss(self.lm_head()?, normed, &trained.targets))
+        let rows = self.entry(input, segments)?;
+        Ok(match self.with(lora)? {
+            With::Native(stage, lora) => stage.loss(rows, segments, &trained, lora),
+            With::Tensor(stage, lora) => stage.loss(rows, segments, &trained, lora),
+        })
     }
 
     /// Loss and its gradients: of the adapter, and of the input if `input_gradient` is set.
@@ -168,97 +214,98 @@ impl Stage {
         input_gradient: bool,
     ) -> Result<(Loss, Backward), ModelError> {
         let trained = self.trained_positions(targets, segments)?;
-        let leaves = lora.leaves();
-        let (input, leaf) = self.entry(input, segments, input_gradient)?;
-        let residual = self.run_blocks(input, segments, &leaves, Some(dropout), None);
-        let normed = self.normed(residual.select(0, self.rows(&trained.rows)))?;
-        let (loss, gradient) =
-            lm_head::loss_and_gradient(self.lm_head()?, normed.clone().inner(), &trained.targets, step_tokens);
-        let pending = Pending { output: Some(normed), input: leaf, leaves, device: self.device.clone() };
-        Ok((loss, pending.backward_tensor(gradient)))
+        let rows = self.entry(input, segments)?;
+        Ok(match self.with(lora)? {
+            With::Native(stage, lora) => {
+                stage.loss_backward(rows, segments, &trained, step_tokens, lora, dropout, input_gradient)
+            }
+            With::Tensor(stage, lora) => {
+                stage.loss_backward(rows, segments, &trained, step_tokens, lora, dropout, input_gradient)
+            }
+        })
     }
 
     /// Logits of every position, `[tokens, vocabulary]`.
     pub fn logits(&self, input: Input<'_>, segments: &Segments, lora: &Lora) -> Result<Matrix, ModelError> {
-        let residual = self.residual(input, segments, lora)?;
-        let logits = self.normed(residual)?.matmul(self.lm_head()?.transpose());
-        Ok(to_matrix(logits))
+        self.check_lm_head()?;
+        let rows = self.entry(input, segments)?;
+        Ok(match self.with(lora)? {
+            With::Native(stage, lora) => stage.logits(rows, segments, lora),
+            With::Tensor(stage, lora) => stage.logits(rows, segments, lora),
+        })
     }
 
-    fn residual(&self, input: Input<'_>, segments: &Segments, lora: &Lora) -> Result<Tensor<2>, ModelError> {
-        let (input, _) = self.entry(input, segments, false)?;
-        Ok(self.run_blocks(input, segments, lora.frozen(), None, None))
+    /// An empty cache for a new sequence.
+    pub fn cache(&self) -> KvCache {
+        let slots = match &self.weights {
+            Weights::Native(stage) => Slots::Native(stage.cache()),
+            Weights::Tensor(stage) => Slots::Tensor(stage.cache()),
+        };
+        KvCache { slots, tokens: 0 }
     }
 
-    /// Puts the input on the device; tracked, if its gradient is wanted and it is not the token embedding.
-    fn entry(
-        &self,
-        input: Input<'_>,
-        segments: &Segments,
-        gradient: bool,
-    ) -> Result<(Tensor<2>, Option<Tensor<2>>), ModelError> {
+    /// Appends `tokens` to the cached sequence and returns the logits behind the last of them, `[vocabulary]`.
+    pub fn next_logits(&self, tokens: &[u32], cache: &mut KvCache, lora: &Lora) -> Result<Vec<f32>, ModelError> {
+        let segments = Segments::new(vec![tokens.len()])?;
+        let context = self.config.context;
+        let behind = cache.tokens + tokens.len();
+        if behind > context {
+            return Err(ModelError::Mismatch(format!("{behind} tokens exceed the model's context of {context}")));
+        }
+        self.check_lm_head()?;
+        let rows = self.entry(Input::Tokens(tokens), &segments)?;
+        let logits = match (self.with(lora)?, &mut cache.slots) {
+            (With::Native(stage, lora), Slots::Native(slots)) => stage.next_logits(rows, cache.tokens, slots, lora),
+            (With::Tensor(stage, lora), Slots::Tensor(slots)) => stage.next_logits(rows, &segments, slots, lora),
+            _ => return Err(strange_device()),
+        };
+        cache.tokens = behind;
+        Ok(logits)
+    }
+
+    fn with<'a>(&'a self, lora: &'a Lora) -> Result<With<'a>, ModelError> {
+        match (&self.weights, &lora.0) {
+            (Weights::Native(stage), OnDevice::Native(lora)) => Ok(With::Native(stage, lora)),
+            (Weights::Tensor(stage), OnDevice::Tensor(lora)) => Ok(With::Tensor(stage, lora)),
+            _ => Err(strange_device()),
+        }
+    }
+
+    fn entry<'a>(&self, input: Input<'a>, segments: &Segments) -> Result<Rows<'a>, ModelError> {
         let mismatch = |what: String| Err(ModelError::Mismatch(what));
         match input {
             Input::Tokens(tokens) => {
-                let Some(embedding) = &self.embedding else {
+                if !self.part.embedding {
                     return mismatch("tokens were given to a part without the embedding".into());
-                };
+                }
                 if tokens.len() != segments.tokens() {
                     return mismatch(format!("{} tokens for segments of {}", tokens.len(), segments.tokens()));
                 }
                 if let Some(token) = tokens.iter().find(|&&token| token as usize >= self.config.vocabulary) {
                     return mismatch(format!("token {token} in a vocabulary of {}", self.config.vocabulary));
                 }
-                Ok((embedding.clone().select(0, self.indices(tokens)), None))
+                Ok(Rows::Tokens(tokens))
             }
             Input::Activations(x) => {
-                if (x.rows(), x.columns()) != (segments.tokens(), self.config.width) {
-                    return mismatch(format!(
-                        "activations of shape [{}, {}]; expected [{}, {}]",
-                        x.rows(),
-                        x.columns(),
-                        segments.tokens(),
-                        self.config.width
-                    ));
+                let (rows, width) = (segments.tokens(), self.config.width);
+                if (x.rows(), x.columns()) != (rows, width) {
+                    let found = [x.rows(), x.columns()];
+                    return mismatch(format!("activations of shape {found:?}; expected [{rows}, {width}]"));
                 }
-                let x = from_matrix(x, &self.device);
-                match gradient {
-                    true => {
-                        let leaf = x.autodiff().require_grad();
-                        Ok((leaf.clone(), Some(leaf)))
-                    }
-                    false => Ok((x, None)),
-                }
+                Ok(Rows::Activations(x))
             }
         }
     }
 
-    fn run_blocks(
-        &self,
-        input: Tensor<2>,
-        segments: &Segments,
-        leaves: &lora::Leaves,
-        dropout: Option<&Dropout>,
-        mut cache: Option<&mut KvCache>,
-    ) -> Tensor<2> {
-        let start = cache.as_ref().map_or(0, |cache| cache.tokens());
-        let layout = Layout::new(&self.config, segments, start, &self.device);
-        self.blocks.iter().enumerate().fold(input, |x, (i, block)| {
-            let slot = cache.as_deref_mut().map(|cache| cache.slot(i));
-            block.forward(x, &layout, &leaves[i], dropout, slot)
-        })
-    }
-
-    fn normed(&self, residual: Tensor<2>) -> Result<Tensor<2>, ModelError> {
-        let norm = self.norm.as_ref().ok_or_else(|| ModelError::Mismatch("this part has no LM head".into()))?;
-        Ok(norm.forward(residual))
-    }
-
-    fn lm_head(&self) -> Result<Tensor<2>, ModelError> {
-        self.lm_head.clone().ok_or_else(|| ModelError::Mismatch("this part has no LM head".into()))
+    fn check_lm_head(&self) -> Result<(), ModelError> {
+        match self.part.lm_head {
+            true => Ok(()),
+            false => Err(ModelError::Mismatch("this part has no LM head".into())),
+        }
     }
 
     fn trained_positions(&self, targets: &[Option<u32>], segments: &Segments) -> Result<Trained, ModelError> {
+        self.check_lm_head()?;
         if targets.len() != segments.tokens() {
             return Err(ModelError::Mismatch(format!("{} targets for {} tokens", targets.len(), segments.tokens())));
         }
@@ -272,28 +319,32 @@ impl Stage {
         }
         Ok(Trained { rows, targets })
     }
-
-    fn rows(&self, rows: &[u32]) -> Tensor<1, Int> {
-        self.indices(rows)
-    }
-
-    fn indices(&self, indices: &[u32]) -> Tensor<1, Int> {
-        let indices: Vec<i32> = indices.iter().map(|&index| index as i32).collect();
-        let length = indices.len();
-        Tensor::from_data(TensorData::new(indices, [length]), self.device.inner())
-    }
 }
 
-/// The positions that have a target, and their targets.
-struct Trained {
-    rows: Vec<u32>,
-    targets: Vec<u32>,
+/// A stage and an adapter on the same kind of device.
+enum With<'a> {
+    Native(&'a NativeStage, &'a native::Lora),
+    Tensor(&'a TensorStage, &'a tensor::Lora),
+}
+
+fn strange_device() -> ModelError {
+    ModelError::Mismatch("an adapter or a cache was made by a stage on another device".into())
+}
+
+impl KvCache {
+    /// Tokens whose keys and values are held.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
 }
 
 impl Pending {
     /// Vector-Jacobian products for the gradient of the output, `[tokens, width]`.
     pub fn backward(self, gradient: Matrix) -> Result<Backward, ModelError> {
-        let [rows, columns] = self.output.as_ref().expect("taken by backward alone").dims();
+        let [rows, columns] = match &self.0 {
+            Recorded::Native(pending) => pending.shape(),
+            Recorded::Tensor(pending) => pending.shape(),
+        };
         if (gradient.rows(), gradient.columns()) != (rows, columns) {
             return Err(ModelError::Mismatch(format!(
                 "a cut gradient of shape [{}, {}]; expected [{rows}, {columns}]",
@@ -301,45 +352,11 @@ impl Pending {
                 gradient.columns()
             )));
         }
-        let gradient = from_matrix(gradient, &self.device);
-        Ok(self.backward_tensor(gradient))
+        Ok(match self.0 {
+            Recorded::Native(pending) => pending.backward(gradient),
+            Recorded::Tensor(pending) => pending.backward(gradient),
+        })
     }
-
-    fn backward_tensor(mut self, gradient: Tensor<2>) -> Backward {
-        let output = self.output.take().expect("taken by backward alone");
-        if !output.is_tracked() {
-            return Backward { input: None, adapter: self.leaves.gradients(None) };
-        }
-        // The sum's own gradient is 1, so the product hands `gradient` on without rounding.
-        let mut gradients = (output * gradient).sum().backward();
-        let input = self
-            .input
-            .take()
-            .map(|leaf| to_matrix(leaf.grad_remove(&mut gradients).expect("the input is part of the graph")));
-        Backward { input, adapter: self.leaves.gradients(Some(&mut gradients)) }
-    }
-}
-
-impl Drop for Pending {
-    fn drop(&mut self) {
-        if let Some(output) = self.output.take().filter(|output| output.is_tracked()) {
-            drop(output.sum().backward());
-        }
-    }
-}
-
-fn from_matrix(x: Matrix, device: &ComputeDevice) -> Tensor<2> {
-    let shape = [x.rows(), x.columns()];
-    Tensor::from_data(TensorData::new(x.into_values(), shape), device.inner())
-}
-
-fn to_matrix(x: Tensor<2>) -> Matrix {
-    let [rows, columns] = x.dims();
-    Matrix::new(rows, columns, to_values(x))
-}
-
-fn to_values<const D: usize>(x: Tensor<D>) -> Vec<f32> {
-    x.into_data().try_into_vec::<f32>().expect("every tensor of a stage is f32")
 }
 
 #[cfg(test)]

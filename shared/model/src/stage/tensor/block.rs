@@ -1,10 +1,10 @@
 //! One decoder block: attention and SwiGLU, each behind an RMSNorm and added to the residual stream.
 
-use burn::tensor::{Tensor, TensorData, activation};
+use burn::tensor::{Device, Tensor, TensorData, activation};
 
 use super::attention::{self, CacheSlot, Layout};
-use super::lora::{BlockLora, Dropout};
-use super::{ComputeDevice, to_values};
+use super::lora::BlockLora;
+use super::{Dropout, to_values};
 use crate::adapter::{TARGETS, module_path};
 use crate::{Family, ModelConfig, ModelError, Source};
 
@@ -16,7 +16,7 @@ pub(super) struct Block {
     query_norm: Option<RmsNorm>,
     key_norm: Option<RmsNorm>,
     config: ModelConfig,
-    device: ComputeDevice,
+    device: Device,
 }
 
 struct Linear {
@@ -33,22 +33,22 @@ pub(super) struct RmsNorm {
 }
 
 impl Block {
-    pub(super) fn load(source: &dyn Source, index: usize, device: &ComputeDevice) -> Result<Self, ModelError> {
+    pub(super) fn load(source: &dyn Source, index: usize, device: &Device) -> Result<Self, ModelError> {
         let config = source.config().clone();
         let prefix = format!("model.layers.{index}");
         let linear = |target: &str| -> Result<Linear, ModelError> {
             let [rows, columns] = config.linear_shape(target).expect("TARGETS are linear layers");
             let name = format!("model.{}", module_path(index, target));
             let weight = source.tensor(&format!("{name}.weight"), &[rows, columns])?;
-            let weight = Tensor::<2>::from_data(TensorData::new(weight, [rows, columns]), device.inner());
+            let weight = Tensor::<2>::from_data(TensorData::new(weight, [rows, columns]), device);
             // Transposed in memory once, instead of in every product.
             let weight = TensorData::new(to_values(weight.transpose()), [columns, rows]);
             let bias = match config.qkv_bias && matches!(target, "q_proj" | "k_proj" | "v_proj") {
                 true => Some(source.tensor(&format!("{name}.bias"), &[rows])?),
                 false => None,
             };
-            let bias = bias.map(|bias| Tensor::from_data(TensorData::new(bias, [1, rows]), device.inner()));
-            Ok(Linear { weight: Tensor::from_data(weight, device.inner()), bias })
+            let bias = bias.map(|bias| Tensor::from_data(TensorData::new(bias, [1, rows]), device));
+            Ok(Linear { weight: Tensor::from_data(weight, device), bias })
         };
         let linears: Vec<Linear> = TARGETS.into_iter().map(linear).collect::<Result<_, _>>()?;
         let norm = |name: &str, size| RmsNorm::load(source, &format!("{prefix}.{name}.weight"), size, device);
@@ -112,14 +112,9 @@ impl Linear {
 }
 
 impl RmsNorm {
-    pub(super) fn load(
-        source: &dyn Source,
-        name: &str,
-        channels: usize,
-        device: &ComputeDevice,
-    ) -> Result<Self, ModelError> {
+    pub(super) fn load(source: &dyn Source, name: &str, channels: usize, device: &Device) -> Result<Self, ModelError> {
         let weight = source.tensor(name, &[channels])?;
-        let weight = Tensor::from_data(TensorData::new(weight, [channels]), device.inner());
+        let weight = Tensor::from_data(TensorData::new(weight, [channels]), device);
         Ok(Self { weight, epsilon: source.config().rms_epsilon })
     }
 

@@ -1,17 +1,13 @@
 //! An adapter on the device, and the leaves of one recorded pass through it.
 
-use burn::tensor::{Gradients as Tape, Tensor, TensorData};
-use rand::Rng;
-use rand_chacha::ChaCha20Rng;
-use rand_chacha::rand_core::SeedableRng;
-use sha2::{Digest, Sha256};
+use burn::tensor::{Device, Gradients as Tape, Tensor, TensorData};
 
-use super::{ComputeDevice, Stage, to_values};
+use super::{Dropout, TensorStage, to_values};
 use crate::adapter::{TARGETS, target_index};
-use crate::{Adapter, Gradients, ModelError};
+use crate::{Adapter, Gradients};
 
 /// An adapter whose factors lie on a stage's device, ready for a pass.
-pub struct Lora {
+pub(in crate::stage) struct Lora {
     frozen: Leaves,
     /// Whether A and B train.
     train: [bool; 2],
@@ -39,34 +35,21 @@ pub(super) struct Pair {
     name: String,
 }
 
-/// Which inputs of the low-rank paths are zeroed in one micro-batch: a function of this seed and the layer's name
-/// alone, so that both sides of a cut and the unsplit model draw the same masks.
-#[derive(Debug, Clone)]
-pub struct Dropout {
-    pub seed: [u8; 32],
-}
-
-impl Stage {
-    /// Puts `adapter` beside this stage's blocks. It must cover exactly these blocks (or be empty).
-    pub fn attach(&self, adapter: &Adapter) -> Result<Lora, ModelError> {
-        let mut blocks: Vec<BlockLora> = self.part().blocks.clone().map(|_| Default::default()).collect();
+impl TensorStage {
+    /// The caller has found that the adapter's tensors belong to these blocks.
+    pub(in crate::stage) fn attach(&self, adapter: &Adapter) -> Lora {
+        let mut blocks: Vec<BlockLora> = self.part.blocks.clone().map(|_| Default::default()).collect();
         let scale = adapter.config.alpha / f64::from(adapter.config.rank);
         for [a, b] in adapter.pairs() {
-            let Some(block) = a.block.checked_sub(self.part().blocks.start).and_then(|i| blocks.get_mut(i)) else {
-                return Err(ModelError::Mismatch(format!(
-                    "adapter tensor {} belongs to none of the blocks {:?}",
-                    a.name,
-                    self.part().blocks
-                )));
-            };
             let upload = |tensor: &crate::AdapterTensor| {
-                Tensor::from_data(TensorData::new(tensor.values.clone(), tensor.shape), self.device().inner())
+                Tensor::from_data(TensorData::new(tensor.values.clone(), tensor.shape), &self.device)
             };
-            block[target_index(&a.target).expect("an adapter has known targets")] =
+            let target = target_index(&a.target).expect("an adapter has known targets");
+            blocks[a.block - self.part.blocks.start][target] =
                 Some(Pair { a: upload(a), b: upload(b), scale, dropout: adapter.config.dropout, name: a.name.clone() });
         }
         let train = adapter.config.trains();
-        Ok(Lora { frozen: Leaves { blocks, train }, train })
+        Lora { frozen: Leaves { blocks, train }, train }
     }
 }
 
@@ -118,41 +101,15 @@ impl Leaves {
 
 impl Pair {
     /// `scale · dropout(x) Aᵀ Bᵀ`, `[tokens, in] → [tokens, out]` (Hu et al., arXiv 2106.09685, equation 3).
-    pub(super) fn forward(&self, x: Tensor<2>, dropout: Option<&Dropout>, device: &ComputeDevice) -> Tensor<2> {
+    pub(super) fn forward(&self, x: Tensor<2>, dropout: Option<&Dropout>, device: &Device) -> Tensor<2> {
         let x = match dropout {
             Some(dropout) if self.dropout > 0.0 => {
                 let [tokens, channels] = x.dims();
                 let mask = dropout.mask(&self.name, tokens * channels, self.dropout);
-                x * Tensor::from_data(TensorData::new(mask, [tokens, channels]), device.inner())
+                x * Tensor::from_data(TensorData::new(mask, [tokens, channels]), device)
             }
             _ => x,
         };
         x.matmul(self.a.clone().transpose()).matmul(self.b.clone().transpose()).mul_scalar(self.scale)
-    }
-}
-
-impl Dropout {
-    /// 0 with `probability`, otherwise `1 / (1 − probability)`, which keeps the mean.
-    fn mask(&self, name: &str, length: usize, probability: f64) -> Vec<f32> {
-        let seed: [u8; 32] = Sha256::new().chain_update(self.seed).chain_update(name).finalize().into();
-        let mut generator = ChaCha20Rng::from_seed(seed);
-        let kept = (1.0 / (1.0 - probability)) as f32;
-        (0..length).map(|_| if generator.random::<f64>() < probability { 0.0 } else { kept }).collect()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_dropout_mask_keeps_the_mean_and_depends_on_seed_and_name_alone() {
-        let dropout = Dropout { seed: [7; 32] };
-        let mask = dropout.mask("a", 100_000, 0.25);
-        let mean = mask.iter().sum::<f32>() / mask.len() as f32;
-        assert!((mean - 1.0).abs() < 0.01, "{mean}");
-        assert_eq!(mask, dropout.mask("a", 100_000, 0.25));
-        assert_ne!(mask, dropout.mask("b", 100_000, 0.25));
-        assert_ne!(mask, Dropout { seed: [8; 32] }.mask("a", 100_000, 0.25));
     }
 }

@@ -1,8 +1,7 @@
 //! Causal grouped-query attention over packed segments, with rotary positions.
 
-use burn::tensor::{Bool, Tensor, TensorData, activation};
+use burn::tensor::{Bool, Device, Tensor, TensorData, activation};
 
-use super::ComputeDevice;
 use crate::{ModelConfig, Segments};
 
 /// What all blocks of a pass share: the segments, and the rotation of every token.
@@ -24,7 +23,7 @@ pub(super) struct CacheSlot {
 
 impl Layout {
     /// Positions start at `start` in every segment: 0, except when a cache holds the tokens before.
-    pub(super) fn new(config: &ModelConfig, segments: &Segments, start: usize, device: &ComputeDevice) -> Self {
+    pub(super) fn new(config: &ModelConfig, segments: &Segments, start: usize, device: &Device) -> Self {
         // transformers rounds frequency and angle to f32; doing the same keeps long positions equal to it.
         let frequencies: Vec<f32> = config.rope_frequencies().into_iter().map(|f| f as f32).collect();
         let positions = segments.lengths().iter().flat_map(|&length| start..start + length);
@@ -34,7 +33,7 @@ impl Layout {
         let shape = [segments.tokens(), 1, frequencies.len()];
         let table = |f: fn(f32) -> f32| {
             let values: Vec<f32> = angles.iter().copied().map(f).collect();
-            Tensor::from_data(TensorData::new(values, shape), device.inner())
+            Tensor::from_data(TensorData::new(values, shape), device)
         };
         let mut lengths = segments.lengths().to_vec();
         lengths.sort_unstable();
@@ -66,10 +65,10 @@ impl Layout {
 }
 
 /// `[1, queries, keys]`: query `i` is the `keys − queries + i`-th token and sees no later key.
-fn causal_mask(queries: usize, keys: usize, device: &ComputeDevice) -> Tensor<3, Bool> {
+fn causal_mask(queries: usize, keys: usize, device: &Device) -> Tensor<3, Bool> {
     let hidden: Vec<bool> =
         (0..queries).flat_map(|query| (0..keys).map(move |key| key > keys - queries + query)).collect();
-    Tensor::from_data(TensorData::new(hidden, [1, queries, keys]), device.inner())
+    Tensor::from_data(TensorData::new(hidden, [1, queries, keys]), device)
 }
 
 /// Attention of q `[tokens, heads, head_size]` to k and v `[tokens, kv_heads, head_size]`: `[tokens, heads · head_size]`.
