@@ -259,6 +259,8 @@ fn expand(engine: &Engine, blocking: &Blocking, u: &Inner, factors: &[Option<&Fa
         to: Shared<f32>,
     }
     impl Task for Blocks<'_> {
+        const KERNEL: &'static str = "adapter";
+
         #[inline(always)]
         unsafe fn run<S: Simd>(&self, i: usize) {
             for (i, RowBlock { row, rows }) in chunk(&self.blocking.blocks, i) {

@@ -40,6 +40,8 @@ pub(crate) fn forward(engine: &Engine, shape: Shape, spans: &[Span], qkv: &Buffe
         sums: Shared<f32>,
     }
     impl Task for Forward<'_> {
+        const KERNEL: &'static str = "attention";
+
         #[inline(always)]
         unsafe fn run<S: Simd>(&self, i: usize) {
             let Shape { heads, kv_heads, size } = self.shape;
@@ -104,6 +106,8 @@ pub(crate) fn backward(
         to: Shared<f32>,
     }
     impl Task for Backward<'_> {
+        const KERNEL: &'static str = "attention back";
+
         #[inline(always)]
         unsafe fn run<S: Simd>(&self, i: usize) {
             let Shape { heads, kv_heads, size } = self.shape;

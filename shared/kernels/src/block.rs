@@ -11,7 +11,7 @@ use crate::frozen::Frozen;
 use crate::gate;
 use crate::kept::Kept;
 use crate::norm::RmsNorm;
-use crate::product::{Columns, Term, product};
+use crate::product::{Columns, Plus, Term, product};
 use crate::rope::{self, Heads, Rotation};
 use crate::rows::{Blocking, Packed};
 
@@ -198,6 +198,7 @@ impl Block {
         let inner = inputs.inner_of_input(&h, &|| self.attention_norm.rows(engine, x));
         let mut qkv = self.biases_or_room(engine, blocking.rows);
         let stride = self.shape.stride();
+        let biases = if self.biases.is_some() { Plus::Itself } else { Plus::Nothing };
         let columns: Vec<Columns<'_>> = [Q, K, V]
             .into_iter()
             .enumerate()
@@ -205,7 +206,7 @@ impl Block {
                 let low_rank = inputs.of_output(i, &inner);
                 let term = forward_term(&h, &self.layers[layer], low_rank);
                 let columns = self.layers[layer].rows();
-                Columns { at: self.heads_at()[i], columns, terms: vec![term], accumulate: self.biases.is_some() }
+                Columns { at: self.heads_at()[i], columns, terms: vec![term], plus: biases }
             })
             .collect();
         product(engine, blocking, &mut qkv, stride, &columns);
@@ -218,9 +219,9 @@ impl Block {
         let output = layers(&[O]);
         let packed = Packed::of(engine, blocking, &mixed, self.layers[O].columns());
         let inner = output.inner_of_input(&packed, &|| engine.copy_of(&mixed));
-        let mut middle = engine.copy_of(x);
+        let mut middle = engine.take(x.len());
         let term = forward_term(&packed, &self.layers[O], output.of_output(0, &inner));
-        product(engine, blocking, &mut middle, self.width, &[self.whole_width(term, true)]);
+        product(engine, blocking, &mut middle, self.width, &[self.whole_width(term, x)]);
         drop((packed, inner));
 
         let (h, ffn_factors) = self.ffn_norm.packed(engine, blocking, &middle);
@@ -230,7 +231,7 @@ impl Block {
         let columns = [GATE, UP].map(|layer| {
             let i = layer - GATE;
             let term = forward_term(&h, &self.layers[layer], gates.of_output(i, &inner));
-            Columns { at: i * self.ffn, columns: self.ffn, terms: vec![term], accumulate: false }
+            Columns { at: i * self.ffn, columns: self.ffn, terms: vec![term], plus: Plus::Nothing }
         });
         product(engine, blocking, &mut gate_up, 2 * self.ffn, &columns);
         drop(columns);
@@ -239,9 +240,9 @@ impl Block {
         let down = layers(&[DOWN]);
         let gated = gate::packed(engine, blocking, &gate_up, self.ffn);
         let inner = down.inner_of_input(&gated, &|| gate::rows(engine, &gate_up, self.ffn));
-        let mut output = engine.copy_of(&middle);
+        let mut output = engine.take(x.len());
         let term = forward_term(&gated, &self.layers[DOWN], down.of_output(0, &inner));
-        product(engine, blocking, &mut output, self.width, &[self.whole_width(term, true)]);
+        product(engine, blocking, &mut output, self.width, &[self.whole_width(term, &middle)]);
         drop((gated, inner));
 
         let kept = |numbers| Kept::new(engine, numbers);
@@ -292,7 +293,7 @@ impl Block {
         let g_inner = [down.inner_of_gradient(DOWN, &g)];
         let mut gated_gradient = engine.take(rows * self.ffn);
         let term = backward_term(&g, 0, &self.layers[DOWN], down.of_input(DOWN, &g_inner[0]));
-        let all = Columns { at: 0, columns: self.ffn, terms: vec![term], accumulate: false };
+        let all = Columns { at: 0, columns: self.ffn, terms: vec![term], plus: Plus::Nothing };
         product(engine, blocking, &mut gated_gradient, self.ffn, &[all]);
         down.add_masked_input_gradient(DOWN, &g_inner[0], &mut gated_gradient);
         drop(g);
@@ -337,7 +338,7 @@ impl Block {
         let mut mixed_gradient = engine.take(mixed.len());
         let columns = self.layers[O].columns();
         let term = backward_term(&g, 0, &self.layers[O], output.of_input(O, &g_inner[0]));
-        let all = Columns { at: 0, columns, terms: vec![term], accumulate: false };
+        let all = Columns { at: 0, columns, terms: vec![term], plus: Plus::Nothing };
         product(engine, blocking, &mut mixed_gradient, columns, &[all]);
         output.add_masked_input_gradient(O, &g_inner[0], &mut mixed_gradient);
         drop(g);
@@ -411,8 +412,8 @@ impl Block {
         }
     }
 
-    fn whole_width<'a>(&self, term: Term<'a>, accumulate: bool) -> Columns<'a> {
-        Columns { at: 0, columns: self.width, terms: vec![term], accumulate }
+    fn whole_width<'a>(&self, term: Term<'a>, plus: &'a [f32]) -> Columns<'a> {
+        Columns { at: 0, columns: self.width, terms: vec![term], plus: Plus::Rows(plus) }
     }
 }
 
@@ -458,7 +459,7 @@ impl Back<'_> {
 
 impl Block {
     fn whole_width_of<'a>(&self, terms: Vec<Term<'a>>) -> Columns<'a> {
-        Columns { at: 0, columns: self.width, terms, accumulate: false }
+        Columns { at: 0, columns: self.width, terms, plus: Plus::Nothing }
     }
 }
 

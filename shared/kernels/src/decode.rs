@@ -5,7 +5,7 @@ use crate::block::{Block, Pass, Stream};
 use crate::buffer::Buffer;
 use crate::engine::{Engine, Shared, Task};
 use crate::frozen::Frozen;
-use crate::product::{Columns, Term, product, row_products};
+use crate::product::{Columns, Plus, Term, product, row_products};
 use crate::rows::Packed;
 use crate::simd::{Simd, exp};
 
@@ -81,7 +81,7 @@ impl Block {
         let low_rank = layers.of_output(0, &inner);
         let length = weights.columns();
         let term = Term { x: &packed, column: 0, length, weights, transposed: true, from: 0, low_rank };
-        let all = Columns { at: 0, columns: weights.rows(), terms: vec![term], accumulate: false };
+        let all = Columns { at: 0, columns: weights.rows(), terms: vec![term], plus: Plus::Nothing };
         product(engine, blocking, &mut y, weights.rows(), &[all]);
         y
     }
@@ -101,6 +101,8 @@ fn attend(engine: &Engine, shape: crate::attention::Shape, qkv: &[f32], cache: &
         mixed: Shared<f32>,
     }
     impl Task for Heads<'_> {
+        const KERNEL: &'static str = "attention";
+
         #[inline(always)]
         unsafe fn run<S: Simd>(&self, i: usize) {
             let crate::attention::Shape { heads, kv_heads, size } = self.shape;

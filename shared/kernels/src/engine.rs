@@ -1,6 +1,8 @@
 //! What all kernels of a device share: the instructions, the threads and the memory.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use crate::Path;
 use crate::buffer::{Buffer, Number, Spare};
@@ -16,13 +18,15 @@ pub struct Engine {
     narrow: bool,
     pool: Arc<Pool>,
     spare: Arc<Spare>,
+    /// Time by kernel, for who wants to know.
+    clock: Option<Arc<Mutex<BTreeMap<&'static str, Duration>>>>,
 }
 
 impl Engine {
     /// `threads` of 0 takes all cores. With `narrow`, products are made of bf16 numbers where `path` has instructions
     /// for them; sums are f32 always.
     pub fn new(path: Path, threads: usize, narrow: bool) -> Self {
-        Self { path, narrow, pool: Arc::new(Pool::new(threads)), spare: Arc::default() }
+        Self { path, narrow, pool: Arc::new(Pool::new(threads)), spare: Arc::default(), clock: None }
     }
 
     /// The same threads and memory, with products of f32 alone.
@@ -45,6 +49,17 @@ impl Engine {
 
     pub(crate) fn keeps_bf16(&self) -> bool {
         self.narrow
+    }
+
+    /// The same, measuring how long each kernel takes.
+    pub fn timed(&self) -> Self {
+        Self { clock: Some(Arc::default()), ..self.clone() }
+    }
+
+    /// Takes the time of every kernel since the last call; none unless [`timed`](Self::timed).
+    pub fn take_times(&self) -> BTreeMap<&'static str, Duration> {
+        let clock = self.clock.as_ref().map(|clock| clock.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
+        clock.map(|mut times| std::mem::take(&mut *times)).unwrap_or_default()
     }
 
     /// Gives memory of passes that are over back to the system.
@@ -80,12 +95,20 @@ impl Engine {
                 unsafe { self.0.run::<S>(self.1) }
             }
         }
+        let begun = self.clock.as_ref().map(|_| Instant::now());
         self.pool.run(tasks, |i| self.path.run(One(task, i)));
+        if let (Some(clock), Some(begun)) = (&self.clock, begun) {
+            let mut times = clock.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            *times.entry(T::KERNEL).or_default() += begun.elapsed();
+        }
     }
 }
 
 /// One of several pieces of work that may run at the same time: each writes where no other reads or writes.
 pub(crate) trait Task: Sync {
+    /// What it is called where time is measured.
+    const KERNEL: &'static str;
+
     /// # Safety
     /// The CPU has `S`.
     unsafe fn run<S: Simd>(&self, i: usize);

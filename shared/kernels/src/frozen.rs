@@ -151,11 +151,40 @@ impl Panel {
     }
 }
 
+impl Panel {
+    /// A vector of pairs of steps `row` and `row + 1`.
+    ///
+    /// # Safety
+    /// As [`pack`].
+    #[inline(always)]
+    unsafe fn load_two<S: Simd, N: Numbered>(&self, numbers: &N, stride: usize, row: usize, vector: usize) -> S::V {
+        let present = self.columns.saturating_sub(vector * S::LANES).min(S::LANES);
+        // SAFETY: see above.
+        unsafe {
+            if row + 1 < self.depth && present > 0 {
+                let at = self.column + vector * S::LANES;
+                return numbers.load_two::<S>(self.from + row, stride, at, present);
+            }
+            let a = self.load::<S, N>(numbers, stride, row, vector);
+            S::zip_pairs(a, self.load::<S, N>(numbers, stride, row + 1, vector))
+        }
+    }
+}
+
 /// Numbers in rows, in whatever type.
 pub(crate) trait Numbered {
     /// # Safety
     /// `at + n` numbers of the row exist.
     unsafe fn load<S: Simd>(&self, row: usize, stride: usize, at: usize, n: usize) -> S::V;
+    /// `n ≤ LANES` numbers of two rows as pairs of bf16.
+    ///
+    /// # Safety
+    /// `at + n` numbers of both rows exist, and the CPU has bf16.
+    #[inline(always)]
+    unsafe fn load_two<S: Simd>(&self, row: usize, stride: usize, at: usize, n: usize) -> S::V {
+        // SAFETY: see above.
+        unsafe { S::zip_pairs(self.load::<S>(row, stride, at, n), self.load::<S>(row + 1, stride, at, n)) }
+    }
     /// `2 · LANES` numbers as pairs of bf16.
     ///
     /// # Safety
@@ -209,6 +238,12 @@ impl Numbered for Bf16 {
             S::load(some.as_ptr().cast())
         }
     }
+
+    #[inline(always)]
+    unsafe fn load_two<S: Simd>(&self, row: usize, stride: usize, at: usize, n: usize) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::zip_bf16(self.0.add(row * stride + at), self.0.add((row + 1) * stride + at), n) }
+    }
 }
 
 impl Numbered for Int8 {
@@ -257,10 +292,7 @@ pub(crate) unsafe fn pack<S: Simd, N: Numbered>(numbers: &N, stride: usize, pane
         if panel.pairs {
             for pair in 0..panel.depth.div_ceil(2) {
                 for vector in 0..panel.vectors {
-                    let [a, b] = [2 * pair, 2 * pair + 1];
-                    let a = panel.load::<S, N>(numbers, stride, a, vector);
-                    let b = panel.load::<S, N>(numbers, stride, b, vector);
-                    let both = S::zip_pairs(a, b);
+                    let both = panel.load_two::<S, N>(numbers, stride, 2 * pair, vector);
                     S::store(to.add(pair * width + vector * S::LANES), both);
                 }
             }

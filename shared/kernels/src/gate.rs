@@ -16,6 +16,8 @@ pub(crate) fn packed(engine: &Engine, blocking: &Blocking, gate_up: &[f32], chan
         to: PackedParts,
     }
     impl Task for Blocks<'_> {
+        const KERNEL: &'static str = "gate";
+
         #[inline(always)]
         unsafe fn run<S: Simd>(&self, i: usize) {
             let channels = self.channels;
@@ -43,6 +45,8 @@ pub(crate) fn packed(engine: &Engine, blocking: &Blocking, gate_up: &[f32], chan
 pub(crate) fn rows(engine: &Engine, gate_up: &[f32], channels: usize) -> Buffer<f32> {
     struct Rows<'a>(&'a [f32], usize, Shared<f32>);
     impl Task for Rows<'_> {
+        const KERNEL: &'static str = "gate";
+
         #[inline(always)]
         unsafe fn run<S: Simd>(&self, i: usize) {
             let Self(gate_up, channels, to) = *self;
@@ -103,6 +107,8 @@ pub(crate) fn backward(
         gated: Option<Shared<f32>>,
     }
     impl Task for Rows<'_> {
+        const KERNEL: &'static str = "gate";
+
         #[inline(always)]
         unsafe fn run<S: Simd>(&self, i: usize) {
             let channels = self.channels;

@@ -5,7 +5,7 @@ use crate::buffer::Buffer;
 use crate::engine::{Engine, Shared, Task};
 use crate::frozen::Frozen;
 use crate::norm::RmsNorm;
-use crate::product::{Columns, Term, product, row_products};
+use crate::product::{Columns, Plus, Term, product, row_products};
 use crate::rows::{Blocking, Packed};
 use crate::simd::{Simd, exp};
 
@@ -63,7 +63,8 @@ impl Head {
                     from: column,
                     low_rank: None,
                 };
-                let all = Columns { at: 0, columns: width, terms: vec![term], accumulate: column > 0 };
+                let plus = if column > 0 { Plus::Itself } else { Plus::Nothing };
+                let all = Columns { at: 0, columns: width, terms: vec![term], plus };
                 product(engine, &blocking, &mut dh, width, &[all]);
             }
             self.norm.backward(engine, x, &factors, &dh, &mut gradient[place]);
@@ -94,7 +95,7 @@ fn logits(engine: &Engine, blocking: &Blocking, normed: &Packed, weights: &Froze
     let mut logits = engine.take(blocking.rows * weights.rows());
     let length = weights.columns();
     let term = Term { x: normed, column: 0, length, weights, transposed: true, from: 0, low_rank: None };
-    let all = Columns { at: 0, columns: weights.rows(), terms: vec![term], accumulate: false };
+    let all = Columns { at: 0, columns: weights.rows(), terms: vec![term], plus: Plus::Nothing };
     product(engine, blocking, &mut logits, weights.rows(), &[all]);
     logits
 }
@@ -111,6 +112,8 @@ fn softmax(engine: &Engine, logits: &mut [f32], targets: &[u32], scale: Option<f
     /// Numbers that are summed in f32 before their sum goes on in f64.
     const RUN: usize = 2048;
     impl Task for Rows<'_> {
+        const KERNEL: &'static str = "softmax";
+
         #[inline(always)]
         unsafe fn run<S: Simd>(&self, row: usize) {
             let vocabulary = self.vocabulary;

@@ -16,6 +16,8 @@ impl Kept {
     pub(crate) fn new(engine: &Engine, numbers: Buffer<f32>) -> Self {
         struct Narrow<'a>(&'a [f32], Shared<u16>);
         impl Task for Narrow<'_> {
+            const KERNEL: &'static str = "keep";
+
             #[inline(always)]
             unsafe fn run<S: Simd>(&self, i: usize) {
                 let end = self.0.len().min((i + 1) * NUMBERS);
@@ -48,6 +50,8 @@ impl Kept {
 fn widen(engine: &Engine, narrow: &[u16]) -> Buffer<f32> {
     struct Widen<'a>(&'a [u16], Shared<f32>);
     impl Task for Widen<'_> {
+        const KERNEL: &'static str = "keep";
+
         #[inline(always)]
         unsafe fn run<S: Simd>(&self, i: usize) {
             let end = self.0.len().min((i + 1) * NUMBERS);

@@ -20,6 +20,7 @@ mod head;
 mod kept;
 mod norm;
 mod path;
+pub mod peak;
 mod pool;
 mod product;
 mod rope;

@@ -23,6 +23,8 @@ impl RmsNorm {
             factors: Shared<f32>,
         }
         impl Task for Blocks<'_> {
+            const KERNEL: &'static str = "norm";
+
             #[inline(always)]
             unsafe fn run<S: Simd>(&self, i: usize) {
                 let channels = self.norm.weight.len();
@@ -56,6 +58,8 @@ impl RmsNorm {
     pub(crate) fn rows(&self, engine: &Engine, x: &[f32]) -> Buffer<f32> {
         struct Rows<'a>(&'a RmsNorm, &'a [f32], Shared<f32>);
         impl Task for Rows<'_> {
+            const KERNEL: &'static str = "norm";
+
             #[inline(always)]
             unsafe fn run<S: Simd>(&self, i: usize) {
                 let channels = self.0.weight.len();
@@ -87,6 +91,8 @@ impl RmsNorm {
             gradient: Shared<f32>,
         }
         impl Task for Rows<'_> {
+            const KERNEL: &'static str = "norm";
+
             #[inline(always)]
             unsafe fn run<S: Simd>(&self, i: usize) {
                 let channels = self.norm.weight.len();

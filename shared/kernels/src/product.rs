@@ -9,8 +9,8 @@ use crate::rows::{Blocking, Packed, chunk, chunks, pack_rows};
 use crate::simd::{PANEL_MAX, Simd};
 use crate::tile::Tile;
 
-/// Steps of a panel at most: with 48 columns it fills 192 KiB of a second-level cache.
-const DEPTH_MAX: usize = 1024;
+/// Steps of a panel at most: with 48 columns it fills 96 KiB of a second-level cache.
+const DEPTH_MAX: usize = 512;
 
 /// Columns of a result, as a sum of terms.
 pub(crate) struct Columns<'a> {
@@ -18,8 +18,17 @@ pub(crate) struct Columns<'a> {
     pub at: usize,
     pub columns: usize,
     pub terms: Vec<Term<'a>>,
-    /// Adds to what the result holds.
-    pub accumulate: bool,
+    pub plus: Plus<'a>,
+}
+
+/// What a product is added to.
+#[derive(Clone, Copy)]
+pub(crate) enum Plus<'a> {
+    Nothing,
+    /// What the result holds.
+    Itself,
+    /// Another matrix of the result's size.
+    Rows(&'a [f32]),
 }
 
 /// `x Wᵀ + u E`, or `g W + u E`.
@@ -104,21 +113,27 @@ pub(crate) fn product(engine: &Engine, blocking: &Blocking, to: &mut [f32], stri
         panels: Vec<(usize, usize, usize)>,
     }
     impl Task for Panels<'_> {
+        const KERNEL: &'static str = "product";
+
         #[inline(always)]
         unsafe fn run<S: Simd>(&self, i: usize) {
             let (which, column, columns) = self.panels[i];
             let set = &self.all[which];
             let vectors = columns.div_ceil(S::LANES);
             let mut panel = Scratch::new(DEPTH_MAX * vectors * S::LANES);
-            let mut accumulate = set.accumulate;
+            let mut plus = match set.plus {
+                Plus::Nothing => std::ptr::null(),
+                Plus::Itself => self.to.0.cast_const(),
+                Plus::Rows(rows) => rows.as_ptr(),
+            };
             for term in &set.terms {
                 // SAFETY: `product` has checked that all sizes agree; this task alone writes these columns.
                 unsafe {
-                    let to = self.to.0.add(set.at + column);
-                    let place = Place { column, columns, vectors, to, stride: self.stride };
-                    term.add::<S>(self.blocking, &place, panel.start(), accumulate);
+                    let to = self.to.0;
+                    let place = Place { at: set.at + column, column, columns, vectors, to, stride: self.stride };
+                    term.add::<S>(self.blocking, &place, panel.start(), plus);
                 }
-                accumulate = true;
+                plus = self.to.0;
             }
         }
     }
@@ -127,6 +142,9 @@ pub(crate) fn product(engine: &Engine, blocking: &Blocking, to: &mut [f32], stri
     let mut panels = Vec::new();
     for (which, set) in all.iter().enumerate() {
         assert!(set.at + set.columns <= stride && !set.terms.is_empty());
+        if let Plus::Rows(rows) = set.plus {
+            assert_eq!(rows.len(), to.len(), "the sizes of a sum");
+        }
         for term in &set.terms {
             let (sum, columns) = match term.transposed {
                 true => (term.weights.columns(), term.weights.rows()),
@@ -160,6 +178,8 @@ impl crate::path::Work for PanelWidth {
 
 /// Where a task's panel lies.
 struct Place {
+    /// Its first column in the result.
+    at: usize,
     column: usize,
     columns: usize,
     vectors: usize,
@@ -171,7 +191,7 @@ impl Term<'_> {
     /// # Safety
     /// The CPU has `S`; the sizes agree; nobody else writes these columns; `panel` has room for `DEPTH_MAX` steps.
     #[inline(always)]
-    unsafe fn add<S: Simd>(&self, blocking: &Blocking, place: &Place, panel: *mut f32, mut accumulate: bool) {
+    unsafe fn add<S: Simd>(&self, blocking: &Blocking, place: &Place, panel: *mut f32, mut plus: *const f32) {
         let Packed { depth: all, pairs, .. } = *self.x;
         let per_step = if pairs { 2 } else { 1 };
         let (before, depth) = (self.column / per_step, self.length.div_ceil(per_step));
@@ -207,8 +227,11 @@ impl Term<'_> {
                         if let Some((LowRank { u, at, .. }, factor)) = low_rank {
                             u.low_rank(i, *at, S::MR, factor, column, &mut tile);
                         }
-                        let c = place.to.add(block.row * place.stride);
-                        let tile = tile.into(c, place.stride, block.rows, columns, accumulate);
+                        let at = block.row * place.stride + place.at;
+                        let mut tile = tile.into(place.to.add(at), place.stride, block.rows, columns, false);
+                        if !plus.is_null() {
+                            tile.plus = plus.add(at);
+                        }
                         match pairs {
                             true => S::tile::<true>(vectors, &tile),
                             false => S::tile::<false>(vectors, &tile),
@@ -216,7 +239,7 @@ impl Term<'_> {
                     }
                 }
             }
-            accumulate = true;
+            plus = place.to;
             from += steps;
         }
     }
@@ -274,6 +297,8 @@ pub(crate) fn inner(
         packed: Shared<f32>,
     }
     impl Task for Rows<'_> {
+        const KERNEL: &'static str = "adapter";
+
         #[inline(always)]
         unsafe fn run<S: Simd>(&self, i: usize) {
             let depth = self.x.depth;
@@ -309,6 +334,8 @@ pub(crate) fn inner(
         to: Vec<Shared<f32>>,
     }
     impl Task for Panels<'_> {
+        const KERNEL: &'static str = "adapter";
+
         #[inline(always)]
         unsafe fn run<S: Simd>(&self, group: usize) {
             let depth = self.x.depth;
@@ -389,6 +416,8 @@ pub(crate) fn outer(engine: &Engine, all: &[Outer<'_>]) -> Vec<Vec<f32>> {
         to: Vec<Shared<f32>>,
     }
     impl Task for Panels<'_> {
+        const KERNEL: &'static str = "adapter";
+
         #[inline(always)]
         unsafe fn run<S: Simd>(&self, i: usize) {
             let (which, column, columns) = self.panels[i];
@@ -435,6 +464,8 @@ pub(crate) fn row_products(engine: &Engine, weights: &Frozen, x: &[f32], rows: u
     }
     const ROWS: usize = 64;
     impl Task for Rows<'_> {
+        const KERNEL: &'static str = "product";
+
         #[inline(always)]
         unsafe fn run<S: Simd>(&self, i: usize) {
             let all = self.weights.rows();

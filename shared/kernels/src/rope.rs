@@ -31,6 +31,8 @@ pub(crate) fn rotate(engine: &Engine, x: &mut [f32], all: &[(Heads, Option<&RmsN
         back: bool,
     }
     impl Task for Rows<'_> {
+        const KERNEL: &'static str = "rope";
+
         #[inline(always)]
         unsafe fn run<S: Simd>(&self, i: usize) {
             for row in i * ROWS..self.rows.min((i + 1) * ROWS) {

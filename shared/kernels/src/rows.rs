@@ -83,6 +83,8 @@ impl Packed {
             to: PackedParts,
         }
         impl Task for Pack<'_> {
+            const KERNEL: &'static str = "pack";
+
             #[inline(always)]
             unsafe fn run<S: Simd>(&self, i: usize) {
                 for (i, block) in chunk(&self.blocking.blocks, i) {

@@ -2,7 +2,7 @@
 
 use crate::simd::{PANEL_MAX, Simd};
 
-/// `C = A · B + U · E`, or `C += …`: a tile of at most `MR × (vectors · LANES)` numbers.
+/// `C = A · B + U · E`, plus what `plus` points to: a tile of at most `MR × (vectors · LANES)` numbers.
 ///
 /// Each number of C sums its `depth` products in order, alone, in one register: it depends on neither the tile's place
 /// nor its neighbours, so that a row's result is the same in every batch and with every number of threads.
@@ -25,7 +25,8 @@ pub(crate) struct Tile {
     pub ldc: usize,
     pub rows: usize,
     pub columns: usize,
-    pub accumulate: bool,
+    /// Added to the result, if not null, in rows `ldc` apart: C itself where it accumulates.
+    pub plus: *const f32,
 }
 
 impl Tile {
@@ -33,11 +34,12 @@ impl Tile {
         let none = std::ptr::null();
         let c = std::ptr::null_mut();
         let [more, ldu, lde, ldc, rows, columns] = [0; 6];
-        Self { depth, a, lda, b, ldb, more, u: none, ldu, e: none, lde, c, ldc, rows, columns, accumulate: false }
+        Self { depth, a, lda, b, ldb, more, u: none, ldu, e: none, lde, c, ldc, rows, columns, plus: none }
     }
 
     pub(crate) fn into(self, c: *mut f32, ldc: usize, rows: usize, columns: usize, accumulate: bool) -> Self {
-        Self { c, ldc, rows, columns, accumulate, ..self }
+        let plus = if accumulate { c.cast_const() } else { std::ptr::null() };
+        Self { c, ldc, rows, columns, plus, ..self }
     }
 }
 
@@ -86,8 +88,9 @@ pub(crate) unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const PAIRS
         if t.rows == MR && t.columns == NV * S::LANES {
             for (r, acc) in acc.iter().enumerate() {
                 for (v, &acc) in acc.iter().enumerate() {
-                    let c = t.c.add(r * t.ldc + v * S::LANES);
-                    S::store(c, if t.accumulate { S::add(acc, S::load(c)) } else { acc });
+                    let at = r * t.ldc + v * S::LANES;
+                    let acc = if t.plus.is_null() { acc } else { S::add(acc, S::load(t.plus.add(at))) };
+                    S::store(t.c.add(at), acc);
                 }
             }
             return;
@@ -102,9 +105,10 @@ pub(crate) unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const PAIRS
             let mut at = 0;
             while at < t.columns {
                 let n = S::LANES.min(t.columns - at);
-                let c = t.c.add(r * t.ldc + at);
+                let place = r * t.ldc + at;
                 let new = S::load(all.as_ptr().add(at));
-                S::store_n(c, if t.accumulate { S::add(new, S::load_n(c, n)) } else { new }, n);
+                let new = if t.plus.is_null() { new } else { S::add(new, S::load_n(t.plus.add(place), n)) };
+                S::store_n(t.c.add(place), new, n);
                 at += S::LANES;
             }
         }

@@ -189,6 +189,21 @@ macro_rules! avx512 {
                 }
             }
             #[inline(always)]
+            unsafe fn zip_bf16(a: *const u16, b: *const u16, n: usize) -> __m512 {
+                // SAFETY: as above; masked lanes are not touched.
+                unsafe {
+                    let (a, b) = match n >= 16 {
+                        true => (_mm256_loadu_si256(a.cast()), _mm256_loadu_si256(b.cast())),
+                        false => {
+                            let (a, b) = (a.cast(), b.cast());
+                            (_mm256_maskz_loadu_epi16(mask(n), a), _mm256_maskz_loadu_epi16(mask(n), b))
+                        }
+                    };
+                    let (low, high) = (_mm512_cvtepu16_epi32(a), _mm512_cvtepu16_epi32(b));
+                    _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32::<16>(high)))
+                }
+            }
+            #[inline(always)]
             unsafe fn tile<const PAIRS: bool>(vectors: usize, t: &Tile) {
                 // SAFETY: as above.
                 unsafe {

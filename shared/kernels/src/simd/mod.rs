@@ -62,6 +62,12 @@ pub(crate) trait Simd: Copy {
     unsafe fn dot_pairs(acc: Self::V, a: Self::V, b: Self::V) -> Self::V;
     /// Lane i holds the pair of bf16 (a_i, b_i).
     unsafe fn zip_pairs(a: Self::V, b: Self::V) -> Self::V;
+    /// The same of numbers that are bf16 already: the first `n ≤ LANES`.
+    #[inline(always)]
+    unsafe fn zip_bf16(a: *const u16, b: *const u16, n: usize) -> Self::V {
+        // SAFETY: the caller's promise, see `Simd`.
+        unsafe { Self::zip_pairs(Self::load_bf16(a, n), Self::load_bf16(b, n)) }
+    }
 
     unsafe fn tile<const PAIRS: bool>(vectors: usize, tile: &Tile);
 }
