@@ -10,11 +10,13 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use experiment::{Backend, Columns, Experiment, Seed, WeightType};
+use model::bench::Shape;
 use model::source::BlobStore;
 use net::Invitation;
 use serde_json::json;
 use tokio::sync::watch;
 
+use crate::bench::{BenchTrain, Benched};
 use crate::data::read_records;
 use crate::device_choice::DeviceChoice;
 use crate::device_log::{Canary, FactoryDevice, write_files};
@@ -70,6 +72,9 @@ enum Command {
     /// Write the adapter an experiment starts from, in PEFT's format
     #[command(after_help = "Example:\n  participant init-adapter configs/demo.toml --out initial/")]
     InitAdapter(InitAdapterArguments),
+    /// Measure this machine
+    #[command(subcommand)]
+    Bench(BenchCommand),
     /// Write made-up command and log text of factory devices, to demonstrate and test with
     #[command(after_help = "Example:\n  participant device-log --out data/ --records 400")]
     DeviceLog(DeviceLogArguments),
@@ -105,6 +110,38 @@ enum BackendName {
     Ndarray,
     Cuda,
     Wgpu,
+}
+
+#[derive(Subcommand)]
+enum BenchCommand {
+    /// Time training steps of a whole model: tokens/s, GFLOP/s, ms by kernel, memory
+    #[command(after_help = "Example:\n  participant bench train --batch 4x128 --weights bf16")]
+    Train(BenchTrainArguments),
+}
+
+#[derive(Args)]
+struct BenchTrainArguments {
+    /// A Hugging Face directory or a GGUF file [default: SmolLM2-135M's shape with random weights]
+    #[arg(long)]
+    model: Option<PathBuf>,
+    /// Random weights, which is the default
+    #[arg(long, conflicts_with = "model")]
+    random: bool,
+    /// Sequences, and tokens of each
+    #[arg(long, default_value = "4x128")]
+    batch: String,
+    /// Layers with an adapter: their names, or `all`
+    #[arg(long, default_value = "all")]
+    lora: String,
+    #[arg(long, default_value_t = 8)]
+    rank: u32,
+    /// Timed steps, behind one that is not
+    #[arg(long, default_value_t = 5)]
+    steps: usize,
+    #[command(flatten)]
+    device: DeviceArguments,
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -313,6 +350,7 @@ impl Command {
                 initial_adapter(&experiment, &*source, None)?.save(&out, &source.origin().display().to_string())?;
                 print(out.display())
             }
+            Self::Bench(BenchCommand::Train(arguments)) => off_the_runtime(|| bench_train(arguments)),
             Self::DeviceLog(arguments) => device_log(arguments),
         }
     }
@@ -389,6 +427,56 @@ async fn swarm(arguments: SwarmArguments, stop: watch::Receiver<bool>) -> anyhow
         }
     }
     Ok(())
+}
+
+fn bench_train(arguments: BenchTrainArguments) -> anyhow::Result<()> {
+    let BenchTrainArguments { model, random: _, batch, lora, rank, steps, device, json } = arguments;
+    let numbers = batch.split_once('x').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+    let (sequences, tokens) = match numbers {
+        Some((sequences @ 1.., tokens @ 1..)) => (sequences, tokens),
+        _ => bail!("--batch is `{batch}`; give SEQUENCESxTOKENS, such as 4x128"),
+    };
+    if !(1..=1024).contains(&rank) || steps == 0 {
+        bail!("--rank goes from 1 to 1024, --steps from 1");
+    }
+    let targets: Vec<String> = match lora.as_str() {
+        "all" => experiment::TARGETS.map(str::to_owned).to_vec(),
+        names => names.split(',').map(str::to_owned).collect(),
+    };
+    if let Some(strange) = targets.iter().find(|target| !experiment::TARGETS.contains(&target.as_str())) {
+        bail!("--lora names `{strange}`; give `all` or some of {}", experiment::TARGETS.join(","));
+    }
+    let device = device.choice().over(&Default::default());
+    let shape = Shape { sequences, tokens, rank, targets };
+    let Benched { measured, load_ms, peak_rss_bytes } =
+        BenchTrain { model, shape, device: device.clone(), steps }.run()?;
+    let (median_ms, gflops) = (measured.median_ms(), measured.gflops());
+    let share = measured.peak_gflops.map(|peak| gflops / peak);
+    let backend = device.backend.name();
+    if json {
+        return print(json!({
+            "backend": backend, "isa": measured.instructions, "weights": device.weights, "step_ms": measured.step_ms,
+            "median_ms": median_ms, "tokens_per_s": measured.tokens_per_s(), "gflops": gflops,
+            "peak_gflops": measured.peak_gflops, "peak_share": share, "kernel_ms": measured.kernel_ms,
+            "load_ms": load_ms, "peak_rss_bytes": peak_rss_bytes,
+        }));
+    }
+    print(format_args!(
+        "{backend} {}, {:?} weights, batch {batch}, rank {rank} on {lora}",
+        measured.instructions, device.weights
+    ))?;
+    print(format_args!(
+        "{median_ms:.0} ms a step (median of {steps}), {:.0} tokens/s, {gflops:.0} GFLOP/s",
+        measured.tokens_per_s()
+    ))?;
+    if let (Some(peak), Some(share)) = (measured.peak_gflops, share) {
+        print(format_args!("{:.0} % of this machine's {peak:.0} GFLOP/s in products of that type", 100.0 * share))?;
+    }
+    for (kernel, ms) in &measured.kernel_ms {
+        print(format_args!("  {kernel:16} {ms:8.1} ms"))?;
+    }
+    let rss = peak_rss_bytes.map_or("unknown".to_owned(), |bytes| format!("{:.0} MB", bytes as f64 / 1e6));
+    print(format_args!("loaded in {load_ms:.0} ms, peak memory {rss}"))
 }
 
 fn generate(arguments: GenerateArguments) -> anyhow::Result<()> {

@@ -2,7 +2,7 @@
 
 use crate::buffer::Buffer;
 use crate::engine::{Engine, Shared, Task};
-use crate::product::{Factor, Inner, LowRank, Outer, inner, outer};
+use crate::product::{Factor, Inner, LowRank, Outer, Part, inner, outer};
 use crate::rows::{Blocking, Packed, RowBlock, chunk, chunks};
 use crate::simd::Simd;
 use crate::tile::Tile;
@@ -54,6 +54,12 @@ pub(crate) struct Layers<'a> {
     pub layers: &'a [usize],
 }
 
+/// The input of layers, `[rows, in]`, as it lies there or as it is made.
+pub(crate) enum InputRows<'a> {
+    Have(&'a Buffer<f32>),
+    Make(&'a dyn Fn() -> Buffer<f32>),
+}
+
 /// `x Aᵀ` (or `g · s B`) of some layers, each in some columns of some [`Inner`].
 pub(crate) struct Inners {
     parts: Vec<Inner>,
@@ -86,7 +92,7 @@ impl<'a> Layers<'a> {
             if let Some(masked) = self.masked(layer, rows) {
                 let packed = Packed::of(self.engine, self.blocking, &masked, x.columns);
                 let factors = self.each(|group| self.pair(group, layer).map(|pair| (0, &pair.a)).into_iter().collect());
-                parts.push(inner(self.engine, self.blocking, &packed, self.rank(layer), &factors));
+                parts.push(inner(self.engine, self.blocking, Part::all(&packed), self.rank(layer), &factors));
                 places[i] = (parts.len() - 1, 0);
                 continue;
             }
@@ -98,7 +104,7 @@ impl<'a> Layers<'a> {
             column += self.rank(layer);
         }
         if column > 0 {
-            parts.push(inner(self.engine, self.blocking, x, column, &together));
+            parts.push(inner(self.engine, self.blocking, Part::all(x), column, &together));
         }
         let last = parts.len().saturating_sub(1);
         places.iter_mut().filter(|(part, _)| *part == usize::MAX).for_each(|(part, _)| *part = last);
@@ -106,7 +112,7 @@ impl<'a> Layers<'a> {
     }
 
     /// `g · s B` of one layer's gradient.
-    pub(crate) fn inner_of_gradient(&self, layer: usize, g: &Packed) -> Option<Inner> {
+    pub(crate) fn inner_of_gradient(&self, layer: usize, g: Part<'_>) -> Option<Inner> {
         let rank = self.rank(layer);
         let factors = self.each(|group| self.pair(group, layer).map(|pair| (0, &pair.b)).into_iter().collect());
         (rank > 0).then(|| inner(self.engine, self.blocking, g, rank, &factors))
@@ -184,14 +190,14 @@ impl<'a> Layers<'a> {
 
     /// Gradients of the factors of every layer, for every group: `dA = (g s B)ᵀ x`, `dB = s · gᵀ (x Aᵀ)`.
     ///
-    /// `x [rows, columns]` makes the layers' input; `g [rows, stride]` holds layer i's gradient from column `at[i]` on.
+    /// `rows` are the layers' input; `g [rows, stride]` holds layer i's gradient from column `at[i]` on.
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn gradients(
         &self,
         trains: [bool; 2],
         inners: &Option<Inners>,
         gradients: &[Option<Inner>],
-        rows: &dyn Fn() -> Buffer<f32>,
+        rows: &InputRows<'_>,
         g: &Buffer<f32>,
         at: &[usize],
         to: &mut [[Option<PairGradients>; LAYERS]],
@@ -201,10 +207,14 @@ impl<'a> Layers<'a> {
         let mut plain: Option<Buffer<f32>> = None;
         for (i, &layer) in self.layers.iter().enumerate() {
             let Some(gradient) = &gradients[i] else { continue };
-            let masked = self.masked(layer, rows);
-            let x = match &masked {
-                Some(x) => x,
-                None => &*plain.get_or_insert_with(rows),
+            let masked = self.masked(layer, &|| match rows {
+                InputRows::Have(x) => self.engine.copy_of(x),
+                InputRows::Make(make) => make(),
+            });
+            let x = match (&masked, rows) {
+                (Some(x), _) => x,
+                (None, InputRows::Have(x)) => *x,
+                (None, InputRows::Make(make)) => &*plain.get_or_insert_with(make),
             };
             let columns = x.len() / self.blocking.rows;
             let (part, column) = inners.places[i];
@@ -245,8 +255,13 @@ impl<'a> Layers<'a> {
 
 /// `[rank, out] → scale · [out, rank]`
 fn turned(values: &[f32], rank: usize, scale: f32) -> Vec<f32> {
-    let outputs = values.len() / rank;
-    (0..values.len()).map(|i| scale * values[(i % rank) * outputs + i / rank]).collect()
+    let mut turned = vec![0.0; values.len()];
+    for (r, values) in values.chunks_exact(values.len().max(rank) / rank).enumerate() {
+        for (to, value) in turned[r..].iter_mut().step_by(rank).zip(values) {
+            *to = scale * value;
+        }
+    }
+    turned
 }
 
 /// `u E`, `[rows, columns]`.

@@ -3,7 +3,7 @@
 //! The backward pass is written out: no gradient of a weight exists, only those of the adapters' factors and of the
 //! block's input. Kept for it are the block's input, what attention needs, and gate and up; the rest is made again.
 
-use crate::adapter::{BlockAdapter, LAYERS, Layers, Masks, PairGradients};
+use crate::adapter::{BlockAdapter, Inners, InputRows, LAYERS, Layers, Masks, PairGradients};
 use crate::attention::{self, Shape, Span};
 use crate::buffer::Buffer;
 use crate::engine::Engine;
@@ -11,7 +11,7 @@ use crate::frozen::Frozen;
 use crate::gate;
 use crate::kept::Kept;
 use crate::norm::RmsNorm;
-use crate::product::{Columns, Plus, Term, product};
+use crate::product::{Columns, Inner, LowRank, Part, Plus, Term, product};
 use crate::rope::{self, Heads, Rotation};
 use crate::rows::{Blocking, Packed};
 
@@ -69,6 +69,8 @@ struct SavedInner {
     sums: Buffer<f32>,
     middle: Kept,
     gate_up: Kept,
+    /// `x Aᵀ` of q, k and v, of o, of gate and up, and of down.
+    inners: [Option<Inners>; 4],
 }
 
 /// Gradients of a block's adapters, by group.
@@ -195,7 +197,7 @@ impl Block {
 
         let (h, attention_factors) = self.attention_norm.packed(engine, blocking, x);
         let inputs = layers(&[Q, K, V]);
-        let inner = inputs.inner_of_input(&h, &|| self.attention_norm.rows(engine, x));
+        let inputs_inner = inputs.inner_of_input(&h, &|| self.attention_norm.rows(engine, x));
         let mut qkv = self.biases_or_room(engine, blocking.rows);
         let stride = self.shape.stride();
         let biases = if self.biases.is_some() { Plus::Itself } else { Plus::Nothing };
@@ -203,7 +205,7 @@ impl Block {
             .into_iter()
             .enumerate()
             .map(|(i, layer)| {
-                let low_rank = inputs.of_output(i, &inner);
+                let low_rank = inputs.of_output(i, &inputs_inner);
                 let term = forward_term(&h, &self.layers[layer], low_rank);
                 let columns = self.layers[layer].rows();
                 Columns { at: self.heads_at()[i], columns, terms: vec![term], plus: biases }
@@ -211,39 +213,40 @@ impl Block {
             .collect();
         product(engine, blocking, &mut qkv, stride, &columns);
         drop(columns);
-        drop((inner, h));
+        drop(h);
         let raw_heads = (keep && self.head_norms.is_some()).then(|| Kept::new(engine, engine.copy_of(&qkv)));
         rope::rotate(engine, &mut qkv, &self.rotated_heads(), rotation, false);
         let (mixed, sums) = attention::forward(engine, self.shape, segments, &qkv);
 
         let output = layers(&[O]);
         let packed = Packed::of(engine, blocking, &mixed, self.layers[O].columns());
-        let inner = output.inner_of_input(&packed, &|| engine.copy_of(&mixed));
+        let output_inner = output.inner_of_input(&packed, &|| engine.copy_of(&mixed));
         let mut middle = engine.take(x.len());
-        let term = forward_term(&packed, &self.layers[O], output.of_output(0, &inner));
+        let term = forward_term(&packed, &self.layers[O], output.of_output(0, &output_inner));
         product(engine, blocking, &mut middle, self.width, &[self.whole_width(term, x)]);
-        drop((packed, inner));
+        drop(packed);
 
         let (h, ffn_factors) = self.ffn_norm.packed(engine, blocking, &middle);
         let gates = layers(&[GATE, UP]);
-        let inner = gates.inner_of_input(&h, &|| self.ffn_norm.rows(engine, &middle));
+        let gates_inner = gates.inner_of_input(&h, &|| self.ffn_norm.rows(engine, &middle));
         let mut gate_up = engine.take(blocking.rows * 2 * self.ffn);
         let columns = [GATE, UP].map(|layer| {
             let i = layer - GATE;
-            let term = forward_term(&h, &self.layers[layer], gates.of_output(i, &inner));
+            let term = forward_term(&h, &self.layers[layer], gates.of_output(i, &gates_inner));
             Columns { at: i * self.ffn, columns: self.ffn, terms: vec![term], plus: Plus::Nothing }
         });
         product(engine, blocking, &mut gate_up, 2 * self.ffn, &columns);
         drop(columns);
-        drop((inner, h));
+        drop(h);
 
         let down = layers(&[DOWN]);
-        let gated = gate::packed(engine, blocking, &gate_up, self.ffn);
-        let inner = down.inner_of_input(&gated, &|| gate::rows(engine, &gate_up, self.ffn));
+        let mut kept_gate_up = (keep && engine.keeps_bf16()).then(|| engine.take::<u16>(gate_up.len()));
+        let gated = gate::packed(engine, blocking, &gate_up, self.ffn, kept_gate_up.as_deref_mut());
+        let down_inner = down.inner_of_input(&gated, &|| gate::rows(engine, &gate_up, self.ffn));
         let mut output = engine.take(x.len());
-        let term = forward_term(&gated, &self.layers[DOWN], down.of_output(0, &inner));
+        let term = forward_term(&gated, &self.layers[DOWN], down.of_output(0, &down_inner));
         product(engine, blocking, &mut output, self.width, &[self.whole_width(term, &middle)]);
-        drop((gated, inner));
+        drop(gated);
 
         let kept = |numbers| Kept::new(engine, numbers);
         let saved = keep.then(|| SavedInner {
@@ -254,7 +257,11 @@ impl Block {
             mixed: kept(mixed),
             sums,
             middle: kept(middle),
-            gate_up: kept(gate_up),
+            gate_up: match kept_gate_up {
+                Some(narrow) => Kept::Bf16(narrow),
+                None => Kept::F32(gate_up),
+            },
+            inners: [inputs_inner, output_inner, gates_inner, down_inner],
         });
         (output, saved)
     }
@@ -285,47 +292,38 @@ impl Block {
         };
         let Stream(mut gradient) = gradient;
         let rows = blocking.rows;
+        let [inputs_inner, output_inner, gates_inner, down_inner] = inner.inners;
 
         // y = middle + W_down (silu(gate) ∘ up)
-        let mut gate_up = inner.gate_up.widened(engine);
         let down = layers(&[DOWN]);
         let g = Packed::of(engine, blocking, &gradient, self.width);
-        let g_inner = [down.inner_of_gradient(DOWN, &g)];
+        let g_inner = [down.inner_of_gradient(DOWN, Part::all(&g))];
         let mut gated_gradient = engine.take(rows * self.ffn);
         let term = backward_term(&g, 0, &self.layers[DOWN], down.of_input(DOWN, &g_inner[0]));
         let all = Columns { at: 0, columns: self.ffn, terms: vec![term], plus: Plus::Nothing };
         product(engine, blocking, &mut gated_gradient, self.ffn, &[all]);
         down.add_masked_input_gradient(DOWN, &g_inner[0], &mut gated_gradient);
         drop(g);
-        let x_inner = {
-            let packed;
-            match g_inner[0] {
-                Some(_) => {
-                    packed = gate::packed(engine, blocking, &gate_up, self.ffn);
-                    down.inner_of_input(&packed, &|| gate::rows(engine, &gate_up, self.ffn))
-                }
-                None => None,
-            }
-        };
-        let gated = gate::backward(engine, &mut gate_up, &gated_gradient, self.ffn, x_inner.is_some());
+        let (gate_up_gradient, gated) =
+            gate::backward(engine, inner.gate_up, &gated_gradient, self.ffn, down_inner.is_some());
         drop(gated_gradient);
         if let Some(gated) = gated {
-            let rows = || engine.copy_of(&gated);
-            down.gradients(trains, &x_inner, &g_inner, &rows, &gradient, &[0], &mut gradients);
+            let have = InputRows::Have(&gated);
+            down.gradients(trains, &down_inner, &g_inner, &have, &gradient, &[0], &mut gradients);
         }
-        drop((x_inner, g_inner));
+        drop((down_inner, g_inner));
 
         // gate and up of h = norm(middle)
-        let gate_up_gradient = gate_up;
         let middle = inner.middle.widened(engine);
         let gates = layers(&[GATE, UP]);
         let g = Packed::of(engine, blocking, &gate_up_gradient, 2 * self.ffn);
         let mut h_gradient = engine.take(rows * self.width);
         let places = [0, self.ffn];
-        let mut back = Back { layers: gates, block: self, g: &g, stride: 2 * self.ffn, rows: &gate_up_gradient };
-        let g_inner = back.input_gradient(&places, &mut h_gradient);
+        let g_inner = Back { layers: gates, block: self, g: &g }.input_gradient(&places, &mut h_gradient);
         drop(g);
-        back_factors(&gates, &self.ffn_norm, &middle, trains, &g_inner, &gate_up_gradient, &places, &mut gradients);
+        let make = || self.ffn_norm.rows(engine, &middle);
+        let h = InputRows::Make(&make);
+        gates.gradients(trains, &gates_inner, &g_inner, &h, &gate_up_gradient, &places, &mut gradients);
         drop(gate_up_gradient);
         self.ffn_norm.backward(engine, &middle, &inner.ffn_factors, &h_gradient, &mut gradient);
         drop(middle);
@@ -334,7 +332,7 @@ impl Block {
         let mixed = inner.mixed.widened(engine);
         let output = layers(&[O]);
         let g = Packed::of(engine, blocking, &gradient, self.width);
-        let g_inner = [output.inner_of_gradient(O, &g)];
+        let g_inner = [output.inner_of_gradient(O, Part::all(&g))];
         let mut mixed_gradient = engine.take(mixed.len());
         let columns = self.layers[O].columns();
         let term = backward_term(&g, 0, &self.layers[O], output.of_input(O, &g_inner[0]));
@@ -342,12 +340,8 @@ impl Block {
         product(engine, blocking, &mut mixed_gradient, columns, &[all]);
         output.add_masked_input_gradient(O, &g_inner[0], &mut mixed_gradient);
         drop(g);
-        if g_inner[0].is_some() {
-            let packed = Packed::of(engine, blocking, &mixed, columns);
-            let rows = || engine.copy_of(&mixed);
-            let x_inner = output.inner_of_input(&packed, &rows);
-            output.gradients(trains, &x_inner, &g_inner, &rows, &gradient, &[0], &mut gradients);
-        }
+        let have = InputRows::Have(&mixed);
+        output.gradients(trains, &output_inner, &g_inner, &have, &gradient, &[0], &mut gradients);
         drop(g_inner);
 
         let qkv = inner.qkv.widened(engine);
@@ -367,13 +361,15 @@ impl Block {
         let inputs = layers(&[Q, K, V]);
         let g = Packed::of(engine, blocking, &qkv_gradient, self.shape.stride());
         let places = self.heads_at();
-        let mut back = Back { layers: inputs, block: self, g: &g, stride: self.shape.stride(), rows: &qkv_gradient };
+        let back = Back { layers: inputs, block: self, g: &g };
         let g_inner = match input_gradient {
             true => back.input_gradient(&places, &mut h_gradient),
             false => back.inners(&places),
         };
         drop(g);
-        back_factors(&inputs, &self.attention_norm, &x, trains, &g_inner, &qkv_gradient, &places, &mut gradients);
+        let make = || self.attention_norm.rows(engine, &x);
+        let h = InputRows::Make(&make);
+        inputs.gradients(trains, &inputs_inner, &g_inner, &h, &qkv_gradient, &places, &mut gradients);
         let input = input_gradient.then(|| {
             self.attention_norm.backward(engine, &x, &inner.attention_factors, &h_gradient, &mut gradient);
             Stream(gradient)
@@ -421,34 +417,28 @@ impl Block {
 struct Back<'a> {
     layers: Layers<'a>,
     block: &'a Block,
-    /// The layers' gradients side by side, packed, and as rows of `stride`.
+    /// The layers' gradients side by side.
     g: &'a Packed,
-    stride: usize,
-    rows: &'a [f32],
 }
 
 impl Back<'_> {
-    /// `g · s B` for every layer; gradients of layers without an adapter have none.
-    fn inners(&self, places: &[usize]) -> Vec<Option<crate::product::Inner>> {
-        let Layers { engine, blocking, layers, .. } = self.layers;
-        let one = |(&layer, &at): (&usize, &usize)| {
+    /// `g · s B` for every layer; those without an adapter have none.
+    fn inners(&self, places: &[usize]) -> Vec<Option<Inner>> {
+        let one = |(&layer, &column): (&usize, &usize)| {
             let columns = self.block.layers[layer].rows();
-            if self.layers.adapters.iter().all(|adapter| adapter[layer].is_none()) {
-                return None;
-            }
-            let g = Packed::of_columns(engine, blocking, self.rows, self.stride, at, columns);
-            self.layers.inner_of_gradient(layer, &g)
+            self.layers.inner_of_gradient(layer, Part { x: self.g, column, columns })
         };
-        layers.iter().zip(places).map(one).collect()
+        self.layers.layers.iter().zip(places).map(one).collect()
     }
 
-    fn input_gradient(&mut self, places: &[usize], to: &mut [f32]) -> Vec<Option<crate::product::Inner>> {
+    /// Those, and the gradient of the input.
+    fn input_gradient(&self, places: &[usize], to: &mut [f32]) -> Vec<Option<Inner>> {
         let Layers { engine, blocking, layers, .. } = self.layers;
         let inners = self.inners(places);
         let terms = layers.iter().zip(places).zip(&inners).map(|((&layer, &at), inner)| {
             backward_term(self.g, at, &self.block.layers[layer], self.layers.of_input(layer, inner))
         });
-        let columns = self.block.whole_width_of(terms.collect());
+        let columns = Columns { at: 0, columns: self.block.width, terms: terms.collect(), plus: Plus::Nothing };
         product(engine, blocking, to, self.block.width, &[columns]);
         for (&layer, inner) in layers.iter().zip(&inners) {
             self.layers.add_masked_input_gradient(layer, inner, to);
@@ -457,44 +447,11 @@ impl Back<'_> {
     }
 }
 
-impl Block {
-    fn whole_width_of<'a>(&self, terms: Vec<Term<'a>>) -> Columns<'a> {
-        Columns { at: 0, columns: self.width, terms, plus: Plus::Nothing }
-    }
-}
-
-/// Gradients of the adapters of layers whose input is normed.
-#[allow(clippy::too_many_arguments)]
-fn back_factors(
-    layers: &Layers<'_>,
-    norm: &RmsNorm,
-    x: &[f32],
-    trains: [bool; 2],
-    g_inner: &[Option<crate::product::Inner>],
-    g: &Buffer<f32>,
-    places: &[usize],
-    to: &mut BlockGradients,
-) {
-    if g_inner.iter().all(Option::is_none) {
-        return;
-    }
-    let Layers { engine, blocking, .. } = *layers;
-    let (h, _) = norm.packed(engine, blocking, x);
-    let rows = || norm.rows(engine, x);
-    let x_inner = layers.inner_of_input(&h, &rows);
-    layers.gradients(trains, &x_inner, g_inner, &rows, g, places, to);
-}
-
-fn forward_term<'a>(x: &'a Packed, weights: &'a Frozen, low_rank: Option<crate::product::LowRank<'a>>) -> Term<'a> {
+fn forward_term<'a>(x: &'a Packed, weights: &'a Frozen, low_rank: Option<LowRank<'a>>) -> Term<'a> {
     Term { x, column: 0, length: x.columns, weights, transposed: true, from: 0, low_rank }
 }
 
-fn backward_term<'a>(
-    g: &'a Packed,
-    column: usize,
-    weights: &'a Frozen,
-    low_rank: Option<crate::product::LowRank<'a>>,
-) -> Term<'a> {
+fn backward_term<'a>(g: &'a Packed, column: usize, weights: &'a Frozen, low_rank: Option<LowRank<'a>>) -> Term<'a> {
     Term { x: g, column, length: weights.rows(), weights, transposed: false, from: 0, low_rank }
 }
 

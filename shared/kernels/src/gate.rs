@@ -2,18 +2,26 @@
 
 use crate::buffer::Buffer;
 use crate::engine::{Engine, Shared, Task};
+use crate::kept::Kept;
 use crate::norm::ROWS;
 use crate::product::Scratch;
 use crate::rows::{Blocking, Packed, PackedParts, chunk, chunks};
 use crate::simd::{Simd, exp};
 
-/// `gate_up [rows, 2 · channels]`, gate before up; the gated rows, packed.
-pub(crate) fn packed(engine: &Engine, blocking: &Blocking, gate_up: &[f32], channels: usize) -> Packed {
+/// `gate_up [rows, 2 · channels]`, gate before up; the gated rows, packed. `kept` gets gate and up as bf16.
+pub(crate) fn packed(
+    engine: &Engine,
+    blocking: &Blocking,
+    gate_up: &[f32],
+    channels: usize,
+    kept: Option<&mut [u16]>,
+) -> Packed {
     struct Blocks<'a> {
         blocking: &'a Blocking,
         gate_up: &'a [f32],
         channels: usize,
         to: PackedParts,
+        kept: Option<Shared<u16>>,
     }
     impl Task for Blocks<'_> {
         const KERNEL: &'static str = "gate";
@@ -28,6 +36,18 @@ pub(crate) fn packed(engine: &Engine, blocking: &Blocking, gate_up: &[f32], chan
                     let gate = &self.gate_up[(block.row + row) * 2 * channels..][..2 * channels];
                     // SAFETY: gate and up have `channels` numbers each, `gated` MR rows of as many.
                     unsafe { gate_row::<S>(gate, gated.add(row * channels)) }
+                    if let Some(kept) = self.kept {
+                        let mut at = 0;
+                        while at < gate.len() {
+                            let n = S::LANES.min(gate.len() - at);
+                            // SAFETY: this task alone writes the kept numbers of these rows.
+                            unsafe {
+                                let to = kept.0.add((block.row + row) * 2 * channels + at);
+                                S::store_bf16(to, S::load_n(gate.as_ptr().add(at), n), n);
+                            }
+                            at += S::LANES;
+                        }
+                    }
                 }
                 // SAFETY: `gated` holds the block's rows; this task alone writes the block.
                 unsafe { self.to.pack::<S>(i, gated, channels, block.rows) }
@@ -36,7 +56,11 @@ pub(crate) fn packed(engine: &Engine, blocking: &Blocking, gate_up: &[f32], chan
     }
     assert_eq!(gate_up.len(), blocking.rows * 2 * channels);
     let mut packed = Packed::new(engine, blocking, channels);
-    let task = Blocks { blocking, gate_up, channels, to: packed.parts(engine) };
+    let kept = kept.map(|kept| {
+        assert_eq!(kept.len(), gate_up.len());
+        Shared(kept.as_mut_ptr())
+    });
+    let task = Blocks { blocking, gate_up, channels, to: packed.parts(engine), kept };
     engine.parallel(chunks(&blocking.blocks), &task);
     packed
 }
@@ -92,15 +116,18 @@ unsafe fn sigmoid<S: Simd>(x: S::V) -> S::V {
     }
 }
 
-/// From the gradient of the gated rows: overwrites `gate_up` with the gradients of both, and returns the gated rows.
+/// From the gradient of the gated rows `[rows, channels]`: the gradients of gate and up `[rows, 2 · channels]`, and the
+/// gated rows, if asked for.
 pub(crate) fn backward(
     engine: &Engine,
-    gate_up: &mut [f32],
+    gate_up: Kept,
     gradient: &[f32],
     channels: usize,
     gated: bool,
-) -> Option<Buffer<f32>> {
+) -> (Buffer<f32>, Option<Buffer<f32>>) {
     struct Rows<'a> {
+        /// Gate and up, where they were kept as bf16; else they stand where their gradients go.
+        narrow: Option<&'a [u16]>,
         gate_up: Shared<f32>,
         gradient: &'a [f32],
         channels: usize,
@@ -120,9 +147,17 @@ pub(crate) fn backward(
                     let n = S::LANES.min(channels - at);
                     // SAFETY: within the row, which this task alone writes.
                     unsafe {
-                        let gate = self.gate_up.0.add(row * 2 * channels + at);
+                        let place = row * 2 * channels + at;
+                        let gate = self.gate_up.0.add(place);
                         let up = gate.add(channels);
-                        let (g, u, d) = (S::load_n(gate, n), S::load_n(up, n), S::load_n(gradient.add(at), n));
+                        let d = S::load_n(gradient.add(at), n);
+                        let (g, u) = match self.narrow {
+                            Some(narrow) => {
+                                let gate = narrow.as_ptr().add(place);
+                                (S::load_bf16(gate, n), S::load_bf16(gate.add(channels), n))
+                            }
+                            None => (S::load_n(gate, n), S::load_n(up, n)),
+                        };
                         let one = S::splat(1.0);
                         let sigmoid = sigmoid::<S>(g);
                         let silu = S::mul(g, sigmoid);
@@ -139,10 +174,18 @@ pub(crate) fn backward(
             }
         }
     }
-    assert_eq!(gate_up.len(), 2 * gradient.len());
+    let (narrow, mut to) = match gate_up {
+        Kept::F32(numbers) => (None, numbers),
+        Kept::Bf16(narrow) => {
+            let to = engine.take(narrow.len());
+            (Some(narrow), to)
+        }
+    };
+    assert_eq!(to.len(), 2 * gradient.len());
     let mut result = gated.then(|| engine.take(gradient.len()));
     let shared = result.as_mut().map(|gated| Shared(gated.as_mut_ptr()));
-    let task = Rows { gate_up: Shared(gate_up.as_mut_ptr()), gradient, channels, gated: shared };
+    let gate_up = Shared(to.as_mut_ptr());
+    let task = Rows { narrow: narrow.as_deref(), gate_up, gradient, channels, gated: shared };
     engine.parallel((gradient.len() / channels).div_ceil(ROWS), &task);
-    result
+    (to, result)
 }

@@ -280,17 +280,39 @@ impl Inner {
     }
 }
 
+/// Some columns of packed rows.
+#[derive(Clone, Copy)]
+pub(crate) struct Part<'a> {
+    pub x: &'a Packed,
+    pub column: usize,
+    pub columns: usize,
+}
+
+impl<'a> Part<'a> {
+    pub(crate) fn all(x: &'a Packed) -> Self {
+        Self { x, column: 0, columns: x.columns }
+    }
+
+    fn per_step(&self) -> usize {
+        if self.x.pairs { 2 } else { 1 }
+    }
+
+    fn depth(&self) -> usize {
+        self.columns.div_ceil(self.per_step())
+    }
+}
+
 /// For every group the factors `[rank, in]` that stand side by side, each at its column.
 pub(crate) fn inner(
     engine: &Engine,
     blocking: &Blocking,
-    x: &Packed,
+    x: Part<'_>,
     columns: usize,
     factors: &[Vec<(usize, &Factor)>],
 ) -> Inner {
     struct Rows<'a> {
         blocking: &'a Blocking,
-        x: &'a Packed,
+        x: Part<'a>,
         panels: &'a [Buffer<f32>],
         columns: usize,
         to: Shared<f32>,
@@ -301,13 +323,14 @@ pub(crate) fn inner(
 
         #[inline(always)]
         unsafe fn run<S: Simd>(&self, i: usize) {
-            let depth = self.x.depth;
+            let (depth, pairs) = (self.x.depth(), self.x.x.pairs);
+            let before = self.x.column / self.x.per_step();
             for (i, block) in chunk(&self.blocking.blocks, i) {
                 let group = self.blocking.groups.iter().position(|group| group.blocks.contains(&i));
                 let panels = &self.panels[group.expect("every block is in a group")];
                 // SAFETY: this task alone writes these rows; `inner` has made all sizes agree.
                 unsafe {
-                    let x = self.x.numbers.pointer().add(i * depth * S::MR);
+                    let x = self.x.x.numbers.pointer().add((i * self.x.x.depth + before) * S::MR);
                     let rows = self.to.0.add(block.row * self.columns);
                     let mut column = 0;
                     while column < self.columns {
@@ -315,7 +338,7 @@ pub(crate) fn inner(
                         let panel = panels.pointer().add(column * depth);
                         let tile = Tile::new(depth, x, S::MR, panel, width);
                         let tile = tile.into(rows.add(column), self.columns, block.rows, width, false);
-                        match self.x.pairs {
+                        match pairs {
                             true => S::tile::<true>(width / S::LANES, &tile),
                             false => S::tile::<false>(width / S::LANES, &tile),
                         }
@@ -329,7 +352,7 @@ pub(crate) fn inner(
     }
     struct Panels<'a> {
         factors: &'a [Vec<(usize, &'a Factor)>],
-        x: &'a Packed,
+        x: Part<'a>,
         columns: usize,
         to: Vec<Shared<f32>>,
     }
@@ -338,7 +361,7 @@ pub(crate) fn inner(
 
         #[inline(always)]
         unsafe fn run<S: Simd>(&self, group: usize) {
-            let depth = self.x.depth;
+            let depth = self.x.depth();
             let mut column = 0;
             while column < self.columns {
                 let width = (S::NV * S::LANES).min(self.columns - column);
@@ -358,7 +381,7 @@ pub(crate) fn inner(
                     from: 0,
                     depth: self.x.columns,
                     vectors: width / S::LANES,
-                    pairs: self.x.pairs,
+                    pairs: self.x.x.pairs,
                 };
                 // SAFETY: the panel is all of `rows`; the buffer has room for `depth · columns`; one task a group.
                 unsafe {
@@ -374,7 +397,9 @@ pub(crate) fn inner(
         assert!(factor.columns == x.columns && at + factor.rank <= columns, "the sizes of an inner product");
     }
     assert_eq!(factors.len(), blocking.groups.len());
-    let mut panels: Vec<Buffer<f32>> = factors.iter().map(|_| engine.take(x.depth * columns)).collect();
+    assert!(x.column + x.columns <= x.x.columns);
+    assert!(!x.x.pairs || (x.column.is_multiple_of(2) && x.columns.is_multiple_of(2)), "pairs stay together");
+    let mut panels: Vec<Buffer<f32>> = factors.iter().map(|_| engine.take(x.depth() * columns)).collect();
     let to = panels.iter_mut().map(|panel| Shared(panel.as_mut_ptr())).collect();
     engine.parallel(factors.len(), &Panels { factors, x, columns, to });
     let mut numbers = engine.take(blocking.rows * columns);

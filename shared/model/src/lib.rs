@@ -6,6 +6,7 @@
 #![recursion_limit = "512"]
 
 pub mod adapter;
+pub mod bench;
 mod config;
 mod error;
 mod matrix;

@@ -25,10 +25,13 @@ pub struct Settings {
 impl AdamW {
     pub fn new(training: &experiment::Training, adapter: &Adapter) -> Self {
         let experiment::Training { beta1, beta2, epsilon, weight_decay, .. } = *training;
+        Self::with_settings(Settings { beta1, beta2, epsilon, weight_decay }, adapter)
+    }
+
+    pub fn with_settings(settings: Settings, adapter: &Adapter) -> Self {
         let zeros: Vec<Vec<f32>> = (0..adapter.tensors().len())
             .map(|i| vec![0.0; if adapter.trains(i) { adapter.tensors()[i].values.len() } else { 0 }])
             .collect();
-        let settings = Settings { beta1, beta2, epsilon, weight_decay };
         Self { settings, steps: 0, first: zeros.clone(), second: zeros }
     }
 

@@ -71,6 +71,15 @@ impl ComputeDevice {
         Backend::ALL.into_iter().filter_map(|backend| Self::new(&device(backend)).ok()).collect()
     }
 
+    /// The same, measuring how long each kernel takes.
+    pub fn timed(&self) -> Self {
+        let mut timed = self.clone();
+        if let Place::Native(native) = &mut timed.place {
+            native.engine = native.engine.timed();
+        }
+        timed
+    }
+
     pub fn backend(&self) -> Backend {
         self.backend
     }
