@@ -22,12 +22,10 @@ pub(crate) struct Pool {
 }
 
 struct Shared {
-    /// Counts pieces of work; odd numbers never occur, the highest bit says that the pool ends.
-    generation: AtomicU64,
+    /// Which piece of work, whether it is open to workers, and how many are at it: see [`State`].
+    state: AtomicU64,
     work: UnsafeCell<Option<Piece>>,
     next: AtomicUsize,
-    /// Workers that have not finished the present piece.
-    busy: AtomicUsize,
     panicked: AtomicUsize,
     sleeping: Mutex<usize>,
     wake: Condvar,
@@ -39,13 +37,29 @@ struct Piece {
     tasks: usize,
 }
 
-// SAFETY: `work` is written by the owner of `turn` alone, while no worker is busy, before `generation` is raised with
-// release ordering; workers read it after they have seen that with acquire ordering.
+/// One number, so that a worker enters a piece of work, or finds it closed, in one step.
+///
+/// A worker that comes late, because another process had its core, is not waited for: the piece is closed by then.
+struct State;
+
+impl State {
+    /// The lower bits count the workers at work.
+    const WORKERS: u64 = (1 << 16) - 1;
+    const OPEN: u64 = 1 << 16;
+    const END: u64 = 1 << 17;
+    /// The upper bits count pieces of work.
+    const NEXT: u64 = 1 << 18;
+
+    fn piece(state: u64) -> u64 {
+        state / Self::NEXT
+    }
+}
+
+// SAFETY: `work` is written by the owner of `turn` alone, while no piece is open and no worker is at one, before the state
+// is opened with release ordering; workers read it after they have entered with acquire ordering.
 unsafe impl Sync for Shared {}
 // SAFETY: the pointer in a piece leads to a `Sync` closure that outlives the piece, see `Pool::run`.
 unsafe impl Send for Shared {}
-
-const END: u64 = 1 << 63;
 
 impl Pool {
     /// `threads` of 0 takes as many as the machine has cores.
@@ -53,10 +67,9 @@ impl Pool {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         let threads = if threads == 0 { cores() } else { threads };
         let shared = Arc::new(Shared {
-            generation: AtomicU64::new(0),
+            state: AtomicU64::new(0),
             work: UnsafeCell::new(None),
             next: AtomicUsize::new(0),
-            busy: AtomicUsize::new(0),
             panicked: AtomicUsize::new(0),
             sleeping: Mutex::new(0),
             wake: Condvar::new(),
@@ -86,34 +99,39 @@ impl Pool {
         let _turn = self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let shared = &*self.shared;
         let task: &(dyn Fn(usize) + Sync) = &task;
-        // SAFETY: only the lifetime changes; `Waiting` below does not let this function end, by a panic either, before
-        // every worker has finished with the closure.
+        // SAFETY: only the lifetime changes; `Closing` below does not let this function end, by a panic either, before
+        // every worker that has entered has left.
         let task: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(task) };
         let piece = Piece { task, tasks };
-        // SAFETY: this thread has the turn and no worker is busy, so nobody reads.
+        // SAFETY: this thread has the turn, no piece is open and no worker at one, so nobody reads.
         unsafe { *shared.work.get() = Some(piece) };
         shared.next.store(0, Ordering::Relaxed);
-        shared.busy.store(self.workers().len(), Ordering::Relaxed);
-        shared.generation.fetch_add(2, Ordering::Release);
+        shared.state.fetch_add(State::NEXT | State::OPEN, Ordering::Release);
         shared.wake_all();
         {
-            let _waiting = Waiting(shared);
+            let _closing = Closing(shared);
             piece.work_off(&shared.next);
         }
         assert!(shared.panicked.swap(0, Ordering::Relaxed) == 0, "a kernel's task panicked");
     }
 }
 
-/// Waits, on leaving its scope, until no worker is busy.
-struct Waiting<'a>(&'a Shared);
+/// Closes the piece of work on leaving its scope, and waits until no worker is at it.
+struct Closing<'a>(&'a Shared);
 
-impl Drop for Waiting<'_> {
+impl Drop for Closing<'_> {
     fn drop(&mut self) {
+        let mut state = self.0.state.fetch_and(!State::OPEN, Ordering::AcqRel);
         let mut spins = 0;
-        while self.0.busy.load(Ordering::Acquire) > 0 {
+        while state & State::WORKERS > 0 {
             spins += 1;
             // A worker that has lost its core to another process gets this one.
-            if spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
+            if spins < SPINS {
+                std::hint::spin_loop()
+            } else {
+                std::thread::yield_now()
+            }
+            state = self.0.state.load(Ordering::Acquire);
         }
     }
 }
@@ -143,44 +161,54 @@ impl Shared {
     fn work_until_the_end(&self) {
         let mut seen = 0;
         loop {
-            seen = self.next_generation(seen);
-            if seen & END != 0 {
+            let state = self.next_state(seen);
+            if state & State::END != 0 {
                 return;
             }
-            // SAFETY: the generation was raised after the work was written, and it stays until this worker is not busy.
-            let piece = unsafe { *self.work.get() }.expect("work comes before its generation");
+            seen = State::piece(state);
+            let entered = state & State::OPEN != 0
+                && self.state.compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+            if !entered {
+                // Closed, or another worker entered at the same time: look again.
+                seen -= u64::from(state & State::OPEN != 0);
+                continue;
+            }
+            // SAFETY: the piece was written before it was opened, and stays until this worker has left.
+            let piece = unsafe { *self.work.get() }.expect("work comes before it is opened");
             if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| piece.work_off(&self.next))).is_err() {
                 self.panicked.fetch_add(1, Ordering::Relaxed);
             }
-            self.busy.fetch_sub(1, Ordering::Release);
+            self.state.fetch_sub(1, Ordering::Release);
         }
     }
 
-    fn next_generation(&self, seen: u64) -> u64 {
+    /// The first state that belongs to another piece of work than `seen`.
+    fn next_state(&self, seen: u64) -> u64 {
+        let news = |state: u64| State::piece(state) != seen || state & State::END != 0;
         for _ in 0..SPINS {
-            let now = self.generation.load(Ordering::Acquire);
-            if now != seen {
-                return now;
+            let state = self.state.load(Ordering::Acquire);
+            if news(state) {
+                return state;
             }
             std::hint::spin_loop();
         }
         let mut sleeping = self.sleeping.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         *sleeping += 1;
-        let now = loop {
-            let now = self.generation.load(Ordering::Acquire);
-            if now != seen {
-                break now;
+        let state = loop {
+            let state = self.state.load(Ordering::Acquire);
+            if news(state) {
+                break state;
             }
             sleeping = self.wake.wait(sleeping).unwrap_or_else(|poisoned| poisoned.into_inner());
         };
         *sleeping -= 1;
-        now
+        state
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.shared.generation.fetch_or(END, Ordering::Release);
+        self.shared.state.fetch_or(State::END, Ordering::Release);
         self.shared.wake_all();
         for worker in self.workers.take().into_iter().flatten() {
             // A worker catches its tasks' panics.
