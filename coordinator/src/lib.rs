@@ -1,8 +1,8 @@
 //! The coordinator: hosts the body of the model, decides the rounds, and aggregates the adapters.
 //!
 //! It never sees text, labels or a corpus, and has no name for one. Decisions are pure ([`round`], [`barrier`],
-//! [`strategy`]); [`run`] performs them, [`serve`] talks to one participant, [`body`] computes. Start from [`cli`] for
-//! the commands.
+//! [`strategy`], [`witness`]); [`run`] performs them, [`serve`] talks to one participant, [`body`] computes. Start from
+//! [`cli`] for the commands.
 #![recursion_limit = "512"]
 
 pub mod aggregate;
@@ -20,3 +20,4 @@ pub mod run;
 pub mod serve;
 pub mod status;
 pub mod strategy;
+pub mod witness;

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::Duration;
 
 use experiment::{Experiment, SplitMode, WireDtype};
@@ -24,6 +24,7 @@ use wire::{
 use crate::body::{self, BodyError, BodyHandle, Forward, Place, RoundKey, Work};
 use crate::home::{Home, RedeemError};
 use crate::round::ParticipantName;
+use crate::witness::{Micro, Witness};
 
 /// A peer that connects must say hello within this time.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
@@ -129,12 +130,6 @@ impl Shared {
         }
     }
 
-    /// Whether the experiment has this step in this round.
-    fn is_step_of(&self, round: u32, step: u64) -> bool {
-        let experiment::Federation { rounds, local_steps, .. } = self.experiment.federation;
-        (1..=rounds).contains(&round) && step.checked_div(local_steps) == Some(u64::from(round - 1))
-    }
-
     fn dtype(&self) -> DType {
         match self.experiment.wire.dtype {
             WireDtype::F32 => DType::F32,
@@ -230,6 +225,7 @@ struct Session<'a> {
     participant: ParticipantName,
     connection: &'a Connection,
     shared: &'a Arc<Shared>,
+    witness: Arc<Mutex<Witness>>,
 }
 
 impl Session<'_> {
@@ -239,7 +235,8 @@ impl Session<'_> {
         shared: &Arc<Shared>,
     ) -> Result<(), ServeError> {
         let id = shared.sessions.fetch_add(1, Ordering::Relaxed);
-        let session = Session { id, participant, connection, shared };
+        let witness = Arc::new(Mutex::new(Witness::new(&shared.experiment)));
+        let session = Session { id, participant, connection, shared, witness };
         let (mut send, mut receive) = within(HELLO_DEADLINE, connection.accept()).await??;
         send.prioritize(StreamKind::Control);
         let hello: FromParticipant = within(HELLO_DEADLINE, receive.message()).await??;
@@ -325,10 +322,8 @@ impl Session<'_> {
                     FromParticipant::Hello { .. } => {
                         return Err(ServeError::Close(CloseCode::Unexpected, "a second hello".into()));
                     }
-                    FromParticipant::StepFinished { round, step, .. } if !self.shared.is_step_of(round, step) => {
-                        return Err(misbehaved(format!("step {step} in a report of round {round}")));
-                    }
                     message => {
+                        self.check_report(&message)?;
                         let (participant, session) = (self.participant.clone(), self.id);
                         self.tell(Incoming::Said { participant, session, message }).await?;
                     }
@@ -344,6 +339,10 @@ impl Session<'_> {
                 message = to_send.recv() => {
                     let Some(message) = message else { return Ok(()) };
                     let last = matches!(message, FromCoordinator::Finish { .. });
+                    if let FromCoordinator::StartRound { round, attempt, first_step, local_steps, evaluate, .. } = message {
+                        let steps = first_step..first_step.saturating_add(local_steps);
+                        locked(&self.witness).gave(RoundKey { round, attempt }, steps, evaluate);
+                    }
                     send.message(&message).await?;
                     if last {
                         send.finish();
@@ -356,6 +355,7 @@ impl Session<'_> {
                         session: self.id,
                         participant: self.participant.clone(),
                         shared: self.shared.clone(),
+                        witness: self.witness.clone(),
                         send: stream_send,
                         receive: stream_receive,
                     };
@@ -371,6 +371,16 @@ impl Session<'_> {
         }
     }
 
+    fn check_report(&self, message: &FromParticipant) -> Result<(), ServeError> {
+        let mut witness = locked(&self.witness);
+        let judged = match *message {
+            FromParticipant::StepFinished { round, step, tokens, .. } => witness.check_step(round, step, tokens),
+            FromParticipant::Evaluated { round, tokens, .. } => witness.check_evaluation(round, tokens),
+            _ => Ok(()),
+        };
+        judged.map_err(misbehaved)
+    }
+
     async fn tell(&self, incoming: Incoming) -> Result<(), ServeError> {
         let over = |_| ServeError::Close(CloseCode::GoingAway, "the run is over".into());
         self.shared.incoming.send(incoming).await.map_err(over)
@@ -382,22 +392,47 @@ struct Stream {
     session: u64,
     participant: ParticipantName,
     shared: Arc<Shared>,
+    witness: Arc<Mutex<Witness>>,
     send: SendStream,
     receive: RecvStream,
 }
 
-/// The parts of a step request that a tensor frame repeats.
+/// A step request, checked as far as it can be by itself.
 struct Step {
     place: Place,
     purpose: Purpose,
     segments: Segments,
+    trained_tokens: u32,
     step_tokens: u32,
+}
+
+impl Step {
+    fn micro(&self) -> Micro {
+        let Place { step, micro, micros, .. } = self.place;
+        Micro { step, micro, micros, trained_tokens: self.trained_tokens, step_tokens: self.step_tokens }
+    }
+}
+
+/// What is there is whole: nothing panics while it holds the lock, and nothing waits.
+fn locked(witness: &Mutex<Witness>) -> MutexGuard<'_, Witness> {
+    witness.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 impl Stream {
     async fn serve(mut self) -> Result<(), ServeError> {
         match self.receive.message().await? {
-            Request::Step { session, round, attempt, step, micro, micros, purpose, segments, step_tokens, .. } => {
+            Request::Step {
+                session,
+                round,
+                attempt,
+                step,
+                micro,
+                micros,
+                purpose,
+                segments,
+                trained_tokens,
+                step_tokens,
+            } => {
                 let place = Place {
                     key: RoundKey { round, attempt },
                     participant: self.participant.clone(),
@@ -409,10 +444,14 @@ impl Stream {
                     return Err(misbehaved(format!("a step of session {session} in session {}", self.session)));
                 }
                 let segments = self.check_segments(&segments)?;
+                if trained_tokens as usize > segments.tokens() {
+                    let tokens = segments.tokens();
+                    return Err(misbehaved(format!("{trained_tokens} trained tokens in a micro-batch of {tokens}")));
+                }
                 if purpose == Purpose::Train {
                     self.check_size(micros, step_tokens)?;
                 }
-                let served = self.step(&Step { place, purpose, segments, step_tokens }).await;
+                let served = self.step(&Step { place, purpose, segments, trained_tokens, step_tokens }).await;
                 match served {
                     Err(StepError::Stale) => {
                         self.send.reset(CloseCode::Stale);
@@ -461,11 +500,8 @@ impl Stream {
     }
 
     /// The same of an update, whose weight is that of all its steps.
-    async fn check_work(&self, key: RoundKey, tokens: u64) -> Result<(), String> {
-        let work = match &self.shared.body {
-            Some(body) => body.work_of(key, self.participant.clone()).await,
-            None => Work::Uncounted,
-        };
+    fn check_work(&self, key: RoundKey, tokens: u64) -> Result<(), String> {
+        let work = locked(&self.witness).work_of(key);
         let experiment::Training { batch_tokens, accumulate, .. } = self.shared.experiment.training;
         let step_allowed = u64::from(batch_tokens) * u64::from(accumulate);
         let allowed = step_allowed.saturating_mul(self.shared.experiment.federation.local_steps);
@@ -486,7 +522,7 @@ impl Stream {
         let Some(body) = self.shared.body.clone() else {
             return Err(misbehaved("a step through a body that this run does not have".into()).into());
         };
-        let Step { place, purpose, segments, step_tokens } = step;
+        let Step { place, purpose, segments, step_tokens, .. } = step;
         let width = self.shared.manifest.config.width;
         let header = TensorHeader {
             kind: FrameKind::Activations,
@@ -499,11 +535,21 @@ impl Stream {
                 .map_err(|error| misbehaved(error.to_string()))?,
         };
         let x = Matrix::new(segments.tokens(), width, self.receive.tensor(&header).await?);
+        if !locked(&self.witness).has_given(place.key) {
+            return Err(StepError::Stale);
+        }
         let forward = if *purpose == Purpose::Train { Forward::Train } else { Forward::Evaluate };
         let y = body.forward(place.clone(), forward, segments.clone(), x).await?;
+        match purpose {
+            Purpose::Train => locked(&self.witness).trained(place.key, step.micro()).map_err(misbehaved)?,
+            Purpose::Evaluate => locked(&self.witness).evaluated(place.key, step.trained_tokens),
+        }
         self.send.tensor(&header, y.values()).await?;
         if *purpose == Purpose::Evaluate || self.shared.experiment.split.mode != SplitMode::U {
             self.receive.end().await?;
+            if *purpose == Purpose::Train {
+                locked(&self.witness).finished(place.key, step.micro());
+            }
             self.send.finish();
             return Ok(());
         }
@@ -516,6 +562,7 @@ impl Stream {
             let Commit { squared_norms_head, squared_norms_tail } = self.receive.message().await?;
             let commit = body::Commit { squared_norms_head, squared_norms_tail, tokens: u64::from(*step_tokens) };
             body.commit(place.clone(), commit).await?;
+            locked(&self.witness).finished(place.key, step.micro());
         }
         self.receive.end().await?;
         self.send.finish();
@@ -570,7 +617,7 @@ impl Stream {
             self.receive.end().await?;
             like.with_tensors(values).map_err(|error| (RefusalReason::WrongTensors, error.to_string()))
         };
-        let adapter = match self.check_work(key, tokens).await {
+        let adapter = match self.check_work(key, tokens) {
             Ok(()) => adapter,
             Err(text) => adapter.and(Err((RefusalReason::WrongCount, text))),
         };

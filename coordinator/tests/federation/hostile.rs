@@ -11,8 +11,8 @@ use net::{Connection, NetError, RecvStream, SendStream, StreamKind};
 use tokio::sync::OnceCell;
 use tokio::task::JoinHandle;
 use wire::{
-    BlobRef, CODEC_PLAIN, CloseCode, Commit, DType, FrameKind, FromCoordinator, FromParticipant, MessageKind, Purpose,
-    RefusalReason, Request, Shape, SquaredNorms, TensorHeader, TensorInfo, UpdateReply,
+    BlobRef, CODEC_PLAIN, CloseCode, Commit, DType, FrameKind, FromCoordinator, FromParticipant, Message, MessageKind,
+    Purpose, RefusalReason, Request, Shape, SquaredNorms, TensorHeader, TensorInfo, UpdateReply,
 };
 
 use crate::world::{Coordinator, Holding, Joined, World, alone, run_to_the_end};
@@ -45,6 +45,7 @@ struct Step {
     micro: u32,
     micros: u32,
     segments: Vec<u32>,
+    trained_tokens: u32,
     step_tokens: u32,
     width: u32,
 }
@@ -204,6 +205,8 @@ async fn a_request_that_does_not_fit_the_run_is_refused() {
     check(CloseCode::OverLimit, "a micro-batch of 8589934590 tokens", |s| s.segments = vec![u32::MAX; 2]).await;
     check(unexpected, "segment", |s| s.segments = vec![8, 0]).await;
     check(unexpected, "segment", |s| s.segments = Vec::new()).await;
+    check(unexpected, "9 trained tokens in a micro-batch of 8", |s| s.trained_tokens = 9).await;
+    check(unexpected, "micro-batches of 7 trained tokens in step 0, which has 8", |s| s.trained_tokens = 7).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -321,12 +324,108 @@ async fn an_update_that_claims_more_tokens_than_it_has_trained_on_is_refused() {
 async fn a_report_of_a_step_that_is_not_the_rounds_is_refused() {
     for (round, step) in [(1, 5), (1, u64::MAX), (0, 0), (2, 5), (u32::MAX, 0)] {
         check_refused(CloseCode::Unexpected, "in a report of round", async |hostile| {
-            let report =
-                FromParticipant::StepFinished { round, step, loss_nats: 1.0, tokens: 1, compute_ms: 1.0, wait_ms: 1.0 };
+            hostile.report(round, step, 1).await;
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_report_that_contradicts_the_step_is_refused() {
+    let check = async |complaint: &str, reports: &[u64]| {
+        check_before(async |world, coordinator| {
+            let mut hostile = Hostile::join(world, coordinator).await;
+            hostile.train(0).await;
+            for &tokens in reports {
+                hostile.report(1, 0, tokens).await;
+            }
+            check_closed(&hostile.connection.closed().await, CloseCode::Unexpected, complaint);
+        })
+        .await;
+    };
+    check("a report of 9 trained tokens in step 0, which had 8", &[9]).await;
+    check("a second report of step 0", &[8, 8]).await;
+    check_refused(CloseCode::Unexpected, "a report of step 0, which is not complete", async |hostile| {
+        hostile.report(1, 0, 8).await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_report_of_an_evaluation_that_was_not_is_refused() {
+    for (round, tokens, complaint) in
+        [(0, 5, "an evaluation on 5 tokens, of which 0 have come"), (1, 5, "an evaluation after round 1")]
+    {
+        check_refused(CloseCode::Unexpected, complaint, async |hostile| {
+            let report = FromParticipant::Evaluated { round, loss_nats: 1.0, tokens };
             hostile.send.message(&report).await.unwrap();
         })
         .await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_figure_that_cannot_be_is_refused() {
+    let figures = [
+        (f64::NAN, CloseCode::MalformedMessage, "NaN is not finite"),
+        (-1.0, CloseCode::MalformedMessage, "-1 is negative"),
+        (1e12, CloseCode::OverLimit, "holds 1000000000000, the limit is"),
+    ];
+    for (figure, code, complaint) in figures {
+        let step = |loss_nats, compute_ms, wait_ms| {
+            let (round, step, tokens) = (1, 0, 8);
+            forged(&FromParticipant::StepFinished { round, step, loss_nats, tokens, compute_ms, wait_ms }, figure)
+        };
+        let evaluated = FromParticipant::Evaluated { round: 0, loss_nats: HONEST_FIGURE, tokens: 0 };
+        for report in [
+            step(HONEST_FIGURE, 1.0, 1.0),
+            step(1.0, HONEST_FIGURE, 1.0),
+            step(1.0, 1.0, HONEST_FIGURE),
+            forged(&evaluated, figure),
+        ] {
+            check_refused(code, complaint, async |hostile| {
+                hostile.send.bytes(MessageKind::Control, &report).await.unwrap();
+            })
+            .await;
+        }
+        check_refused(code, complaint, async |hostile| {
+            let (mut send, _receive) = hostile.connection.open(StreamKind::Bulk).await.unwrap();
+            let (loss_nats, tensors) = (HONEST_FIGURE, hostile.trained.clone());
+            let update = Request::Update { round: 1, attempt: 1, tokens: 10, loss_nats, tensors };
+            send.bytes(MessageKind::Update, &forged(&update, figure)).await.unwrap();
+            hostile.connection.closed().await;
+        })
+        .await;
+    }
+}
+
+/// Where no gradient crosses, the body keeps no count of a member's steps.
+#[tokio::test(flavor = "multi_thread")]
+async fn in_forward_only_mode_an_update_rests_on_the_steps_that_came() {
+    let check = async |steps: u64, claimed: u64, expected: Result<(), &str>| {
+        within_a_minute(async {
+            let world = World::new(|text| one_alone(text).replace("mode = \"u\"", "mode = \"forward_only\""));
+            let coordinator = world.coordinator();
+            let mut hostile = Hostile::join(&world, &coordinator).await;
+            hostile.trained.retain(|tensor| tensor.name.contains("layers.3."));
+            for step in 0..steps {
+                let step = hostile.step(step);
+                let (mut send, mut receive) = hostile.forward(&step).await;
+                send.finish();
+                receive.end().await.unwrap();
+            }
+            let refused = hostile.update(1, 1, claimed, &hostile.trained).await;
+            let expected = expected.map_err(|text| (RefusalReason::WrongCount, text.to_owned()));
+            assert_eq!(refused, expected);
+            // It goes once the coordinator takes leave.
+            let (stopped, ()) = tokio::join!(coordinator.stop(), async { drop(hostile) });
+            stopped.unwrap();
+        })
+        .await;
+    };
+    check(4, 32, Err("its steps are not complete")).await;
+    check(5, 41, Err("it claims 41 trained tokens; its steps had 40")).await;
+    check(5, 40, Ok(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -408,6 +507,16 @@ async fn anything_but_a_hello_first_is_refused() {
     .await;
 }
 
+const HONEST_FIGURE: f64 = 0.25;
+
+/// A message with another figure where the honest one stands: our own encoder refuses to write it.
+fn forged(message: &impl Message, figure: f64) -> Vec<u8> {
+    let mut body = wire::encode(message).unwrap();
+    let at = body.windows(8).position(|bytes| bytes == HONEST_FIGURE.to_le_bytes()).unwrap();
+    body[at..at + 8].copy_from_slice(&figure.to_le_bytes());
+    [&(body.len() as u32).to_le_bytes()[..], &body].concat()
+}
+
 fn hello() -> FromParticipant {
     let (dtypes, codecs) = (vec![DType::F32], vec![CODEC_PLAIN]);
     FromParticipant::Hello { minor: wire::MINOR, dtypes, codecs, software: "by hand".into() }
@@ -458,13 +567,15 @@ impl Hostile {
     fn step(&self, step: u64) -> Step {
         let (session, width) = (self.session, self.width);
         let (round, attempt, micro, micros) = (1, 1, 0, 1);
-        Step { session, round, attempt, step, micro, micros, segments: vec![TOKENS], step_tokens: TOKENS, width }
+        let (segments, trained_tokens, step_tokens) = (vec![TOKENS], TOKENS, TOKENS);
+        Step { session, round, attempt, step, micro, micros, segments, trained_tokens, step_tokens, width }
     }
 
     async fn ask(&self, step: &Step) -> (SendStream, RecvStream) {
         let (mut send, receive) = self.connection.open(StreamKind::Step { age: 0 }).await.unwrap();
-        let Step { session, round, attempt, step, micro, micros, ref segments, step_tokens, .. } = *step;
-        let (purpose, segments, trained_tokens) = (Purpose::Train, segments.clone(), step_tokens);
+        let Step { session, round, attempt, step, micro, micros, ref segments, trained_tokens, step_tokens, .. } =
+            *step;
+        let (purpose, segments) = (Purpose::Train, segments.clone());
         let request = Request::Step {
             session,
             round,
@@ -499,6 +610,13 @@ impl Hostile {
         receive.tensor(&header).await.unwrap();
         let SquaredNorms { blocks } = receive.message().await.unwrap();
         assert_eq!(blocks.len(), 2);
+    }
+
+    async fn report(&mut self, round: u32, step: u64, tokens: u64) {
+        let (loss_nats, compute_ms, wait_ms) = (1.0, 1.0, 1.0);
+        let report = FromParticipant::StepFinished { round, step, loss_nats, tokens, compute_ms, wait_ms };
+        // The coordinator may have closed the connection over an earlier one.
+        let _ = self.send.message(&report).await;
     }
 
     /// A whole step, in order.

@@ -147,6 +147,29 @@ mod tests {
         assert!(encode(&SquaredNorms { blocks: vec![-1.0] }).is_err());
     }
 
+    #[test]
+    fn losses_and_times_are_possible() {
+        let step = |loss_nats, compute_ms, wait_ms| {
+            let (round, step, tokens) = (1, 2, 3);
+            encode(&FromParticipant::StepFinished { round, step, loss_nats, tokens, compute_ms, wait_ms })
+        };
+        let update =
+            |loss_nats| encode(&Request::Update { round: 1, attempt: 1, tokens: 1, loss_nats, tensors: Vec::new() });
+        let evaluated = |loss_nats| encode(&FromParticipant::Evaluated { round: 0, loss_nats, tokens: 1 });
+        for possible in [0.0, -1e-9, 2.5, 10_000.0] {
+            assert!(step(possible, 1.0, 2.0).is_ok() && update(possible).is_ok() && evaluated(possible).is_ok());
+        }
+        for impossible in [-1.0, 10_000.1, 1e300] {
+            assert!(step(impossible, 1.0, 2.0).is_err(), "{impossible}");
+            assert!(update(impossible).is_err() && evaluated(impossible).is_err(), "{impossible}");
+        }
+        for impossible in [-1.0, 1e300, f64::NAN] {
+            assert!(step(1.0, impossible, 1.0).is_err() && step(1.0, 1.0, impossible).is_err(), "{impossible}");
+        }
+        let over = CodecError::OverLimit { field: "update.loss_nats", found: 10_001, limit: 10_000 };
+        assert_eq!(update(10_000.1).unwrap_err(), over);
+    }
+
     proptest! {
         #[test]
         fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {

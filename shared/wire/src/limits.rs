@@ -42,5 +42,11 @@ pub const EXPERIMENT_BYTES_MAX: usize = 48 * 1024;
 /// A certificate request in DER, or a certificate chain in PEM.
 pub const CERTIFICATE_BYTES_MAX: usize = 16 * 1024;
 
+/// A mean loss per token. A uniform guess among 4 billion tokens has 22.
+pub const LOSS_NATS_MAX: u64 = 10_000;
+
+/// What a step computed or waited: 31 days.
+pub const STEP_MS_MAX: u64 = 31 * 24 * 3600 * 1000;
+
 /// Micro-batches that one participant may have in flight.
 pub const IN_FLIGHT_MAX: u32 = 8;

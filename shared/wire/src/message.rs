@@ -268,9 +268,11 @@ impl Message for FromParticipant {
                 within("hello.software", software.len(), limits::TEXT_BYTES_MAX)
             }
             Self::Leaving { reason } => within("leaving.reason", reason.len(), limits::TEXT_BYTES_MAX),
-            Self::Evaluated { loss_nats, .. } => finite("evaluated.loss_nats", &[*loss_nats]),
+            Self::Evaluated { loss_nats, .. } => check_loss("evaluated.loss_nats", *loss_nats),
             Self::StepFinished { loss_nats, compute_ms, wait_ms, .. } => {
-                finite("step_finished", &[*loss_nats, *compute_ms, *wait_ms])
+                check_loss("step_finished.loss_nats", *loss_nats)?;
+                up_to("step_finished.compute_ms", *compute_ms, limits::STEP_MS_MAX)?;
+                up_to("step_finished.wait_ms", *wait_ms, limits::STEP_MS_MAX)
             }
             Self::Ready { .. } => Ok(()),
         }
@@ -326,7 +328,7 @@ impl Message for Request {
                 within("step.segments", segments.len(), limits::SEGMENTS_MAX)
             }
             Self::Update { loss_nats, tensors, .. } => {
-                finite("update.loss_nats", &[*loss_nats])?;
+                check_loss("update.loss_nats", *loss_nats)?;
                 check_tensors("update.tensors", tensors)
             }
             Self::Enrol { csr_der } => within("enrol.csr_der", csr_der.len(), limits::CERTIFICATE_BYTES_MAX),
@@ -431,6 +433,20 @@ fn check_norms(field: &'static str, norms: &[f64]) -> Result<(), CodecError> {
         return Err(CodecError::Malformed { message: field, reason: "a squared norm is negative".into() });
     }
     finite(field, norms)
+}
+
+/// A cross-entropy is not negative, but for what rounding makes of 0.
+fn check_loss(field: &'static str, nats: f64) -> Result<(), CodecError> {
+    up_to(field, if (-1e-3..0.0).contains(&nats) { 0.0 } else { nats }, limits::LOSS_NATS_MAX)
+}
+
+fn up_to(field: &'static str, value: f64, limit: u64) -> Result<(), CodecError> {
+    finite(field, &[value])?;
+    if value < 0.0 {
+        return Err(CodecError::Malformed { message: field, reason: format!("{value} is negative") });
+    }
+    // The next whole number is what it shows, as far as those reach.
+    within_u64(field, value.ceil() as u64, limit)
 }
 
 fn finite(field: &'static str, values: &[f64]) -> Result<(), CodecError> {
