@@ -106,13 +106,15 @@ impl Pool {
         // SAFETY: this thread has the turn, no piece is open and no worker at one, so nobody reads.
         unsafe { *shared.work.get() = Some(piece) };
         shared.next.store(0, Ordering::Relaxed);
+        // Where this thread's task panicked as well, nobody has looked at the count.
+        shared.panicked.store(0, Ordering::Relaxed);
         shared.state.fetch_add(State::NEXT | State::OPEN, Ordering::Release);
         shared.wake_all();
         {
             let _closing = Closing(shared);
             piece.work_off(&shared.next);
         }
-        assert!(shared.panicked.swap(0, Ordering::Relaxed) == 0, "a kernel's task panicked");
+        assert!(shared.panicked.load(Ordering::Relaxed) == 0, "a kernel's task panicked");
     }
 }
 
@@ -238,12 +240,21 @@ mod tests {
     #[test]
     fn a_task_that_panics_is_reported_and_leaves_the_pool_usable() {
         let pool = Pool::new(2);
-        let panics = || pool.run(8, |i| assert!(i != 5, "on purpose"));
-        assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(panics)).is_err());
-        let ran = AtomicUsize::new(0);
-        pool.run(8, |_| {
-            ran.fetch_add(1, Ordering::Relaxed);
-        });
-        assert_eq!(ran.load(Ordering::Relaxed), 8);
+        let both = std::sync::Barrier::new(2);
+        let one_panics = || pool.run(8, |i| assert!(i != 5, "on purpose"));
+        let both_panic = || {
+            pool.run(2, |_| {
+                both.wait();
+                panic!("on purpose");
+            });
+        };
+        for panics in [&one_panics as &dyn Fn(), &both_panic] {
+            assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(panics)).is_err());
+            let ran = AtomicUsize::new(0);
+            pool.run(8, |_| {
+                ran.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(ran.load(Ordering::Relaxed), 8);
+        }
     }
 }
