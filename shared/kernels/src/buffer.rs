@@ -13,7 +13,8 @@ impl Number for u16 {}
 
 /// A slice of its own on the heap, aligned to a cache line. Its contents are left from earlier use.
 ///
-/// Behind the end lies a vector's worth of readable memory, so that a kernel may load whole vectors.
+/// Behind the end lies a vector's worth of readable memory, so that a kernel may load whole vectors. What stands there is
+/// for no sum and no store; debug builds take exactly this memory, make it not-a-number, and watch the end of it.
 pub(crate) struct Buffer<T: Number> {
     memory: Option<Memory>,
     length: usize,
@@ -27,7 +28,8 @@ pub(crate) struct Spare {
     free: Mutex<Vec<Memory>>,
 }
 
-struct Memory {
+/// Bytes, aligned to a cache line.
+pub(crate) struct Memory {
     start: NonNull<u8>,
     bytes: usize,
 }
@@ -45,14 +47,15 @@ impl Spare {
     pub(crate) fn take<T: Number>(self: &Arc<Self>, length: usize) -> Buffer<T> {
         // Sizes of four steps an octave, so that batches of nearly equal size share memory.
         let needed = length * size_of::<T>() + TAIL_BYTES;
-        let step = (needed.next_power_of_two() / 8).max(ALIGNMENT);
+        let step = if SPOILED { 1 } else { (needed.next_power_of_two() / 8).max(ALIGNMENT) };
         let bytes = needed.div_ceil(step) * step;
         let mut free = self.free.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         // The one used last may still be in the cache.
         let found = free.iter().rposition(|memory| memory.bytes == bytes);
         let memory = found.map(|i| free.swap_remove(i));
         drop(free);
-        let memory = memory.unwrap_or_else(|| Memory::new(bytes));
+        let mut memory = memory.unwrap_or_else(|| Memory::new(bytes));
+        memory.spoil();
         Buffer { memory: Some(memory), length, home: self.clone(), numbers: PhantomData }
     }
 
@@ -62,12 +65,32 @@ impl Spare {
     }
 }
 
+/// Whether memory begins as numbers that spoil every sum they enter: what is read too early or too far shows.
+pub(crate) const SPOILED: bool = cfg!(debug_assertions);
+const SPOILED_BYTE: u8 = 0xff;
+
 impl Memory {
-    fn new(bytes: usize) -> Self {
+    pub(crate) fn new(bytes: usize) -> Self {
         let layout = Self::layout(bytes);
         // SAFETY: the layout is not empty.
         let start = unsafe { alloc_zeroed(layout) };
         Self { start: NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout)), bytes }
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub(crate) fn start(&mut self) -> NonNull<u8> {
+        self.start
+    }
+
+    /// In debug builds: as f32 and as bf16, these bytes are not-a-number.
+    pub(crate) fn spoil(&mut self) {
+        if SPOILED {
+            // SAFETY: this memory, which nobody else has.
+            unsafe { self.start.as_ptr().write_bytes(SPOILED_BYTE, self.bytes) }
+        }
     }
 
     fn layout(bytes: usize) -> Layout {
@@ -112,6 +135,14 @@ impl<T: Number> DerefMut for Buffer<T> {
 impl<T: Number> Drop for Buffer<T> {
     fn drop(&mut self) {
         if let Some(memory) = self.memory.take() {
+            if SPOILED && !std::thread::panicking() {
+                // SAFETY: the tail lies behind the numbers, initialized as they are.
+                let tail = unsafe {
+                    let end = memory.start.as_ptr().add(self.length * size_of::<T>());
+                    std::slice::from_raw_parts(end, TAIL_BYTES)
+                };
+                assert!(tail.iter().all(|&byte| byte == SPOILED_BYTE), "a kernel wrote behind a buffer's end");
+            }
             self.home.free.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(memory);
         }
     }

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, Memory, SPOILED};
 use crate::engine::{Engine, Shared, Task};
 use crate::frozen::{F32, Frozen, Panel, pack};
 use crate::rows::{Blocking, Packed, chunk, chunks, pack_rows};
@@ -66,39 +66,39 @@ impl Factor {
         let mut numbers = Vec::with_capacity(rank * columns + PANEL_MAX);
         numbers.extend(values);
         assert_eq!(numbers.len(), rank * columns, "a factor of {rank} × {columns}");
-        numbers.resize(rank * columns + PANEL_MAX, 0.0);
+        numbers.resize(rank * columns + PANEL_MAX, if SPOILED { f32::NAN } else { 0.0 });
         Self { numbers, rank, columns }
     }
 }
 
 thread_local! {
-    static PANEL: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static ROOM: RefCell<Option<Memory>> = const { RefCell::new(None) };
 }
 
-/// Room of this thread's own, for a panel or other scratch, aligned to a cache line.
+/// Room of this thread's own, for a panel or other scratch, aligned to a cache line. Its contents are left from earlier
+/// use.
 ///
 /// A guard and no closure: code in a closure is not compiled for the path.
-pub(crate) struct Scratch(Vec<f32>);
+pub(crate) struct Scratch(Option<Memory>);
 
 impl Scratch {
     pub(crate) fn new(numbers: usize) -> Self {
-        let mut room = PANEL.take();
-        if room.len() < numbers + 16 {
-            room = vec![0.0; numbers + 16];
-        }
-        Self(room)
+        // A layout is never empty.
+        let bytes = numbers.max(1) * size_of::<f32>();
+        let fits = |room: &Memory| if SPOILED { room.bytes() == bytes } else { room.bytes() >= bytes };
+        let mut room = ROOM.take().filter(fits).unwrap_or_else(|| Memory::new(bytes));
+        room.spoil();
+        Self(Some(room))
     }
 
     pub(crate) fn start(&mut self) -> *mut f32 {
-        let start = self.0.as_mut_ptr();
-        // SAFETY: at most 15 of the 16 numbers more are skipped.
-        unsafe { start.add(start.align_offset(64).min(15)) }
+        self.0.as_mut().expect("taken by drop alone").start().cast().as_ptr()
     }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        PANEL.set(std::mem::take(&mut self.0));
+        ROOM.set(self.0.take());
     }
 }
 
