@@ -127,6 +127,8 @@ impl Block {
         for (layer, expected) in layers.iter().zip(expected) {
             assert_eq!((layer.rows(), layer.columns()), expected, "a block's layer");
         }
+        // Halves of a head are rotated together; pairs of bf16 lie in gate or in up.
+        assert!(head_size.is_multiple_of(2) && ffn.is_multiple_of(2), "heads of {head_size} and {ffn} hidden channels");
         Self {
             shape: Shape { heads, kv_heads, size: head_size },
             width,

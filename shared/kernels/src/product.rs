@@ -152,7 +152,8 @@ pub(crate) fn product(engine: &Engine, blocking: &Blocking, to: &mut [f32], stri
             };
             assert!(term.from + term.length <= sum && columns == set.columns, "the sizes of a product");
             assert!(term.column + term.length <= term.x.columns && term.length > 0, "the sizes of a product");
-            assert!(!term.x.pairs || (term.column % 2 == 0 && term.length % 2 == 0), "pairs stay together");
+            // An odd length ends with half a pair, whose other half meets a zero of the panel.
+            assert!(!term.x.pairs || term.column.is_multiple_of(2), "pairs stay together");
             if let Some(LowRank { u, at, factors }) = &term.low_rank {
                 assert_eq!(factors.len(), blocking.groups.len());
                 for factor in factors.iter().flatten() {
@@ -398,7 +399,7 @@ pub(crate) fn inner(
     }
     assert_eq!(factors.len(), blocking.groups.len());
     assert!(x.column + x.columns <= x.x.columns);
-    assert!(!x.x.pairs || (x.column.is_multiple_of(2) && x.columns.is_multiple_of(2)), "pairs stay together");
+    assert!(!x.x.pairs || x.column.is_multiple_of(2), "pairs stay together");
     let mut panels: Vec<Buffer<f32>> = factors.iter().map(|_| engine.take(x.depth() * columns)).collect();
     let to = panels.iter_mut().map(|panel| Shared(panel.as_mut_ptr())).collect();
     engine.parallel(factors.len(), &Panels { factors, x, columns, to });

@@ -263,7 +263,7 @@ fn sizes_that_fill_no_vector_work() {
             kv_heads: 1,
             size: 10,
             width: 22,
-            ffn: 37,
+            ffn: 38,
             groups,
             ranks: vec![3],
             ..Case::small(WeightType::F32)
@@ -351,7 +351,7 @@ fn every_number_of_rows_and_every_width_up_to_two_tiles_works() {
             kv_heads,
             size,
             width: 1 + draw.below(130),
-            ffn: 1 + draw.below(130),
+            ffn: 2 * (1 + draw.below(65)),
             groups: vec![segments],
             ranks: vec![draw.below(12)],
             ..Case::small(WeightType::F32)

@@ -87,3 +87,8 @@ fn narrow_weights_work() {
     check(24, 100, 9, WeightType::Bf16, 5e-3);
     check(24, 100, 9, WeightType::Int8, 5e-3);
 }
+
+#[test]
+fn vocabularies_that_are_odd_work_in_pairs() {
+    check(24, 101, 9, WeightType::Bf16, 5e-3);
+}
