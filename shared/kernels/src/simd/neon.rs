@@ -207,6 +207,18 @@ macro_rules! neon {
                 unsafe { vreinterpretq_f32_u32(vorrq_u32(narrow(a), vshlq_n_u32::<16>(narrow(b)))) }
             }
             #[inline(always)]
+            unsafe fn zip_bf16(a: *const u16, b: *const u16, n: usize) -> float32x4_t {
+                // SAFETY: as above; of a partial vector only the first `n` numbers are read.
+                unsafe {
+                    let [a, b] = [a, b].map(|from| {
+                        let mut some = [0u16; 4];
+                        std::ptr::copy_nonoverlapping(from, some.as_mut_ptr(), n.min(4));
+                        vld1_u16(some.as_ptr())
+                    });
+                    vreinterpretq_f32_u16(vcombine_u16(vzip1_u16(a, b), vzip2_u16(a, b)))
+                }
+            }
+            #[inline(always)]
             unsafe fn tile<const PAIRS: bool>(vectors: usize, t: &Tile) {
                 // SAFETY: as above.
                 unsafe {

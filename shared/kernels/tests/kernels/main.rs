@@ -3,6 +3,7 @@
 mod blocks;
 mod heads;
 mod reference;
+mod shapes;
 
 use kernels::{Engine, Frozen, Path, WeightType};
 
