@@ -25,7 +25,7 @@ check() {
 }
 
 check cargo fmt --all --check
-for script in scripts/*.sh scripts/check/*.sh .ci/run; do check bash -n "$script"; done
+for script in scripts/*.sh scripts/check/*.sh scripts/bench/*.sh .ci/run; do check bash -n "$script"; done
 
 # Licences, sources and advisories.
 if ! command -v cargo-deny > /dev/null && [ -z "$quick" ]; then

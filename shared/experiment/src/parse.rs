@@ -312,7 +312,9 @@ name = "fedavg"
 dtype = "f32"
 
 [device]
-backend = "flex"
+backend = "native"
 threads = 0
+weights = "f32"
+recompute = false
 "#;
 }
