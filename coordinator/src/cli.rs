@@ -10,6 +10,8 @@ use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use experiment::Row;
 use indicatif::{ProgressBar, ProgressStyle};
+use model::Cut;
+use model::bench::{self, Shape};
 use net::PeerName;
 use quant::Method;
 use serde_json::json;
@@ -65,6 +67,50 @@ enum Command {
         after_help = "Example:\n  coordinator export runs/demo --format hf,peft,gguf:q8_0,gguf:q4_k_m --out exports/"
     )]
     Export(ExportArguments),
+    /// Measure this machine
+    #[command(subcommand)]
+    Bench(BenchCommand),
+}
+
+#[derive(Subcommand)]
+enum BenchCommand {
+    /// Time the body's part of a training step, forward and backward: tokens/s, GFLOP/s, ms by kernel, memory
+    #[command(after_help = "Example:\n  coordinator bench body --batch 4x128 --weights bf16")]
+    Body(BenchBodyArguments),
+}
+
+#[derive(Args)]
+struct BenchBodyArguments {
+    /// A Hugging Face directory or a GGUF file [default: SmolLM2-135M's shape with random weights]
+    #[arg(long)]
+    model: Option<PathBuf>,
+    /// Blocks that the participants hold
+    #[arg(long, default_value_t = 1)]
+    head_blocks: usize,
+    #[arg(long, default_value_t = 1)]
+    tail_blocks: usize,
+    /// Sequences, and tokens of each
+    #[arg(long, default_value = "4x128")]
+    batch: String,
+    /// Layers with an adapter: their names, or `all`
+    #[arg(long, default_value = "all")]
+    lora: String,
+    #[arg(long, default_value_t = 8)]
+    rank: u32,
+    /// Timed steps, behind one that is not
+    #[arg(long, default_value_t = 5)]
+    steps: usize,
+    /// native | flex | ndarray | cuda | wgpu
+    #[arg(long, default_value = "native")]
+    backend: String,
+    /// Threads for tensor work; 0 takes all cores
+    #[arg(long, default_value_t = 0)]
+    threads: u32,
+    /// f32 | bf16 | int8
+    #[arg(long, default_value = "f32")]
+    weights: String,
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -215,6 +261,7 @@ impl Command {
                     false => print(standing.to_text(unix_ms()).trim_end()),
                 }
             }
+            Self::Bench(BenchCommand::Body(arguments)) => bench_body(arguments),
             Self::Report(ReportArguments { run, out, json }) => {
                 let report = Report::of_run(&run).map_err(failed)?;
                 let out = out.unwrap_or_else(|| run.join("report.html"));
@@ -301,6 +348,22 @@ fn failed(error: impl Display) -> anyhow::Error {
 
 /// A line on the standard output. A closed pipe or a full disk behind it is an error like any other, where `println!`
 /// would panic.
+fn bench_body(arguments: BenchBodyArguments) -> anyhow::Result<()> {
+    let BenchBodyArguments { model, head_blocks, tail_blocks, batch, lora, rank, steps, json, .. } = arguments;
+    let BenchBodyArguments { backend, threads, weights, .. } = arguments;
+    // The words are those of TOML, and so are their errors.
+    let device = format!("backend = {backend:?}\nthreads = {threads}\nweights = {weights:?}");
+    let device: experiment::Device = toml::from_str(&device).context("--backend or --weights")?;
+    let shape = Shape::parse(&batch, &lora, rank)?;
+    let body = |blocks| Cut { head_blocks, tail_blocks }.parts(blocks).map(|[_, body, _]| body);
+    let begun = Instant::now();
+    let measured = bench::measure(model.as_deref(), body, &device, shape, steps, || begun.elapsed())?;
+    match json {
+        true => print(measured.to_json()),
+        false => print(measured.to_text()),
+    }
+}
+
 fn print(line: impl Display) -> anyhow::Result<()> {
     writeln!(std::io::stdout(), "{line}").context("failed to print")
 }

@@ -5,18 +5,18 @@ use std::future::Future;
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use experiment::{Backend, Columns, Experiment, Seed, WeightType};
-use model::bench::Shape;
+use model::Part;
+use model::bench::{self, Shape};
 use model::source::BlobStore;
 use net::Invitation;
 use serde_json::json;
 use tokio::sync::watch;
 
-use crate::bench::{BenchTrain, Benched};
 use crate::data::read_records;
 use crate::device_choice::DeviceChoice;
 use crate::device_log::{Canary, FactoryDevice, write_files};
@@ -431,52 +431,15 @@ async fn swarm(arguments: SwarmArguments, stop: watch::Receiver<bool>) -> anyhow
 
 fn bench_train(arguments: BenchTrainArguments) -> anyhow::Result<()> {
     let BenchTrainArguments { model, random: _, batch, lora, rank, steps, device, json } = arguments;
-    let numbers = batch.split_once('x').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
-    let (sequences, tokens) = match numbers {
-        Some((sequences @ 1.., tokens @ 1..)) => (sequences, tokens),
-        _ => bail!("--batch is `{batch}`; give SEQUENCESxTOKENS, such as 4x128"),
-    };
-    if !(1..=1024).contains(&rank) || steps == 0 {
-        bail!("--rank goes from 1 to 1024, --steps from 1");
-    }
-    let targets: Vec<String> = match lora.as_str() {
-        "all" => experiment::TARGETS.map(str::to_owned).to_vec(),
-        names => names.split(',').map(str::to_owned).collect(),
-    };
-    if let Some(strange) = targets.iter().find(|target| !experiment::TARGETS.contains(&target.as_str())) {
-        bail!("--lora names `{strange}`; give `all` or some of {}", experiment::TARGETS.join(","));
-    }
+    let shape = Shape::parse(&batch, &lora, rank)?;
     let device = device.choice().over(&Default::default());
-    let shape = Shape { sequences, tokens, rank, targets };
-    let Benched { measured, load_ms, peak_rss_bytes } =
-        BenchTrain { model, shape, device: device.clone(), steps }.run()?;
-    let (median_ms, gflops) = (measured.median_ms(), measured.gflops());
-    let share = measured.peak_gflops.map(|peak| gflops / peak);
-    let backend = device.backend.name();
-    if json {
-        return print(json!({
-            "backend": backend, "isa": measured.instructions, "weights": device.weights, "step_ms": measured.step_ms,
-            "median_ms": median_ms, "tokens_per_s": measured.tokens_per_s(), "gflops": gflops,
-            "peak_gflops": measured.peak_gflops, "peak_share": share, "kernel_ms": measured.kernel_ms,
-            "load_ms": load_ms, "peak_rss_bytes": peak_rss_bytes,
-        }));
+    let begun = Instant::now();
+    let whole = |blocks| Ok(Part::whole(blocks));
+    let measured = bench::measure(model.as_deref(), whole, &device, shape, steps, || begun.elapsed())?;
+    match json {
+        true => print(measured.to_json()),
+        false => print(measured.to_text()),
     }
-    print(format_args!(
-        "{backend} {}, {:?} weights, batch {batch}, rank {rank} on {lora}",
-        measured.instructions, device.weights
-    ))?;
-    print(format_args!(
-        "{median_ms:.0} ms a step (median of {steps}), {:.0} tokens/s, {gflops:.0} GFLOP/s",
-        measured.tokens_per_s()
-    ))?;
-    if let (Some(peak), Some(share)) = (measured.peak_gflops, share) {
-        print(format_args!("{:.0} % of this machine's {peak:.0} GFLOP/s in products of that type", 100.0 * share))?;
-    }
-    for (kernel, ms) in &measured.kernel_ms {
-        print(format_args!("  {kernel:16} {ms:8.1} ms"))?;
-    }
-    let rss = peak_rss_bytes.map_or("unknown".to_owned(), |bytes| format!("{:.0} MB", bytes as f64 / 1e6));
-    print(format_args!("loaded in {load_ms:.0} ms, peak memory {rss}"))
 }
 
 fn generate(arguments: GenerateArguments) -> anyhow::Result<()> {

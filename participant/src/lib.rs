@@ -5,7 +5,6 @@
 //! [`join`] for a device, [`trainer`] for what a step is, and [`cli`] for the commands.
 #![recursion_limit = "512"]
 
-pub mod bench;
 pub mod body_link;
 pub mod cli;
 pub mod data;

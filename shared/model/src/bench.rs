@@ -3,12 +3,15 @@
 //! It reads no clock; whoever measures brings one.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use experiment::{Factors, Seed};
 use rand::Rng;
+use serde_json::{Value, json};
 
+use crate::adapter::TARGETS;
 use crate::optimizer::Settings;
 use crate::source::{Source, random::RandomModel};
 use crate::stage::{ComputeDevice, Dropout, Input, Lora};
@@ -24,7 +27,7 @@ pub struct Shape {
     pub targets: Vec<String>,
 }
 
-pub struct Workload {
+struct Workload {
     stage: Stage,
     adapter: Adapter,
     lora: Lora,
@@ -40,9 +43,13 @@ pub struct Workload {
 /// What the measured steps amounted to.
 #[derive(Debug, Clone)]
 pub struct Measured {
+    /// From opening the model to the first step.
+    pub load_ms: f64,
+    /// The process' largest resident set, where the system tells it.
+    pub peak_rss_bytes: Option<u64>,
     pub step_ms: Vec<f64>,
     pub tokens: usize,
-    /// Arithmetic that a step needs at least: see [`Workload::flops`].
+    /// Arithmetic that a step needs at least: see `Workload::flops`.
     pub flops: f64,
     /// Mean of a step, by kernel; empty where the kernels are not ours.
     pub kernel_ms: BTreeMap<&'static str, f64>,
@@ -51,8 +58,53 @@ pub struct Measured {
     pub instructions: &'static str,
 }
 
+impl Shape {
+    /// From `SEQUENCESxTOKENS`, and names of layers or `all`.
+    pub fn parse(batch: &str, layers: &str, rank: u32) -> Result<Self, ModelError> {
+        let refused = |what: String| Err(ModelError::Mismatch(what));
+        let numbers = batch.split_once('x').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+        let Some((sequences @ 1.., tokens @ 1..)) = numbers else {
+            return refused(format!("the batch is `{batch}`; give SEQUENCESxTOKENS, such as 4x128"));
+        };
+        let targets: Vec<String> = match layers {
+            "all" => TARGETS.map(str::to_owned).to_vec(),
+            names => names.split(',').map(str::to_owned).collect(),
+        };
+        if let Some(strange) = targets.iter().find(|target| !TARGETS.contains(&target.as_str())) {
+            return refused(format!("no layer is called `{strange}`; give `all` or some of {}", TARGETS.join(",")));
+        }
+        if !(1..=1024).contains(&rank) {
+            return refused(format!("the rank is {rank}; it goes from 1 to 1024"));
+        }
+        Ok(Self { sequences, tokens, rank, targets })
+    }
+}
+
+/// Loads a model (SmolLM2-135M's shape with random weights, if there is no path) and measures steps of the part that
+/// `part` makes of its number of blocks. `clock` tells the time since any fixed moment.
+pub fn measure(
+    model: Option<&Path>,
+    part: impl FnOnce(usize) -> Result<Part, ModelError>,
+    device: &experiment::Device,
+    shape: Shape,
+    steps: usize,
+    clock: impl Fn() -> Duration,
+) -> Result<Measured, ModelError> {
+    let device = ComputeDevice::new(device)?.timed();
+    let begun = clock();
+    let source = match model {
+        Some(path) => crate::source::open(path)?,
+        None => smollm2_135m()?,
+    };
+    let part = part(source.config().blocks)?;
+    let mut workload = Workload::new(&*source, part, &device, shape)?;
+    let load_ms = (clock() - begun).as_secs_f64() * 1e3;
+    drop(source);
+    Ok(Measured { load_ms, ..workload.measure(steps.max(1), clock)? })
+}
+
 impl Workload {
-    pub fn new(source: &dyn Source, part: Part, device: &ComputeDevice, shape: Shape) -> Result<Self, ModelError> {
+    fn new(source: &dyn Source, part: Part, device: &ComputeDevice, shape: Shape) -> Result<Self, ModelError> {
         let config = source.config();
         let Shape { sequences, tokens, rank, ref targets } = shape;
         if tokens > config.context {
@@ -82,8 +134,8 @@ impl Workload {
         Ok(Self { stage, adapter, lora, optimizer, segments, tokens, targets, activations, shape })
     }
 
-    /// Steps once untimed, then `steps` times; `clock` tells the time since any fixed moment.
-    pub fn measure(&mut self, steps: usize, clock: impl Fn() -> Duration) -> Result<Measured, ModelError> {
+    /// Steps once untimed, then `steps` times.
+    fn measure(&mut self, steps: usize, clock: impl Fn() -> Duration) -> Result<Measured, ModelError> {
         self.step()?;
         let kernels = self.stage.device().kernels().cloned();
         if let Some(kernels) = &kernels {
@@ -98,6 +150,8 @@ impl Workload {
         let times = kernels.as_ref().map(|kernels| kernels.take_times()).unwrap_or_default();
         let kernel_ms = times.into_iter().map(|(name, time)| (name, time.as_secs_f64() * 1e3 / steps as f64)).collect();
         Ok(Measured {
+            load_ms: 0.0,
+            peak_rss_bytes: peak_rss_bytes(),
             step_ms,
             tokens: self.segments.tokens(),
             flops: self.flops(),
@@ -130,7 +184,7 @@ impl Workload {
     fn flops(&self) -> f64 {
         let (config, part) = (self.stage.config(), self.stage.part());
         let linear = |target: &str| config.linear_shape(target).map_or(0, |[rows, columns]| rows * columns);
-        let block: usize = crate::adapter::TARGETS.into_iter().map(linear).sum();
+        let block: usize = TARGETS.into_iter().map(linear).sum();
         let head = if part.lm_head { config.vocabulary * config.width } else { 0 };
         let attention = 6 * self.shape.tokens * config.heads * config.head_size * part.blocks.len();
         let per_token = 4 * (block * part.blocks.len() + head) + 6 * self.adapter.parameters() + attention;
@@ -154,8 +208,45 @@ impl Measured {
     }
 }
 
+impl Measured {
+    pub fn to_json(&self) -> Value {
+        json!({
+            "isa": self.instructions, "step_ms": self.step_ms, "median_ms": self.median_ms(),
+            "tokens_per_s": self.tokens_per_s(), "gflops": self.gflops(), "peak_gflops": self.peak_gflops,
+            "peak_share": self.peak_gflops.map(|peak| self.gflops() / peak), "kernel_ms": self.kernel_ms,
+            "load_ms": self.load_ms, "peak_rss_bytes": self.peak_rss_bytes,
+        })
+    }
+
+    pub fn to_text(&self) -> String {
+        let mut lines = vec![format!(
+            "{:.0} ms a step (median of {}), {:.0} tokens/s, {:.0} GFLOP/s {}",
+            self.median_ms(),
+            self.step_ms.len(),
+            self.tokens_per_s(),
+            self.gflops(),
+            self.instructions
+        )];
+        lines.extend(self.peak_gflops.map(|peak| {
+            let share = 100.0 * self.gflops() / peak;
+            format!("{share:.0} % of this machine's {peak:.0} GFLOP/s in products of that type")
+        }));
+        lines.extend(self.kernel_ms.iter().map(|(kernel, ms)| format!("  {kernel:16} {ms:8.1} ms")));
+        let memory = self.peak_rss_bytes.map_or("unknown".to_owned(), |bytes| format!("{:.0} MB", bytes as f64 / 1e6));
+        lines.push(format!("loaded in {:.0} ms, peak memory {memory}", self.load_ms));
+        lines.join("\n")
+    }
+}
+
+/// Linux tells it.
+fn peak_rss_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
+}
+
 /// SmolLM2-135M's shape with random weights, for measuring without a download.
-pub fn smollm2_135m() -> Result<Arc<dyn Source>, ModelError> {
+fn smollm2_135m() -> Result<Arc<dyn Source>, ModelError> {
     let config = ModelConfig {
         family: Family::Llama,
         vocabulary: 49_152,
