@@ -29,11 +29,6 @@ impl Engine {
         Self { path, narrow, pool: Arc::new(Pool::new(threads)), spare: Arc::default(), clock: None }
     }
 
-    /// The same threads and memory, with products of f32 alone.
-    pub fn wide(&self) -> Self {
-        Self { narrow: false, ..self.clone() }
-    }
-
     pub fn path(&self) -> Path {
         self.path
     }

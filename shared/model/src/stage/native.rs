@@ -67,6 +67,11 @@ impl NativeStage {
             let what = format!("has heads of {}; the native backend takes {HEAD_MAX}", config.head_size);
             return Err(ModelError::file(source.origin(), what));
         }
+        if !config.head_size.is_multiple_of(2) || !config.ffn.is_multiple_of(2) {
+            let (head, ffn) = (config.head_size, config.ffn);
+            let what = format!("has heads of {head} and {ffn} hidden channels; the native backend takes even numbers");
+            return Err(ModelError::file(source.origin(), what));
+        }
         let ty = native.weights;
         let matrix = |name: &str, rows: usize, columns: usize| -> Result<Frozen, ModelError> {
             Ok(Frozen::new(rows, columns, source.tensor(name, &[rows, columns])?, ty))
@@ -126,13 +131,8 @@ impl NativeStage {
         };
         let blocks = part.blocks.clone().into_par_iter().map(block).collect::<Result<_, _>>()?;
         let embedding = tied.clone().filter(|_| part.embedding);
-        // Pairs of bf16 need even sizes; a model without them is multiplied in f32.
-        let sizes = [config.width, config.ffn, config.head_size, config.vocabulary];
-        let engine = match sizes.iter().all(|size| size.is_multiple_of(2)) {
-            true => native.engine.clone(),
-            false => native.engine.wide(),
-        };
         let keep = if native.recompute { Keep::Input } else { Keep::Everything };
+        let engine = native.engine.clone();
         Ok(Self(Arc::new(Inner { config, engine, keep, embedding, blocks, head, lm_head, tied })))
     }
 
