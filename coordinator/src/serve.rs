@@ -358,6 +358,7 @@ impl Session<'_> {
                         witness: self.witness.clone(),
                         send: stream_send,
                         receive: stream_receive,
+                        finished: false,
                     };
                     streams.spawn(stream.serve());
                 }
@@ -387,7 +388,8 @@ impl Session<'_> {
     }
 }
 
-/// One stream that a participant opened.
+/// One stream that a participant opened. Dropped before its end, because it or the run is no longer wanted, it is given up:
+/// merely ended, it would look like an answer that breaks off.
 struct Stream {
     session: u64,
     participant: ParticipantName,
@@ -395,6 +397,16 @@ struct Stream {
     witness: Arc<Mutex<Witness>>,
     send: SendStream,
     receive: RecvStream,
+    finished: bool,
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if !self.finished {
+            self.send.reset(CloseCode::Stale);
+            self.receive.stop(CloseCode::Stale);
+        }
+    }
 }
 
 /// A step request, checked as far as it can be by itself.
@@ -419,6 +431,11 @@ fn locked(witness: &Mutex<Witness>) -> MutexGuard<'_, Witness> {
 }
 
 impl Stream {
+    fn finish(&mut self) {
+        self.send.finish();
+        self.finished = true;
+    }
+
     async fn serve(mut self) -> Result<(), ServeError> {
         match self.receive.message().await? {
             Request::Step {
@@ -453,13 +470,8 @@ impl Stream {
                 }
                 let served = self.step(&Step { place, purpose, segments, trained_tokens, step_tokens }).await;
                 match served {
-                    Err(StepError::Stale) => {
-                        self.send.reset(CloseCode::Stale);
-                        self.receive.stop(CloseCode::Stale);
-                        Ok(())
-                    }
                     Err(StepError::Serve(error)) => Err(error),
-                    Ok(()) => Ok(()),
+                    Ok(()) | Err(StepError::Stale) => Ok(()),
                 }
             }
             Request::FetchAdapter { round } => self.fetch_adapter(round).await,
@@ -550,7 +562,7 @@ impl Stream {
             if *purpose == Purpose::Train {
                 locked(&self.witness).finished(place.key, step.micro());
             }
-            self.send.finish();
+            self.finish();
             return Ok(());
         }
         let header = TensorHeader { kind: FrameKind::CutGradient, ..header };
@@ -565,7 +577,7 @@ impl Stream {
             locked(&self.witness).finished(place.key, step.micro());
         }
         self.receive.end().await?;
-        self.send.finish();
+        self.finish();
         Ok(())
     }
 
@@ -573,10 +585,7 @@ impl Stream {
         self.receive.end().await?;
         self.send.prioritize(StreamKind::Bulk);
         let published = self.shared.published.read().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
-        let Some((_, adapter)) = published.filter(|(published, _)| *published == round) else {
-            self.send.reset(CloseCode::Stale);
-            return Ok(());
-        };
+        let Some((_, adapter)) = published.filter(|(published, _)| *published == round) else { return Ok(()) };
         let [held, _] = self.shared.blocks();
         let share = adapter.filtered(|block| held.contains(&block));
         let tensors = listing_of(&share);
@@ -585,7 +594,7 @@ impl Stream {
             let header = self.adapter_header(round, i, info)?;
             self.send.tensor(&header, &tensor.values).await?;
         }
-        self.send.finish();
+        self.finish();
         Ok(())
     }
 
@@ -632,7 +641,7 @@ impl Stream {
             .await
             .unwrap_or(UpdateReply::Refused { reason: RefusalReason::Late, text: "the run is over".into() });
         self.send.message(&reply).await?;
-        self.send.finish();
+        self.finish();
         Ok(())
     }
 
@@ -656,7 +665,7 @@ impl Stream {
         for chunk in rest.chunks(BLOB_CHUNK_BYTES) {
             self.send.bytes(MessageKind::Blob, chunk).await?;
         }
-        self.send.finish();
+        self.finish();
         Ok(())
     }
 

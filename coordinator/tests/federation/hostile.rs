@@ -233,6 +233,26 @@ async fn a_step_before_the_round_starts_ends_its_stream_alone() {
     .await;
 }
 
+/// An answer that merely ended would be a broken peer's.
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_under_way_when_the_run_is_stopped_are_given_up() {
+    within_a_minute(async {
+        let world = World::new(one_alone);
+        let coordinator = world.coordinator();
+        let mut hostile = Hostile::join(&world, &coordinator).await;
+        let (_send, mut receive) = hostile.forward(&hostile.step(0)).await;
+        let leave = async {
+            assert!(matches!(hostile.control().await, FromCoordinator::Finish { .. }));
+            let given_up = receive.end().await;
+            assert_eq!(given_up, Err(NetError::Reset { code: Some(CloseCode::Stale), number: 3 }));
+            drop(hostile);
+        };
+        let (stopped, ()) = tokio::join!(coordinator.stop(), leave);
+        assert!(stopped.unwrap().stopped);
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_step_sent_twice_is_refused() {
     check_refused(CloseCode::Unexpected, "step 0, micro-batch 0 came", async |hostile| {
