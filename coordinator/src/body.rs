@@ -64,7 +64,6 @@ enum Job {
     Forward(ForwardJob),
     Backward { place: Place, gradient: Matrix, reply: oneshot::Sender<Result<Backward, BodyError>> },
     Commit { place: Place, commit: Commit, reply: oneshot::Sender<Result<(), BodyError>> },
-    Work { key: RoundKey, participant: ParticipantName, reply: oneshot::Sender<Work> },
     Remove { participant: ParticipantName },
     Abandon,
     Close { reply: oneshot::Sender<Closed> },
@@ -90,17 +89,6 @@ pub struct Commit {
     pub squared_norms_head: Vec<f64>,
     pub squared_norms_tail: Vec<f64>,
     pub tokens: u64,
-}
-
-/// What a member's update may rest on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Work {
-    /// Steps are missing, or the round is another.
-    Unfinished,
-    /// All steps are committed; they had this many trained tokens.
-    Finished { tokens: u64 },
-    /// Steps do not train through the body, and are not counted.
-    Uncounted,
 }
 
 /// What a round's body work amounted to.
@@ -158,11 +146,6 @@ impl BodyHandle {
 
     pub async fn commit(&self, place: Place, commit: Commit) -> Result<(), BodyError> {
         self.ask(|reply| Job::Commit { place, commit, reply }).await.unwrap_or(Err(BodyError::Stale))
-    }
-
-    /// What the member has committed, by which its update is judged.
-    pub async fn work_of(&self, key: RoundKey, participant: ParticipantName) -> Work {
-        self.ask(|reply| Job::Work { key, participant, reply }).await.unwrap_or(Work::Unfinished)
     }
 
     pub async fn remove(&self, participant: ParticipantName) {
@@ -232,8 +215,6 @@ struct Member {
     /// The step it works on.
     step: u64,
     micros_done: u32,
-    /// Trained tokens of the steps it has committed.
-    tokens: u64,
     sum: Option<Gradients>,
     /// Its backward passes are complete, its commit is not here yet.
     owes_commit: bool,
@@ -268,7 +249,6 @@ impl Worker {
                 drop(reply.send(self.commit(&place, commit)));
                 self.retry_waiting();
             }
-            Job::Work { key, participant, reply } => drop(reply.send(self.work_of(key, &participant))),
             Job::Remove { participant } => {
                 self.remove(&participant);
                 self.retry_waiting();
@@ -300,7 +280,7 @@ impl Worker {
                 true => Some((global.clone(), self.stage.attach(&global)?)),
                 false => None,
             };
-            let member = Member { step: first_step, micros_done: 0, tokens: 0, sum: None, owes_commit: false, own };
+            let member = Member { step: first_step, micros_done: 0, sum: None, owes_commit: false, own };
             states.insert(name.clone(), member);
         }
         let shared = match mode == SplitMode::U && !own {
@@ -406,7 +386,6 @@ impl Worker {
         let norms = [squared_norms_head, gradients.squared_norms(&round.global), squared_norms_tail].concat();
         gradients.scale(clip_factor(norms, self.experiment.training.clip_norm));
         (member.step, member.micros_done, member.owes_commit) = (place.step + 1, 0, false);
-        member.tokens += tokens;
         let rate = self.experiment.training.learning_rate_at(place.step, self.experiment.total_steps());
         let training = &self.experiment.training;
         if let Some((adapter, lora)) = &mut member.own {
@@ -448,18 +427,6 @@ impl Worker {
         optimizer.step(&mut shared.adapter, &mean, rate);
         shared.lora = self.stage.attach(&shared.adapter)?;
         Ok(())
-    }
-
-    fn work_of(&self, key: RoundKey, participant: &ParticipantName) -> Work {
-        let Some(round) = self.round.as_ref().filter(|round| round.key == key) else { return Work::Unfinished };
-        if self.experiment.split.mode != SplitMode::U {
-            return Work::Uncounted;
-        }
-        let end = round.first_step + self.experiment.federation.local_steps;
-        match round.members.get(participant) {
-            Some(member) if member.step == end => Work::Finished { tokens: member.tokens },
-            _ => Work::Unfinished,
-        }
     }
 
     fn remove(&mut self, participant: &ParticipantName) {

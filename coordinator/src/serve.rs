@@ -21,10 +21,10 @@ use wire::{
     TensorInfo, UpdateReply,
 };
 
-use crate::body::{self, BodyError, BodyHandle, Forward, Place, RoundKey, Work};
+use crate::body::{self, BodyError, BodyHandle, Forward, Place, RoundKey};
 use crate::home::{Home, RedeemError};
 use crate::round::ParticipantName;
-use crate::witness::{Micro, Witness};
+use crate::witness::{Micro, Witness, Work};
 
 /// A peer that connects must say hello within this time.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);

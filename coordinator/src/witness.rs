@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use experiment::{Experiment, SplitMode};
 
-use crate::body::{RoundKey, Work};
+use crate::body::RoundKey;
 
 #[derive(Debug)]
 pub struct Witness {
@@ -20,6 +20,17 @@ pub struct Witness {
     step_tokens_max: u64,
     /// In the order in which they were given.
     rounds: Vec<Given>,
+}
+
+/// What a member's update may rest on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Work {
+    /// Steps are missing, or the round is another.
+    Unfinished,
+    /// All steps are committed; they had this many trained tokens.
+    Finished { tokens: u64 },
+    /// Steps do not train through the body, and are not counted.
+    Uncounted,
 }
 
 /// A step's micro-batch, as its request describes it.
