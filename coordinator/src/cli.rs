@@ -68,7 +68,7 @@ enum Command {
     )]
     Export(ExportArguments),
     /// Measure this machine
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  coordinator bench body --weights bf16")]
     Bench(BenchCommand),
 }
 

@@ -73,7 +73,7 @@ enum Command {
     #[command(after_help = "Example:\n  participant init-adapter configs/demo.toml --out initial/")]
     InitAdapter(InitAdapterArguments),
     /// Measure this machine
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  participant bench train --weights bf16")]
     Bench(BenchCommand),
     /// Write made-up command and log text of factory devices, to demonstrate and test with
     #[command(after_help = "Example:\n  participant device-log --out data/ --records 400")]
