@@ -42,7 +42,7 @@ macro_rules! check {
                 }
             }
             for path in Path::available() {
-                println!("on {path:?}");
+                println!("path {path:?}");
                 path.run(Check);
             }
         }
