@@ -9,7 +9,7 @@
 #   3  on an emulated aarch64, for NEON and its bf16 products
 #   4  under Miri, which knows plain Rust alone: the portable path, and the threads
 #
-# Some twelve minutes on two cores, or three with --quick, which draws a tenth of the shapes and leaves Miri out. What cannot
+# Some eight minutes on two cores, or three with --quick, which draws a tenth of the shapes and leaves Miri out. What cannot
 # run on this machine says SKIPPED and why. Compilers, emulator and Miri are fetched where that is possible.
 
 set -euo pipefail
