@@ -3,7 +3,7 @@
 use crate::buffer::Buffer;
 use crate::engine::{Engine, Shared, Task};
 use crate::product::{Factor, Inner, LowRank, Outer, Part, inner, outer};
-use crate::rows::{Blocking, Packed, RowBlock, chunk, chunks};
+use crate::rows::{Blocking, Group, Packed, RowBlock, chunk, chunks};
 use crate::simd::Simd;
 use crate::tile::Tile;
 
@@ -41,6 +41,10 @@ impl Pair {
         let turned = (0..rank).flat_map(|r| (0..outputs).map(move |o| scale * b[o * rank + r]));
         Self { a: Factor::new(rank, inputs, a.iter().copied()), b: Factor::new(rank, outputs, turned), scale }
     }
+
+    pub fn rank(&self) -> usize {
+        self.a.rank
+    }
 }
 
 /// What a product's adapters need to know of it: the layers that share its input.
@@ -65,6 +69,17 @@ pub(crate) struct Inners {
     parts: Vec<Inner>,
     /// For every layer the part and the first column.
     places: Vec<(usize, usize)>,
+}
+
+impl Inners {
+    /// Those of some groups, one after the other, all of adapters of the same ranks.
+    pub(crate) fn gathered(engine: &Engine, groups: &[(&Self, &Group)]) -> Self {
+        let places = &groups[0].0.places;
+        assert!(groups.iter().all(|(inners, _)| inners.places == *places), "adapters of different ranks");
+        let part = |i: usize| groups.iter().map(|(inners, group)| (&inners.parts[i], *group)).collect::<Vec<_>>();
+        let parts = (0..groups[0].0.parts.len()).map(|i| Inner::gathered(engine, &part(i))).collect();
+        Self { parts, places: places.clone() }
+    }
 }
 
 impl<'a> Layers<'a> {

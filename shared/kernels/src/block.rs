@@ -13,7 +13,7 @@ use crate::kept::Kept;
 use crate::norm::RmsNorm;
 use crate::product::{Columns, Inner, LowRank, Part, Plus, Term, product};
 use crate::rope::{self, Heads, Rotation};
-use crate::rows::{Blocking, Packed};
+use crate::rows::{Blocking, Group, Packed};
 
 /// What a block is made of; the layers stand in the order of the adapters' [`LAYERS`].
 pub struct BlockWeights {
@@ -71,6 +71,74 @@ struct SavedInner {
     gate_up: Kept,
     /// `x Aᵀ` of q, k and v, of o, of gate and up, and of down.
     inners: [Option<Inners>; 4],
+}
+
+/// What one group of a pass has left in a block.
+pub struct GroupSaved<'a> {
+    pub saved: &'a Saved,
+    pub pass: &'a Pass,
+    pub group: usize,
+}
+
+impl Saved {
+    /// What groups of several passes have left, for a backward pass over them together. Their adapters have the same
+    /// ranks, and the passes were kept alike.
+    ///
+    /// # Panics
+    /// If not, or if there is no group.
+    pub fn gathered<'a>(engine: &Engine, groups: &[GroupSaved<'a>]) -> Self {
+        let x: Vec<&Kept> = groups.iter().map(|part| &part.saved.x).collect();
+        let inners: Vec<&SavedInner> = groups.iter().filter_map(|part| part.saved.inner.as_ref()).collect();
+        assert!(inners.is_empty() || inners.len() == groups.len(), "passes that were kept differently");
+        let inner = (!inners.is_empty()).then(|| SavedInner {
+            attention_factors: gathered(engine, groups, &inners, |inner| &inner.attention_factors),
+            ffn_factors: gathered(engine, groups, &inners, |inner| &inner.ffn_factors),
+            raw_heads: inners[0].raw_heads.is_some().then(|| {
+                gathered_kept(engine, groups, inners.iter().map(|inner| inner.raw_heads.as_ref().expect("kept alike")))
+            }),
+            qkv: gathered_kept(engine, groups, inners.iter().map(|inner| &inner.qkv)),
+            mixed: gathered_kept(engine, groups, inners.iter().map(|inner| &inner.mixed)),
+            sums: gathered(engine, groups, &inners, |inner| &inner.sums),
+            middle: gathered_kept(engine, groups, inners.iter().map(|inner| &inner.middle)),
+            gate_up: gathered_kept(engine, groups, inners.iter().map(|inner| &inner.gate_up)),
+            inners: std::array::from_fn(|i| {
+                let parts = groups.iter().zip(&inners);
+                let of_group =
+                    |(part, inner): (&GroupSaved<'a>, &&'a SavedInner)| Some((inner.inners[i].as_ref()?, part.rows()));
+                let some: Vec<_> = parts.filter_map(of_group).collect();
+                (!some.is_empty()).then(|| Inners::gathered(engine, &some))
+            }),
+        });
+        Self { x: gathered_kept(engine, groups, x.into_iter()), inner }
+    }
+}
+
+impl<'a> GroupSaved<'a> {
+    fn rows(&self) -> &'a Group {
+        &self.pass.blocking.groups[self.group]
+    }
+
+    /// Where the group's rows lie among so many numbers of all rows.
+    fn of(&self, numbers: usize) -> std::ops::Range<usize> {
+        let columns = numbers / self.pass.blocking.rows;
+        let rows = &self.rows().rows;
+        rows.start * columns..rows.end * columns
+    }
+}
+
+fn gathered(
+    engine: &Engine,
+    groups: &[GroupSaved<'_>],
+    inners: &[&SavedInner],
+    of: impl Fn(&SavedInner) -> &Buffer<f32>,
+) -> Buffer<f32> {
+    let parts: Vec<_> = groups.iter().zip(inners).map(|(part, inner)| (of(inner), part.of(of(inner).len()))).collect();
+    engine.gathered(&parts)
+}
+
+fn gathered_kept<'a>(engine: &Engine, groups: &[GroupSaved<'_>], kept: impl Iterator<Item = &'a Kept>) -> Kept {
+    let parts: Vec<_> = groups.iter().zip(kept).map(|(part, kept)| (kept, part.of(kept.len()))).collect();
+    Kept::gathered(engine, &parts)
 }
 
 /// Gradients of a block's adapters, by group.

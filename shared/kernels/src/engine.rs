@@ -1,6 +1,7 @@
 //! What all kernels of a device share: the instructions, the threads and the memory.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -76,6 +77,17 @@ impl Engine {
     pub(crate) fn copy_of(&self, values: &[f32]) -> Buffer<f32> {
         let mut buffer = self.take(values.len());
         buffer.copy_from_slice(values);
+        buffer
+    }
+
+    /// Some numbers of each, one after the other.
+    pub(crate) fn gathered(&self, parts: &[(&Buffer<f32>, Range<usize>)]) -> Buffer<f32> {
+        let mut buffer = self.take(parts.iter().map(|(_, numbers)| numbers.len()).sum());
+        let mut at = 0;
+        for (from, numbers) in parts {
+            buffer[at..at + numbers.len()].copy_from_slice(&from[numbers.clone()]);
+            at += numbers.len();
+        }
         buffer
     }
 

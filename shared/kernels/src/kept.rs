@@ -1,5 +1,7 @@
 //! Activations that wait for the backward pass: as they are, or as bf16.
 
+use std::ops::Range;
+
 use crate::buffer::Buffer;
 use crate::engine::{Engine, Shared, Task};
 use crate::simd::Simd;
@@ -42,12 +44,38 @@ impl Kept {
     pub(crate) fn widened(self, engine: &Engine) -> Buffer<f32> {
         match self {
             Self::F32(numbers) => numbers,
-            Self::Bf16(narrow) => widen(engine, &narrow),
+            Self::Bf16(narrow) => {
+                let mut wide = engine.take(narrow.len());
+                widen(engine, &narrow, &mut wide);
+                wide
+            }
+        }
+    }
+
+    /// Some numbers of each, one after the other, widened.
+    pub(crate) fn gathered(engine: &Engine, parts: &[(&Self, Range<usize>)]) -> Self {
+        let mut wide = engine.take(parts.iter().map(|(_, numbers)| numbers.len()).sum());
+        let mut at = 0;
+        for (kept, numbers) in parts {
+            let to = &mut wide[at..at + numbers.len()];
+            match kept {
+                Self::F32(from) => to.copy_from_slice(&from[numbers.clone()]),
+                Self::Bf16(from) => widen(engine, &from[numbers.clone()], to),
+            }
+            at += numbers.len();
+        }
+        Self::F32(wide)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::F32(numbers) => numbers.len(),
+            Self::Bf16(numbers) => numbers.len(),
         }
     }
 }
 
-fn widen(engine: &Engine, narrow: &[u16]) -> Buffer<f32> {
+fn widen(engine: &Engine, narrow: &[u16], wide: &mut [f32]) {
     struct Widen<'a>(&'a [u16], Shared<f32>);
     impl Task for Widen<'_> {
         const KERNEL: &'static str = "keep";
@@ -64,8 +92,7 @@ fn widen(engine: &Engine, narrow: &[u16]) -> Buffer<f32> {
             }
         }
     }
-    let mut wide = engine.take(narrow.len());
+    assert_eq!(narrow.len(), wide.len());
     let to = Shared(wide.as_mut_ptr());
     engine.parallel(narrow.len().div_ceil(NUMBERS), &Widen(narrow, to));
-    wide
 }

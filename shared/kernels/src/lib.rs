@@ -29,7 +29,7 @@ mod simd;
 mod tile;
 
 pub use adapter::{BlockAdapter, LAYERS, Masks, Pair, PairGradients};
-pub use block::{Block, BlockGradients, BlockWeights, Keep, Pass, Saved, Stream};
+pub use block::{Block, BlockGradients, BlockWeights, GroupSaved, Keep, Pass, Saved, Stream};
 pub use decode::Cache;
 pub use engine::Engine;
 pub use frozen::{Frozen, WeightType};

@@ -1,11 +1,12 @@
 //! Products of activations with frozen weights, each with its adapter's low-rank part in the same pass.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use crate::buffer::{Buffer, Memory, SPOILED};
 use crate::engine::{Engine, Shared, Task};
 use crate::frozen::{F32, Frozen, Panel, pack};
-use crate::rows::{Blocking, Packed, chunk, chunks, pack_rows};
+use crate::rows::{Blocking, Group, Packed, chunk, chunks, pack_rows};
 use crate::simd::{PANEL_MAX, Simd};
 use crate::tile::Tile;
 
@@ -257,6 +258,21 @@ pub(crate) struct Inner {
 }
 
 impl Inner {
+    /// The same columns of some groups' rows, one group after the other.
+    pub(crate) fn gathered(engine: &Engine, parts: &[(&Self, &Group)]) -> Self {
+        let columns = parts[0].0.columns;
+        assert!(parts.iter().all(|(inner, _)| inner.columns == columns), "adapters of different ranks");
+        let tile = columns * engine.path().tile_rows();
+        let times = |range: &Range<usize>, n: usize| range.start * n..range.end * n;
+        let numbers = parts.iter().map(|(inner, group)| (&inner.numbers, times(&group.rows, columns)));
+        let packed = parts.iter().map(|(inner, group)| (&inner.packed, times(&group.blocks, tile)));
+        Self {
+            numbers: engine.gathered(&numbers.collect::<Vec<_>>()),
+            packed: engine.gathered(&packed.collect::<Vec<_>>()),
+            columns,
+        }
+    }
+
     /// Gives a tile the low-rank part of `block`: columns from `at` on, times columns of the factor from `column` on.
     ///
     /// # Safety

@@ -1,7 +1,8 @@
 //! A block's output, and its gradients against central differences of the reference.
 
 use kernels::{
-    Block, BlockAdapter, BlockWeights, Cache, Engine, Frozen, Keep, Masks, Pair, Pass, Rotation, Stream, WeightType,
+    Block, BlockAdapter, BlockWeights, Cache, Engine, Frozen, GroupSaved, Keep, Masks, Pair, Pass, Rotation, Saved,
+    Stream, WeightType,
 };
 
 use crate::reference;
@@ -156,6 +157,33 @@ impl Made {
         let saved = saved.expect("something is kept");
         let (dx, gradients) = self.block.backward(engine, &pass, saved, slope, &adapters, [true, true], masks, true);
         (y.to_vec(), dx.expect("asked for").to_vec(), gradients)
+    }
+
+    /// As `run`, but the backward pass goes over some of the groups alone, in this order.
+    fn run_some(&self, engine: &Engine, keep: Keep, some: &[usize]) -> (Vec<f32>, kernels::BlockGradients) {
+        let pass = self.pass(engine);
+        let adapters: Vec<&BlockAdapter> = self.adapters.iter().collect();
+        let x = Stream::new(engine, &self.x);
+        let (_, saved) = self.block.forward(engine, &pass, x, &adapters, None, keep);
+        let saved = saved.expect("something is kept");
+        let rows = |group: usize| {
+            let before: usize = self.case.groups[..group].iter().flatten().sum();
+            before..before + self.case.groups[group].iter().sum::<usize>()
+        };
+        let pick = |values: &[f32], columns: usize| -> Vec<f32> {
+            let one = |&group: &usize| &values[rows(group).start * columns..rows(group).end * columns];
+            some.iter().flat_map(one).copied().collect()
+        };
+        let groups: Vec<Vec<usize>> = some.iter().map(|&group| self.case.groups[group].clone()).collect();
+        let half = self.case.size / 2;
+        let rotation = Rotation { cos: pick(&self.rotation.cos, half), sin: pick(&self.rotation.sin, half) };
+        let parts: Vec<_> = some.iter().map(|&group| GroupSaved { saved: &saved, pass: &pass, group }).collect();
+        let gathered = Saved::gathered(engine, &parts);
+        let pass = Pass::new(engine, &groups, rotation);
+        let adapters: Vec<&BlockAdapter> = some.iter().map(|&group| &self.adapters[group]).collect();
+        let slope = Stream::new(engine, &pick(&self.slope, self.case.width));
+        let (dx, gradients) = self.block.backward(engine, &pass, gathered, slope, &adapters, [true, true], None, true);
+        (dx.expect("asked for").to_vec(), gradients)
     }
 
     /// The output of the only segment, some tokens at a time.
@@ -328,6 +356,31 @@ fn a_row_does_not_depend_on_the_batch_around_it_nor_on_threads() {
                     let together = gradients[1][layer].as_ref();
                     assert_eq!(together.map(|g| &g.a), lone.as_ref().map(|g| &g.a), "{path:?} layer {layer}");
                     assert_eq!(together.map(|g| &g.b), lone.as_ref().map(|g| &g.b), "{path:?} layer {layer}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn groups_of_a_pass_go_back_together_with_others_or_alone() {
+    for (weights, keep) in [
+        (WeightType::F32, Keep::Everything),
+        (WeightType::F32, Keep::Input),
+        (WeightType::Bf16, Keep::Everything),
+        (WeightType::Bf16, Keep::Input),
+    ] {
+        let groups = vec![vec![5, 1, 14], vec![13], vec![9, 8]];
+        let all = made(Case { groups, ranks: vec![4, 0, 4], head_norms: true, ..Case::small(weights) }, 9);
+        for engine in engines(weights != WeightType::F32) {
+            let (_, dx, gradients) = all.run(&engine, keep);
+            let (some_dx, some) = all.run_some(&engine, keep, &[2, 0]);
+            let width = all.case.width;
+            assert!(some_dx == [&dx[33 * width..], &dx[..20 * width]].concat(), "{:?}", engine.path());
+            for (found, group) in some.iter().zip([2, 0]) {
+                for (found, expected) in found.iter().zip(&gradients[group]) {
+                    assert_eq!(found.as_ref().map(|g| &g.a), expected.as_ref().map(|g| &g.a), "{:?}", engine.path());
+                    assert_eq!(found.as_ref().map(|g| &g.b), expected.as_ref().map(|g| &g.b), "{:?}", engine.path());
                 }
             }
         }
