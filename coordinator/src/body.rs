@@ -1,6 +1,8 @@
 //! The body's compute: one thread that owns the base weights, their adapters and optimizers, behind a bounded queue.
 //!
-//! Jobs of several participants interleave; the [`Barrier`] and each member's own count of steps say which may run. The
+//! Jobs of several participants interleave; the [`Barrier`] and each member's own count of steps say which may run. What
+//! is waiting is computed together, in one pass over the base, each micro-batch with its own adapter: nobody waits for
+//! others to come, and nobody's result depends on who was there. The
 //! thread never sees a socket or a clock that decides anything (it measures how long it computes, no more). A job that
 //! belongs to a round that is over is answered [`BodyError::Stale`].
 
@@ -10,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use experiment::{BodyAdapters, Experiment, Seed, SplitMode, Strategy};
 use model::adapter::gradients::clip_factor;
-use model::stage::{Dropout, Input, Lora, Pending};
+use model::stage::{Dropout, Input, Lora, Pending, Recording};
 use model::{AdamW, Adapter, Gradients, Matrix, ModelError, Segments, Stage};
 use tokio::sync::{mpsc, oneshot};
 
@@ -19,6 +21,8 @@ use crate::round::ParticipantName;
 
 /// Jobs that wait at most; a participant has one or two.
 const QUEUE_JOBS: usize = 64;
+/// Tokens of a pass over several micro-batches at most: more would save nothing and take more memory at once.
+const PASS_TOKENS_MAX: usize = 2048;
 
 /// One attempt of one round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,9 +64,14 @@ pub enum Forward {
 }
 
 enum Job {
-    Open { key: RoundKey, members: Vec<ParticipantName>, first_step: u64, adapter: Adapter },
     Forward(ForwardJob),
-    Backward { place: Place, gradient: Matrix, reply: oneshot::Sender<Result<Backward, BodyError>> },
+    Backward(BackwardJob),
+    Change(Change),
+}
+
+/// What may change what a pass computes.
+enum Change {
+    Open { key: RoundKey, members: Vec<ParticipantName>, first_step: u64, adapter: Adapter },
     Commit { place: Place, commit: Commit, reply: oneshot::Sender<Result<(), BodyError>> },
     Remove { participant: ParticipantName },
     Abandon,
@@ -76,6 +85,12 @@ struct ForwardJob {
     segments: Segments,
     x: Matrix,
     reply: oneshot::Sender<Result<Matrix, BodyError>>,
+}
+
+struct BackwardJob {
+    place: Place,
+    gradient: Matrix,
+    reply: oneshot::Sender<Result<Backward, BodyError>>,
 }
 
 pub struct Backward {
@@ -116,6 +131,7 @@ impl BodyHandle {
             stage,
             optimizers: optimizers.into_iter().collect(),
             round: None,
+            ready: Ready::default(),
             computing: Duration::ZERO,
             idle: Duration::ZERO,
         };
@@ -125,7 +141,7 @@ impl BodyHandle {
 
     /// Opens a round with the body's share of the global adapter.
     pub async fn open(&self, key: RoundKey, members: Vec<ParticipantName>, first_step: u64, adapter: Adapter) {
-        self.tell(Job::Open { key, members, first_step, adapter }).await;
+        self.tell(Job::Change(Change::Open { key, members, first_step, adapter })).await;
     }
 
     pub async fn forward(
@@ -141,29 +157,29 @@ impl BodyHandle {
     }
 
     pub async fn backward(&self, place: Place, gradient: Matrix) -> Result<Backward, BodyError> {
-        self.ask(|reply| Job::Backward { place, gradient, reply }).await.unwrap_or(Err(BodyError::Stale))
+        self.ask(|reply| Job::Backward(BackwardJob { place, gradient, reply })).await.unwrap_or(Err(BodyError::Stale))
     }
 
     pub async fn commit(&self, place: Place, commit: Commit) -> Result<(), BodyError> {
-        self.ask(|reply| Job::Commit { place, commit, reply }).await.unwrap_or(Err(BodyError::Stale))
+        self.ask(|reply| Job::Change(Change::Commit { place, commit, reply })).await.unwrap_or(Err(BodyError::Stale))
     }
 
     pub async fn remove(&self, participant: ParticipantName) {
-        self.tell(Job::Remove { participant }).await;
+        self.tell(Job::Change(Change::Remove { participant })).await;
     }
 
     /// Forgets what the open round has trained.
     pub async fn abandon(&self) {
-        self.tell(Job::Abandon).await;
+        self.tell(Job::Change(Change::Abandon)).await;
     }
 
     pub async fn close(&self) -> Option<Closed> {
-        self.ask(|reply| Job::Close { reply }).await
+        self.ask(|reply| Job::Change(Change::Close { reply })).await
     }
 
     /// Every optimizer, to be kept with the finished round.
     pub async fn optimizers(&self) -> Vec<(String, AdamW)> {
-        self.ask(|reply| Job::Optimizers { reply }).await.unwrap_or_default()
+        self.ask(|reply| Job::Change(Change::Optimizers { reply })).await.unwrap_or_default()
     }
 
     async fn tell(&self, job: Job) {
@@ -184,8 +200,19 @@ struct Worker {
     /// By participant; the shared body's has the empty name.
     optimizers: BTreeMap<String, AdamW>,
     round: Option<OpenRound>,
+    ready: Ready,
     computing: Duration,
     idle: Duration,
+}
+
+/// Jobs whose turn has come, to be computed together. A pass is over before anything else happens that could change what
+/// it computes.
+#[derive(Default)]
+struct Ready {
+    evaluated: Vec<ForwardJob>,
+    recorded: Vec<ForwardJob>,
+    backward: Vec<(BackwardJob, Pending)>,
+    tokens: usize,
 }
 
 struct OpenRound {
@@ -200,7 +227,8 @@ struct OpenRound {
     shared: Option<Shared>,
     /// Forward jobs whose turn has not come.
     waiting: Vec<ForwardJob>,
-    pending: HashMap<(ParticipantName, u64, u32), Pending>,
+    /// By participant, step and micro-batch; nothing while the forward pass is under way.
+    pending: HashMap<(ParticipantName, u64, u32), Option<Pending>>,
 }
 
 struct Shared {
@@ -230,6 +258,10 @@ impl Worker {
             self.idle += waited.elapsed();
             let computed = Instant::now();
             self.perform(job);
+            while let Ok(job) = queue.try_recv() {
+                self.perform(job);
+            }
+            self.compute();
             self.computing += computed.elapsed();
         }
     }
@@ -237,29 +269,38 @@ impl Worker {
     /// A reply nobody waits for belongs to a stream that is gone: dropping it is right.
     fn perform(&mut self, job: Job) {
         match job {
-            Job::Open { key, members, first_step, adapter } => {
+            Job::Forward(job) => self.forward(job),
+            Job::Backward(job) => self.backward(job),
+            Job::Change(change) => {
+                self.compute();
+                self.change(change);
+            }
+        }
+    }
+
+    fn change(&mut self, change: Change) {
+        match change {
+            Change::Open { key, members, first_step, adapter } => {
                 if let Err(error) = self.open(key, members, first_step, adapter) {
                     tracing::error!(%error, "the body cannot take the global adapter");
                     self.round = None;
                 }
             }
-            Job::Forward(job) => self.forward(job),
-            Job::Backward { place, gradient, reply } => drop(reply.send(self.backward(&place, gradient))),
-            Job::Commit { place, commit, reply } => {
+            Change::Commit { place, commit, reply } => {
                 drop(reply.send(self.commit(&place, commit)));
                 self.retry_waiting();
             }
-            Job::Remove { participant } => {
+            Change::Remove { participant } => {
                 self.remove(&participant);
                 self.retry_waiting();
             }
-            Job::Abandon => {
+            Change::Abandon => {
                 if let Some(round) = self.round.take() {
                     self.optimizers = round.optimizers;
                 }
             }
-            Job::Close { reply } => drop(reply.send(self.close())),
-            Job::Optimizers { reply } => {
+            Change::Close { reply } => drop(reply.send(self.close())),
+            Change::Optimizers { reply } => {
                 drop(reply.send(self.optimizers.iter().map(|(name, o)| (name.clone(), o.clone())).collect()));
             }
         }
@@ -306,33 +347,94 @@ impl Worker {
         Ok(())
     }
 
+    /// Finds whether a forward pass may run, and leaves it to [`compute`](Self::compute).
     fn forward(&mut self, job: ForwardJob) {
+        // Its participant's gradient may be what it comes behind.
+        if self.ready.backward.iter().any(|(backward, _)| backward.place.participant == job.place.participant) {
+            self.compute();
+        }
         let Some(round) = self.round.as_mut().filter(|round| round.key == job.place.key) else {
             return drop(job.reply.send(Err(BodyError::Stale)));
         };
-        let ForwardJob { place, forward, segments, x, reply } = job;
-        let recorded = match (&forward, self.experiment.split.mode) {
+        if let Err(error) = self.stage.check_activations(&job.x, &job.segments) {
+            return drop(job.reply.send(Err(error.into())));
+        }
+        let recorded = match (&job.forward, self.experiment.split.mode) {
             (Forward::Evaluate, _) | (_, SplitMode::ForwardOnly | SplitMode::Whole) => false,
             (Forward::Train, SplitMode::U) => true,
         };
-        if !recorded {
-            let y = self.stage.forward(Input::Activations(x), &segments, &round.global_lora);
-            return drop(reply.send(y.map_err(Into::into)));
+        if recorded {
+            match round.turn(&job.place, self.experiment.federation.local_steps) {
+                Err(error) => return drop(job.reply.send(Err(error))),
+                Ok(Turn::Wait) => return round.waiting.push(job),
+                Ok(Turn::Now) => {}
+            }
+            round.pending.insert(job.place.pass(), None);
         }
-        match round.turn(&place, self.experiment.federation.local_steps) {
-            Err(error) => return drop(reply.send(Err(error))),
-            Ok(Turn::Wait) => return round.waiting.push(ForwardJob { place, forward, segments, x, reply }),
-            Ok(Turn::Now) => {}
+        self.make_room(job.segments.tokens());
+        if recorded { self.ready.recorded.push(job) } else { self.ready.evaluated.push(job) }
+    }
+
+    fn make_room(&mut self, tokens: usize) {
+        if self.ready.tokens > 0 && self.ready.tokens + tokens > PASS_TOKENS_MAX {
+            self.compute();
         }
-        let label = format!("dropout/{}/{}/{}", place.participant, place.step, place.micro);
-        let dropout = Dropout { seed: Seed(self.experiment.seed).bytes(&label) };
-        let lora = round.lora_of(&place.participant);
-        let forward = self.stage.forward_recorded(Input::Activations(x), &segments, lora, &dropout);
-        let answer = forward.map(|(y, pending)| {
-            round.pending.insert((place.participant, place.step, place.micro), pending);
-            y
+        self.ready.tokens += tokens;
+    }
+
+    /// Computes what is ready, and answers.
+    fn compute(&mut self) {
+        let Ready { mut evaluated, mut recorded, mut backward, .. } = std::mem::take(&mut self.ready);
+        // Whoever went forwards together is found to come back together.
+        let name = |job: &ForwardJob| job.place.participant.clone();
+        evaluated.sort_by_key(name);
+        recorded.sort_by_key(name);
+        backward.sort_by_key(|(job, _)| job.place.participant.clone());
+        if !evaluated.is_empty() {
+            self.evaluate(evaluated);
+        }
+        if !recorded.is_empty() {
+            self.record(recorded);
+        }
+        if !backward.is_empty() {
+            self.go_back(backward);
+        }
+    }
+
+    fn evaluate(&mut self, jobs: Vec<ForwardJob>) {
+        let Some(round) = &self.round else { return };
+        let (x, others): (Vec<_>, Vec<_>) = jobs.into_iter().map(|job| (job.x, (job.segments, job.reply))).unzip();
+        let passes = x.into_iter().zip(&others).map(|(x, (segments, _))| (x, segments, &round.global_lora)).collect();
+        let answers = each(self.stage.forward_together(passes), others.len());
+        for ((_, reply), answer) in others.into_iter().zip(answers) {
+            drop(reply.send(answer));
+        }
+    }
+
+    fn record(&mut self, jobs: Vec<ForwardJob>) {
+        let Some(round) = self.round.as_mut() else { return };
+        let mut others = Vec::new();
+        let mut inputs = Vec::new();
+        for ForwardJob { place, segments, x, reply, .. } in jobs {
+            let label = format!("dropout/{}/{}/{}", place.participant, place.step, place.micro);
+            let dropout = Dropout { seed: Seed(self.experiment.seed).bytes(&label) };
+            inputs.push(Input::Activations(x));
+            others.push((place, segments, dropout, reply));
+        }
+        let recordings = inputs.into_iter().zip(&others).map(|(input, (place, segments, dropout, _))| Recording {
+            input,
+            segments,
+            lora: round.lora_of(&place.participant),
+            dropout,
         });
-        drop(reply.send(answer.map_err(Into::into)));
+        let answers = each(self.stage.forward_recorded_together(recordings.collect()), others.len());
+        for ((place, _, _, reply), answer) in others.into_iter().zip(answers) {
+            let answer = answer.map(|(y, pending)| {
+                round.pending.insert(place.pass(), Some(pending));
+                y
+            });
+            drop(reply.send(answer));
+        }
     }
 
     /// Every waiting job is asked again: whose turn has still not come waits on.
@@ -346,11 +448,39 @@ impl Worker {
         }
     }
 
-    fn backward(&mut self, place: &Place, gradient: Matrix) -> Result<Backward, BodyError> {
-        let round = self.round.as_mut().filter(|round| round.key == place.key).ok_or(BodyError::Stale)?;
-        let pending = round.pending.remove(&(place.participant.clone(), place.step, place.micro));
-        let pending = pending.ok_or_else(|| BodyError::Misplaced("a gradient came before its forward pass".into()))?;
-        let backward = pending.backward(gradient)?;
+    /// Finds whether a backward pass may run, and leaves it to [`compute`](Self::compute).
+    fn backward(&mut self, job: BackwardJob) {
+        let round = self.round.as_mut().filter(|round| round.key == job.place.key);
+        let Some(round) = round.filter(|round| round.members.contains_key(&job.place.participant)) else {
+            return drop(job.reply.send(Err(BodyError::Stale)));
+        };
+        let Some(pending) = round.pending.get_mut(&job.place.pass()).and_then(Option::take) else {
+            let early = BodyError::Misplaced("a gradient came before its forward pass".into());
+            return drop(job.reply.send(Err(early)));
+        };
+        round.pending.remove(&job.place.pass());
+        if let Err(error) = pending.check_gradient(&job.gradient) {
+            return drop(job.reply.send(Err(error.into())));
+        }
+        self.make_room(job.gradient.rows());
+        self.ready.backward.push((job, pending));
+    }
+
+    fn go_back(&mut self, jobs: Vec<(BackwardJob, Pending)>) {
+        let (mut passes, mut others) = (Vec::new(), Vec::new());
+        for (BackwardJob { place, gradient, reply }, pending) in jobs {
+            passes.push((pending, gradient));
+            others.push((place, reply));
+        }
+        let answers = each(Pending::backward_together(passes), others.len());
+        for ((place, reply), answer) in others.into_iter().zip(answers) {
+            drop(reply.send(answer.and_then(|backward| self.take_gradients(&place, backward))));
+        }
+    }
+
+    /// Adds a micro-batch's gradients to those of its step.
+    fn take_gradients(&mut self, place: &Place, backward: model::stage::Backward) -> Result<Backward, BodyError> {
+        let round = self.round.as_mut().ok_or(BodyError::Stale)?;
         let adapter = &round.global;
         let member = round.members.get_mut(&place.participant).ok_or(BodyError::Stale)?;
         match &mut member.sum {
@@ -455,6 +585,23 @@ impl Worker {
         };
         let own = round.members.into_iter().filter_map(|(name, member)| Some((name, member.own?.0))).collect();
         Closed { shared: round.shared.map(|shared| shared.adapter), own, computing, idle }
+    }
+}
+
+/// What a pass over several gave each of them. Their shapes were checked one by one, so that a failure is everyone's.
+fn each<T>(together: Result<Vec<T>, ModelError>, count: usize) -> Vec<Result<T, BodyError>> {
+    match together {
+        Ok(all) => all.into_iter().map(Ok).collect(),
+        Err(error) => {
+            let error = error.to_string();
+            (0..count).map(|_| Err(ModelError::Mismatch(error.clone()).into())).collect()
+        }
+    }
+}
+
+impl Place {
+    fn pass(&self) -> (ParticipantName, u64, u32) {
+        (self.participant.clone(), self.step, self.micro)
     }
 }
 

@@ -75,6 +75,14 @@ pub struct Loss {
     pub tokens: usize,
 }
 
+/// A forward pass to record.
+pub struct Recording<'a> {
+    pub input: Input<'a>,
+    pub segments: &'a Segments,
+    pub lora: &'a Lora,
+    pub dropout: &'a Dropout,
+}
+
 /// A forward pass that waits for the gradient of its output. Its activations live as long as this value.
 pub struct Pending(Recorded);
 
@@ -159,6 +167,22 @@ impl Stage {
         })
     }
 
+    /// As [`forward`](Self::forward), of several participants' activations: where the device can, in one pass over the
+    /// base. Each gets what it would get alone, bit for bit.
+    pub fn forward_together(&self, all: Vec<(Matrix, &Segments, &Lora)>) -> Result<Vec<Matrix>, ModelError> {
+        let Weights::Native(stage) = &self.weights else {
+            let one =
+                |(x, segments, lora): (Matrix, &Segments, &Lora)| self.forward(Input::Activations(x), segments, lora);
+            return all.into_iter().map(one).collect();
+        };
+        let mut checked = Vec::with_capacity(all.len());
+        for (x, segments, lora) in all {
+            self.check_activations(&x, segments)?;
+            checked.push((x, segments, lora.native()?));
+        }
+        Ok(stage.forward_together(checked))
+    }
+
     /// As [`forward`](Self::forward), recorded, so that [`Pending::backward`] can follow.
     pub fn forward_recorded(
         &self,
@@ -167,17 +191,31 @@ impl Stage {
         lora: &Lora,
         dropout: &Dropout,
     ) -> Result<(Matrix, Pending), ModelError> {
-        let rows = self.entry(input, segments)?;
-        Ok(match self.with(lora)? {
-            With::Native(stage, lora) => {
-                let (output, pending) = stage.forward_recorded(rows, segments, lora, dropout);
-                (output, Pending(Recorded::Native(pending)))
+        let mut all = self.forward_recorded_together(vec![Recording { input, segments, lora, dropout }])?;
+        Ok(all.remove(0))
+    }
+
+    /// As [`forward_recorded`](Self::forward_recorded), of several participants at once: where the device can, in one pass
+    /// over the base. Each gets what it would get alone, bit for bit.
+    pub fn forward_recorded_together(&self, all: Vec<Recording<'_>>) -> Result<Vec<(Matrix, Pending)>, ModelError> {
+        match &self.weights {
+            Weights::Native(stage) => {
+                let mut checked = Vec::with_capacity(all.len());
+                for Recording { input, segments, lora, dropout } in all {
+                    checked.push((self.entry(input, segments)?, segments, lora.native()?, dropout));
+                }
+                let recorded = stage.forward_recorded_together(checked);
+                Ok(recorded.into_iter().map(|(y, pending)| (y, Pending(Recorded::Native(pending)))).collect())
             }
-            With::Tensor(stage, lora) => {
-                let (output, pending) = stage.forward_recorded(rows, segments, lora, dropout);
-                (output, Pending(Recorded::Tensor(Box::new(pending))))
+            Weights::Tensor(stage) => {
+                let one = |Recording { input, segments, lora, dropout }: Recording<'_>| {
+                    let OnDevice::Tensor(lora) = &lora.0 else { return Err(strange_device()) };
+                    let (y, pending) = stage.forward_recorded(self.entry(input, segments)?, segments, lora, dropout);
+                    Ok((y, Pending(Recorded::Tensor(Box::new(pending)))))
+                };
+                all.into_iter().map(one).collect()
             }
-        })
+        }
     }
 
     /// Loss of the predictions at every position that has a target.
@@ -287,13 +325,18 @@ impl Stage {
                 Ok(Rows::Tokens(tokens))
             }
             Input::Activations(x) => {
-                let (rows, width) = (segments.tokens(), self.config.width);
-                if (x.rows(), x.columns()) != (rows, width) {
-                    let found = [x.rows(), x.columns()];
-                    return mismatch(format!("activations of shape {found:?}; expected [{rows}, {width}]"));
-                }
+                self.check_activations(&x, segments)?;
                 Ok(Rows::Activations(x))
             }
+        }
+    }
+
+    /// Whether `x` is a residual stream of these segments.
+    pub fn check_activations(&self, x: &Matrix, segments: &Segments) -> Result<(), ModelError> {
+        let (found, expected) = ([x.rows(), x.columns()], [segments.tokens(), self.config.width]);
+        match found == expected {
+            true => Ok(()),
+            false => Err(ModelError::Mismatch(format!("activations of shape {found:?}; expected {expected:?}"))),
         }
     }
 
@@ -338,24 +381,49 @@ impl KvCache {
     }
 }
 
+impl Lora {
+    fn native(&self) -> Result<&native::Lora, ModelError> {
+        match &self.0 {
+            OnDevice::Native(lora) => Ok(lora),
+            OnDevice::Tensor(_) => Err(strange_device()),
+        }
+    }
+}
+
 impl Pending {
     /// Vector-Jacobian products for the gradient of the output, `[tokens, width]`.
     pub fn backward(self, gradient: Matrix) -> Result<Backward, ModelError> {
-        let [rows, columns] = match &self.0 {
+        Ok(Self::backward_together(vec![(self, gradient)])?.remove(0))
+    }
+
+    /// The same of several, which one pass may have recorded or many: where the device can, in one pass over the base.
+    /// Each gets what it would get alone, bit for bit.
+    pub fn backward_together(all: Vec<(Self, Matrix)>) -> Result<Vec<Backward>, ModelError> {
+        let (mut native, mut tensor) = (Vec::new(), Vec::new());
+        for (place, (pending, gradient)) in all.into_iter().enumerate() {
+            pending.check_gradient(&gradient)?;
+            match pending.0 {
+                Recorded::Native(pending) => native.push((place, (pending, gradient))),
+                Recorded::Tensor(pending) => tensor.push((place, pending.backward(gradient))),
+            }
+        }
+        let (places, native): (Vec<usize>, Vec<_>) = native.into_iter().unzip();
+        tensor.extend(places.into_iter().zip(native::Pending::backward_together(native)));
+        tensor.sort_by_key(|(place, _)| *place);
+        Ok(tensor.into_iter().map(|(_, backward)| backward).collect())
+    }
+
+    /// Whether `gradient` is one of the output.
+    pub fn check_gradient(&self, gradient: &Matrix) -> Result<(), ModelError> {
+        let expected = match &self.0 {
             Recorded::Native(pending) => pending.shape(),
             Recorded::Tensor(pending) => pending.shape(),
         };
-        if (gradient.rows(), gradient.columns()) != (rows, columns) {
-            return Err(ModelError::Mismatch(format!(
-                "a cut gradient of shape [{}, {}]; expected [{rows}, {columns}]",
-                gradient.rows(),
-                gradient.columns()
-            )));
+        let found = [gradient.rows(), gradient.columns()];
+        match found == expected {
+            true => Ok(()),
+            false => Err(ModelError::Mismatch(format!("a cut gradient of shape {found:?}; expected {expected:?}"))),
         }
-        Ok(match self.0 {
-            Recorded::Native(pending) => pending.backward(gradient),
-            Recorded::Tensor(pending) => pending.backward(gradient),
-        })
     }
 }
 

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use kernels::{
-    Block, BlockAdapter, BlockWeights, Cache, Engine, Frozen, HEAD_MAX, Head, Keep, LAYERS, Masks, Pair, Pass,
-    Rotation, Saved, Stream,
+    Block, BlockAdapter, BlockWeights, Cache, Engine, Frozen, GroupSaved, HEAD_MAX, Head, Keep, LAYERS, Masks, Pair,
+    PairGradients, Pass, Rotation, Saved, Stream,
 };
 use rayon::prelude::*;
 
@@ -42,15 +42,27 @@ struct LoraInner {
     names: Vec<[String; LAYERS]>,
 }
 
-/// The saved activations of a forward pass.
+/// What a forward pass has left of one of its groups.
 pub(super) struct Pending {
-    stage: NativeStage,
-    pass: Pass,
-    saved: Vec<Saved>,
-    lora: Lora,
-    dropout: Dropout,
+    recorded: Arc<Recorded>,
+    group: usize,
     /// The input is a residual stream, whose gradient somebody waits for.
     input_gradient: bool,
+}
+
+/// A forward pass over one or several groups of rows, each with its adapter.
+struct Recorded {
+    stage: NativeStage,
+    pass: Pass,
+    groups: Vec<Group>,
+    saved: Vec<Saved>,
+}
+
+#[derive(Clone)]
+struct Group {
+    lengths: Vec<usize>,
+    lora: Lora,
+    dropout: Option<Dropout>,
 }
 
 const _: () = assert!(TARGETS.len() == LAYERS);
@@ -140,15 +152,64 @@ impl NativeStage {
         self.matrix(&self.residual(rows, segments, lora))
     }
 
-    pub(super) fn forward_recorded(
+    /// In as few passes as the adapters' ranks allow.
+    pub(super) fn forward_together(&self, all: Vec<(Matrix, &Segments, &Lora)>) -> Vec<Matrix> {
+        self.together(
+            all,
+            |(_, _, lora)| lora,
+            |some| {
+                let rows = some.iter().map(|(x, ..)| x.values()).collect::<Vec<_>>().concat();
+                let groups: Vec<Group> =
+                    some.iter().map(|(_, segments, lora)| Group::new(segments, lora, None)).collect();
+                let y = self.run(Stream::new(&self.0.engine, &rows), &groups, Keep::Nothing).0;
+                self.matrices(&y, &groups)
+            },
+        )
+    }
+
+    /// As [`forward_together`](Self::forward_together), recorded.
+    pub(super) fn forward_recorded_together(
         &self,
-        rows: Rows<'_>,
-        segments: &Segments,
-        lora: &Lora,
-        dropout: &Dropout,
-    ) -> (Matrix, Pending) {
-        let (output, pending) = self.record(rows, segments, lora, dropout);
-        (self.matrix(&output), pending)
+        all: Vec<(Rows<'_>, &Segments, &Lora, &Dropout)>,
+    ) -> Vec<(Matrix, Pending)> {
+        self.together(
+            all,
+            |(_, _, lora, _)| lora,
+            |some| {
+                let (mut rows, mut groups) = (Vec::new(), Vec::new());
+                let input_gradient = some.iter().all(|(rows, ..)| matches!(rows, Rows::Activations(_)));
+                for (one, segments, lora, dropout) in some {
+                    rows.push(one);
+                    groups.push(Group::new(segments, lora, Some(dropout)));
+                }
+                let (y, recorded) = self.record(self.entries(rows), groups);
+                let matrices = self.matrices(&y, &recorded.groups);
+                let recorded = Arc::new(recorded);
+                let pending = |group| Pending { recorded: recorded.clone(), group, input_gradient };
+                matrices.into_iter().enumerate().map(|(group, y)| (y, pending(group))).collect()
+            },
+        )
+    }
+
+    /// Runs `pass` over those of `all` whose adapters have the same ranks, and gives the results in the order of `all`.
+    fn together<'a, T, R>(
+        &self,
+        all: Vec<T>,
+        lora: impl Fn(&T) -> &'a Lora,
+        mut pass: impl FnMut(Vec<T>) -> Vec<R>,
+    ) -> Vec<R> {
+        let mut results: Vec<Option<R>> = all.iter().map(|_| None).collect();
+        let mut rest: Vec<(usize, T)> = all.into_iter().enumerate().collect();
+        while let Some((_, first)) = rest.first() {
+            let first = lora(first).clone();
+            let (alike, others) = rest.into_iter().partition(|(_, one)| lora(one).is_like(&first));
+            let (places, some): (Vec<usize>, Vec<T>) = Vec::into_iter(alike).unzip();
+            rest = others;
+            for (place, result) in places.into_iter().zip(pass(some)) {
+                results[place] = Some(result);
+            }
+        }
+        results.into_iter().map(|result| result.expect("every one was in some pass")).collect()
     }
 
     pub(super) fn loss(&self, rows: Rows<'_>, segments: &Segments, trained: &Trained, lora: &Lora) -> Loss {
@@ -168,12 +229,12 @@ impl NativeStage {
         dropout: &Dropout,
         input_gradient: bool,
     ) -> (Loss, Backward) {
-        let (residual, mut pending) = self.record(rows, segments, lora, dropout);
-        pending.input_gradient &= input_gradient;
+        let input_gradient = input_gradient && matches!(rows, Rows::Activations(_));
+        let (residual, recorded) = self.record(self.entry(rows), vec![Group::new(segments, lora, Some(dropout))]);
         let (nats, gradient) = self.loss_of(&residual, trained, Some(1.0 / step_tokens as f64));
         drop(residual);
-        let backward = pending.backward_stream(gradient.expect("asked for"));
-        (Loss { nats, tokens: trained.targets.len() }, backward)
+        let backward = recorded.backward(gradient.expect("asked for"), input_gradient);
+        (Loss { nats, tokens: trained.targets.len() }, backward.into_iter().next().expect("of its one group"))
     }
 
     pub(super) fn logits(&self, rows: Rows<'_>, segments: &Segments, lora: &Lora) -> Matrix {
@@ -201,30 +262,53 @@ impl NativeStage {
         head.logits(engine, weights, &last)
     }
 
-    fn record(&self, rows: Rows<'_>, segments: &Segments, lora: &Lora, dropout: &Dropout) -> (Stream, Pending) {
-        let Inner { engine, config, blocks, keep, .. } = &*self.0;
-        let input_gradient = matches!(rows, Rows::Activations(_));
-        let mut x = self.entry(rows);
-        let pass = Pass::new(engine, &[segments.lengths().to_vec()], rotation(config, segments.lengths(), 0));
+    fn record(&self, x: Stream, groups: Vec<Group>) -> (Stream, Recorded) {
+        let (y, pass, saved) = self.run(x, &groups, self.0.keep);
+        (y, Recorded { stage: self.clone(), pass, groups, saved })
+    }
+
+    /// All blocks forwards; what each leaves, if it is asked to keep anything.
+    fn run(&self, x: Stream, groups: &[Group], keep: Keep) -> (Stream, Pass, Vec<Saved>) {
+        let Inner { engine, blocks, .. } = &*self.0;
+        let pass = self.pass(groups);
         let mut saved = Vec::with_capacity(blocks.len());
-        for (i, (block, adapter)) in blocks.iter().zip(&lora.0.blocks).enumerate() {
-            let mask = lora.mask(i, config, pass.rows(), dropout);
-            let masks: Option<Masks<'_>> = if lora.0.dropout > 0.0 { Some(&mask) } else { None };
-            let (y, kept) = block.forward(engine, &pass, x, &[adapter], masks, *keep);
-            saved.push(kept.expect("it is asked to keep"));
-            x = y;
+        let x = blocks.iter().enumerate().fold(x, |x, (i, block)| {
+            let mask = self.masks(groups, i);
+            let masks: Option<Masks<'_>> = if groups.iter().any(Group::drops) { Some(&mask) } else { None };
+            let adapters: Vec<&BlockAdapter> = groups.iter().map(|group| &group.lora.0.blocks[i]).collect();
+            let (y, kept) = block.forward(engine, &pass, x, &adapters, masks, keep);
+            saved.extend(kept);
+            y
+        });
+        (x, pass, saved)
+    }
+
+    fn pass(&self, groups: &[Group]) -> Pass {
+        let lengths: Vec<Vec<usize>> = groups.iter().map(|group| group.lengths.clone()).collect();
+        Pass::new(&self.0.engine, &lengths, rotation(&self.0.config, &lengths.concat(), 0))
+    }
+
+    /// The dropout masks of a block's layers, by group.
+    fn masks<'a>(&'a self, groups: &'a [Group], block: usize) -> impl Fn(usize, usize) -> Option<Vec<f32>> + Sync + 'a {
+        move |group, layer| {
+            let Group { lora, dropout, .. } = &groups[group];
+            let dropout = dropout.as_ref().filter(|_| lora.0.dropout > 0.0)?;
+            let [_, columns] = self.0.config.linear_shape(TARGETS[layer]).expect("TARGETS are linear layers");
+            Some(dropout.mask(&lora.0.names[block][layer], groups[group].rows() * columns, lora.0.dropout))
         }
-        let (stage, lora, dropout) = (self.clone(), lora.clone(), dropout.clone());
-        (x, Pending { stage, pass, saved, lora, dropout, input_gradient })
     }
 
     fn residual(&self, rows: Rows<'_>, segments: &Segments, lora: &Lora) -> Stream {
-        let Inner { engine, config, blocks, .. } = &*self.0;
-        let pass = Pass::new(engine, &[segments.lengths().to_vec()], rotation(config, segments.lengths(), 0));
-        let each = blocks.iter().zip(&lora.0.blocks);
-        each.fold(self.entry(rows), |x, (block, adapter)| {
-            block.forward(engine, &pass, x, &[adapter], None, Keep::Nothing).0
-        })
+        self.run(self.entry(rows), &[Group::new(segments, lora, None)], Keep::Nothing).0
+    }
+
+    /// The inputs of several groups, one after the other.
+    fn entries(&self, mut rows: Vec<Rows<'_>>) -> Stream {
+        if rows.len() == 1 {
+            return self.entry(rows.remove(0));
+        }
+        let streams: Vec<Stream> = rows.into_iter().map(|rows| self.entry(rows)).collect();
+        joined(&self.0.engine, &streams)
     }
 
     fn entry(&self, rows: Rows<'_>) -> Stream {
@@ -268,9 +352,45 @@ impl NativeStage {
         (nats, spread)
     }
 
-    fn matrix(&self, x: &Stream) -> Matrix {
+    fn matrix(&self, x: &[f32]) -> Matrix {
         let width = self.0.config.width;
         Matrix::new(x.len() / width, width, x.to_vec())
+    }
+
+    /// Every group's rows.
+    fn matrices(&self, x: &[f32], groups: &[Group]) -> Vec<Matrix> {
+        let mut rest = x;
+        let mut next = |group: &Group| {
+            let (rows, behind) = rest.split_at(group.rows() * self.0.config.width);
+            rest = behind;
+            self.matrix(rows)
+        };
+        groups.iter().map(&mut next).collect()
+    }
+}
+
+/// Rows of several streams, one after the other.
+fn joined(engine: &Engine, streams: &[Stream]) -> Stream {
+    let mut all = Stream::room(engine, streams.iter().map(|stream| stream.len()).sum());
+    let mut at = 0;
+    for stream in streams {
+        all[at..at + stream.len()].copy_from_slice(stream);
+        at += stream.len();
+    }
+    all
+}
+
+impl Group {
+    fn new(segments: &Segments, lora: &Lora, dropout: Option<&Dropout>) -> Self {
+        Self { lengths: segments.lengths().to_vec(), lora: lora.clone(), dropout: dropout.cloned() }
+    }
+
+    fn rows(&self) -> usize {
+        self.lengths.iter().sum()
+    }
+
+    fn drops(&self) -> bool {
+        self.dropout.is_some() && self.lora.0.dropout > 0.0
     }
 }
 
@@ -289,52 +409,115 @@ impl Lora {
         Self(Arc::new(LoraInner { blocks, trains: adapter.config.trains(), dropout: adapter.config.dropout, names }))
     }
 
-    /// The masks of a block's layers.
-    fn mask<'a>(
-        &'a self,
-        block: usize,
-        config: &'a ModelConfig,
-        rows: usize,
-        dropout: &'a Dropout,
-    ) -> impl Fn(usize, usize) -> Option<Vec<f32>> + Sync + 'a {
-        move |_, layer| {
-            let [_, columns] = config.linear_shape(TARGETS[layer]).expect("TARGETS are linear layers");
-            Some(dropout.mask(&self.0.names[block][layer], rows * columns, self.0.dropout))
-        }
+    /// Whether a pass can take both: adapters of the same ranks, with or without dropout.
+    fn is_like(&self, other: &Self) -> bool {
+        let ranks = |lora: &Self| -> Vec<Option<usize>> {
+            lora.0.blocks.iter().flatten().map(|pair| pair.as_ref().map(Pair::rank)).collect()
+        };
+        Arc::ptr_eq(&self.0, &other.0)
+            || (self.0.trains == other.0.trains && self.0.dropout == other.0.dropout && ranks(self) == ranks(other))
     }
 }
 
 impl Pending {
     /// `[rows, columns]` of the output.
     pub(super) fn shape(&self) -> [usize; 2] {
-        [self.pass.rows(), self.stage.0.config.width]
+        [self.group().rows(), self.recorded.stage.0.config.width]
     }
 
-    pub(super) fn backward(self, gradient: Matrix) -> Backward {
-        let gradient = Stream::new(&self.stage.0.engine, gradient.values());
-        self.backward_stream(gradient)
+    fn group(&self) -> &Group {
+        &self.recorded.groups[self.group]
     }
 
-    fn backward_stream(self, gradient: Stream) -> Backward {
-        let Self { stage, pass, saved, lora, dropout, input_gradient } = self;
-        let Inner { engine, config, blocks, .. } = &*stage.0;
-        let mut by_block = Vec::with_capacity(blocks.len());
+    /// For the gradients of several outputs, in as few passes as the adapters' ranks allow.
+    pub(super) fn backward_together(all: Vec<(Self, Matrix)>) -> Vec<Backward> {
+        let Some((first, _)) = all.first() else { return Vec::new() };
+        let stage = first.recorded.stage.clone();
+        let loras: Vec<Lora> = all.iter().map(|(pending, _)| pending.group().lora.clone()).collect();
+        let all: Vec<_> = all.into_iter().zip(&loras).collect();
+        stage.together(
+            all,
+            |(_, lora)| lora,
+            |some| {
+                let gradients: Vec<&[f32]> = some.iter().map(|((_, gradient), _)| gradient.values()).collect();
+                let gradient = Stream::new(&stage.0.engine, &gradients.concat());
+                Self::backward_alike(some.into_iter().map(|((pending, _), _)| pending).collect(), gradient)
+            },
+        )
+    }
+
+    fn backward_alike(all: Vec<Self>, gradient: Stream) -> Vec<Backward> {
+        let first = &all[0];
+        let input_gradient = first.input_gradient;
+        let of_one_pass = |(group, pending): (usize, &Self)| {
+            Arc::ptr_eq(&pending.recorded, &first.recorded) && pending.group == group
+        };
+        let whole = all.len() == first.recorded.groups.len() && all.iter().enumerate().all(of_one_pass);
+        if whole {
+            // Nobody else has a share in the pass, so that its memory is given back on the way.
+            let last = all.into_iter().next_back().expect("there is a first one");
+            if let Some(recorded) = Arc::into_inner(last.recorded) {
+                return recorded.backward(gradient, input_gradient);
+            }
+            unreachable!("every group of the pass was here, and each once");
+        }
+        let stage = first.recorded.stage.clone();
+        let groups: Vec<Group> = all.iter().map(|pending| pending.group().clone()).collect();
+        let gathered = |block: usize| {
+            let each = all.iter().map(|Self { recorded, group, .. }| GroupSaved {
+                saved: &recorded.saved[block],
+                pass: &recorded.pass,
+                group: *group,
+            });
+            Saved::gathered(&stage.0.engine, &each.collect::<Vec<_>>())
+        };
+        let pass = stage.pass(&groups);
+        stage.backward(&pass, &groups, gathered, gradient, input_gradient)
+    }
+}
+
+impl Recorded {
+    fn backward(self, gradient: Stream, input_gradient: bool) -> Vec<Backward> {
+        let Self { stage, pass, groups, mut saved } = self;
+        stage.backward(&pass, &groups, |_| saved.pop().expect("one for every block"), gradient, input_gradient)
+    }
+}
+
+impl NativeStage {
+    /// All blocks backwards; `saved` is asked for each, from the last one on.
+    fn backward(
+        &self,
+        pass: &Pass,
+        groups: &[Group],
+        mut saved: impl FnMut(usize) -> Saved,
+        gradient: Stream,
+        input_gradient: bool,
+    ) -> Vec<Backward> {
+        let Inner { engine, blocks, .. } = &*self.0;
+        let trains = groups[0].lora.0.trains;
+        // By group, from the last block on.
+        let mut of_blocks: Vec<Vec<_>> = groups.iter().map(|_| Vec::with_capacity(blocks.len())).collect();
         let mut stream = Some(gradient);
-        for (i, saved) in saved.into_iter().enumerate().rev() {
-            let adapter = &lora.0.blocks[i];
-            let mask = lora.mask(i, config, pass.rows(), &dropout);
-            let masks: Option<Masks<'_>> = if lora.0.dropout > 0.0 { Some(&mask) } else { None };
+        for (i, block) in blocks.iter().enumerate().rev() {
+            let mask = self.masks(groups, i);
+            let masks: Option<Masks<'_>> = if groups.iter().any(Group::drops) { Some(&mask) } else { None };
+            let adapters: Vec<&BlockAdapter> = groups.iter().map(|group| &group.lora.0.blocks[i]).collect();
             let gradient = stream.take().expect("every block but the first yields one");
             let wanted = i > 0 || input_gradient;
-            let (input, gradients) =
-                blocks[i].backward(engine, &pass, saved, gradient, &[adapter], lora.0.trains, masks, wanted);
-            by_block.push(gradients);
+            let (input, gradients) = block.backward(engine, pass, saved(i), gradient, &adapters, trains, masks, wanted);
+            for (of_blocks, of_block) in of_blocks.iter_mut().zip(gradients) {
+                of_blocks.push(of_block);
+            }
             stream = input;
         }
-        let of_pair = by_block.into_iter().rev().flatten().flatten().flatten();
-        let adapter = Gradients::new(of_pair.flat_map(|pair| [pair.a, pair.b]).collect());
-        let input = stream.filter(|_| input_gradient).map(|stream| stage.matrix(&stream));
-        Backward { input, adapter }
+        let inputs = stream.filter(|_| input_gradient).map(|stream| self.matrices(&stream, groups));
+        let mut inputs = inputs.into_iter().flatten();
+        let of_group = |of_blocks: Vec<[_; LAYERS]>| {
+            let pairs = of_blocks.into_iter().rev().flatten().flatten();
+            let adapter = Gradients::new(pairs.flat_map(|pair: PairGradients| [pair.a, pair.b]).collect());
+            Backward { input: inputs.next(), adapter }
+        };
+        of_blocks.into_iter().map(of_group).collect()
     }
 }
 
