@@ -1,6 +1,8 @@
 //! Which instructions the kernels use on this machine.
 
 use crate::simd::Simd;
+#[cfg(target_arch = "x86_64")]
+use crate::simd::amx;
 use crate::simd::portable::Portable;
 
 /// A set of instructions that kernels are compiled for and this CPU has: [`available`](Self::available) and
@@ -17,6 +19,8 @@ enum Set {
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Amx,
     #[cfg(target_arch = "aarch64")]
     Neon,
     #[cfg(target_arch = "aarch64")]
@@ -49,7 +53,13 @@ impl Path {
                 if has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
                     sets.push(Set::Avx512);
                     if has!("avx512bf16") {
-                        sets.push(Set::Avx512Bf16);
+                        // Intel's multiply pairs of bf16 no faster than two f32 numbers (measured on a Xeon with AMX: at
+                        // 0.6 times the speed), AMD's at twice the speed.
+                        let at = if is_intel() { sets.len() - 1 } else { sets.len() };
+                        sets.insert(at, Set::Avx512Bf16);
+                    }
+                    if amx::usable() {
+                        sets.push(Set::Avx512Amx);
                     }
                 }
             }
@@ -63,6 +73,21 @@ impl Path {
             }
         }
         sets.into_iter().map(Self).collect()
+    }
+
+    /// The path of AMX on a CPU that has none: plain loops stand in for its tiles. For tests.
+    #[cfg(target_arch = "x86_64")]
+    pub fn emulated() -> Option<Self> {
+        let possible = !amx::usable() && Self::available().contains(&Self(Set::Avx512Bf16));
+        possible.then(|| {
+            amx::emulate();
+            Self(Set::Avx512Amx)
+        })
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    pub fn emulated() -> Option<Self> {
+        None
     }
 
     /// The path that [`PATH_VARIABLE`] names, or the best one.
@@ -94,6 +119,8 @@ impl Path {
             Set::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
             Set::Avx512Bf16 => "avx512bf16",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512Amx => "avx512amx",
             #[cfg(target_arch = "aarch64")]
             Set::Neon => "neon",
             #[cfg(target_arch = "aarch64")]
@@ -144,6 +171,9 @@ impl Path {
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Set::Avx512Bf16 => unsafe { on_avx512_bf16(work) },
+            // SAFETY: as above; `emulated` leaves the tiles alone.
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512Amx => unsafe { on_avx512_amx(work) },
             // SAFETY: as above.
             #[cfg(target_arch = "aarch64")]
             Set::Neon => unsafe { work.run::<crate::simd::neon::Neon>() },
@@ -179,6 +209,19 @@ unsafe fn on_avx512<W: Work>(work: W) -> W::Output {
 unsafe fn on_avx512_bf16<W: Work>(work: W) -> W::Output {
     // SAFETY: the caller has checked these features.
     unsafe { work.run::<crate::simd::avx512::Avx512Bf16>() }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn on_avx512_amx<W: Work>(work: W) -> W::Output {
+    // SAFETY: the caller has checked these features.
+    unsafe { work.run::<crate::simd::avx512::Avx512Amx>() }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn is_intel() -> bool {
+    let name = std::arch::x86_64::__cpuid(0);
+    [name.ebx, name.edx, name.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel"
 }
 
 #[cfg(target_arch = "aarch64")]

@@ -34,7 +34,8 @@ pub fn gflops(engine: &Engine, samples: usize) -> f64 {
                 let mut done = 0;
                 while Instant::now() < self.until {
                     for _ in 0..TILES {
-                        let tile = Tile::new(DEPTH, a, S::MR, b, width).into(c, width, S::MR, width, false);
+                        let apart = if self.pairs && S::PAIRS_BY_ROW { DEPTH } else { S::MR };
+                        let tile = Tile::new(DEPTH, a, apart, b, width).into(c, width, S::MR, width, false);
                         match self.pairs {
                             true => S::tile::<true>(S::NV, &tile),
                             false => S::tile::<false>(S::NV, &tile),

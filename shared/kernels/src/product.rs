@@ -194,7 +194,7 @@ impl Term<'_> {
     /// The CPU has `S`; the sizes agree; nobody else writes these columns; `panel` has room for `DEPTH_MAX` steps.
     #[inline(always)]
     unsafe fn add<S: Simd>(&self, blocking: &Blocking, place: &Place, panel: *mut f32, mut plus: *const f32) {
-        let Packed { depth: all, pairs, .. } = *self.x;
+        let pairs = self.x.pairs;
         let per_step = if pairs { 2 } else { 1 };
         let (before, depth) = (self.column / per_step, self.length.div_ceil(per_step));
         let parts = depth.div_ceil(DEPTH_MAX);
@@ -224,8 +224,8 @@ impl Term<'_> {
                     };
                     for i in group.blocks.clone() {
                         let block = blocking.blocks[i];
-                        let x = self.x.numbers.pointer().add((i * all + before + from) * S::MR);
-                        let mut tile = Tile::new(steps, x, S::MR, panel, width);
+                        let (x, apart) = self.x.at::<S>(i, before + from);
+                        let mut tile = Tile::new(steps, x, apart, panel, width);
                         if let Some((LowRank { u, at, .. }, factor)) = low_rank {
                             u.low_rank(i, *at, S::MR, factor, column, &mut tile);
                         }
@@ -347,13 +347,13 @@ pub(crate) fn inner(
                 let panels = &self.panels[group.expect("every block is in a group")];
                 // SAFETY: this task alone writes these rows; `inner` has made all sizes agree.
                 unsafe {
-                    let x = self.x.x.numbers.pointer().add((i * self.x.x.depth + before) * S::MR);
+                    let (x, apart) = self.x.x.at::<S>(i, before);
                     let rows = self.to.0.add(block.row * self.columns);
                     let mut column = 0;
                     while column < self.columns {
                         let width = (S::NV * S::LANES).min(self.columns - column);
                         let panel = panels.pointer().add(column * depth);
-                        let tile = Tile::new(depth, x, S::MR, panel, width);
+                        let tile = Tile::new(depth, x, apart, panel, width);
                         let tile = tile.into(rows.add(column), self.columns, block.rows, width, false);
                         match pairs {
                             true => S::tile::<true>(width / S::LANES, &tile),

@@ -43,7 +43,8 @@ impl Blocking {
     }
 }
 
-/// `[block][depth][MR]`: f32 numbers, or pairs of bf16 in the places of f32.
+/// `[block][depth][MR]`: f32 numbers, or pairs of bf16 in the places of f32; or `[block][MR][depth]` of pairs, where the
+/// path wants them by row.
 pub(crate) struct Packed {
     pub numbers: Buffer<f32>,
     /// Numbers in a row.
@@ -103,6 +104,18 @@ impl Packed {
         packed
     }
 
+    /// Where a tile begins to read a block, and how far apart its steps (its rows, where the path reads by row) are.
+    ///
+    /// # Safety
+    /// There are so many blocks and steps.
+    #[inline(always)]
+    pub(crate) unsafe fn at<S: Simd>(&self, block: usize, step: usize) -> (*const f32, usize) {
+        let by_row = self.pairs && S::PAIRS_BY_ROW;
+        let (step, apart) = if by_row { (step, self.depth) } else { (step * S::MR, S::MR) };
+        // SAFETY: the caller's promise.
+        (unsafe { self.numbers.pointer().add(block * self.depth * S::MR + step) }, apart)
+    }
+
     pub(crate) fn parts(&mut self, engine: &Engine) -> PackedParts {
         PackedParts {
             start: Shared(self.numbers.as_mut_ptr()),
@@ -151,7 +164,7 @@ impl PackedParts {
     }
 }
 
-/// `[rows, columns] → [depth][MR]`, with zeros for rows that are not there.
+/// `[rows, columns] → [depth][MR]` (or `[MR][depth]`, see [`Packed`]), with zeros for rows that are not there.
 ///
 /// # Safety
 /// The CPU has `S`; `rows ≤ MR` rows of `columns` numbers exist; `to` has room.
@@ -166,6 +179,20 @@ pub(crate) unsafe fn pack_rows<S: Simd>(
 ) {
     let step = if pairs { 2 * S::LANES } else { S::LANES };
     let depth = if pairs { columns.div_ceil(2) } else { columns };
+    if pairs && S::PAIRS_BY_ROW {
+        // SAFETY: loads stay within a row, and stores within the row's place.
+        unsafe {
+            for row in 0..S::MR {
+                let (from, to) = (x.wrapping_add(row * stride), to.add(row * depth));
+                for at in (0..columns).step_by(step) {
+                    let n = if row < rows { step.min(columns - at) } else { 0 };
+                    let pairs = pairs_of::<S>(from.wrapping_add(at), n);
+                    S::store_n(to.add(at / 2), pairs, S::LANES.min(depth - at / 2));
+                }
+            }
+        }
+        return;
+    }
     let mut at = 0;
     while at < columns {
         let n = step.min(columns - at);
@@ -181,12 +208,7 @@ pub(crate) unsafe fn pack_rows<S: Simd>(
                     if row < rows {
                         let from = x.add(row * stride + at);
                         *square = match pairs {
-                            true if n == step => S::pairs(S::load(from), S::load(from.add(S::LANES))),
-                            true => {
-                                let high = n.saturating_sub(S::LANES);
-                                let high = if high > 0 { S::load_n(from.add(S::LANES), high) } else { S::splat(0.0) };
-                                S::pairs(S::load_n(from, n.min(S::LANES)), high)
-                            }
+                            true => pairs_of::<S>(from, n),
                             false if n == step => S::load(from),
                             false => S::load_n(from, n),
                         };
@@ -207,5 +229,22 @@ pub(crate) unsafe fn pack_rows<S: Simd>(
             }
         }
         at += step;
+    }
+}
+
+/// `n ≤ 2 · LANES` numbers as pairs; zeros behind them.
+///
+/// # Safety
+/// The CPU has `S`, with bf16; the numbers exist.
+#[inline(always)]
+unsafe fn pairs_of<S: Simd>(from: *const f32, n: usize) -> S::V {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if n == 2 * S::LANES {
+            return S::pairs(S::load(from), S::load(from.add(S::LANES)));
+        }
+        let high = n.saturating_sub(S::LANES);
+        let high = if high > 0 { S::load_n(from.add(S::LANES), high) } else { S::splat(0.0) };
+        S::pairs(S::load_n(from, n.min(S::LANES)), high)
     }
 }

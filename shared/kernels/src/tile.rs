@@ -9,7 +9,7 @@ use crate::simd::{PANEL_MAX, Simd};
 pub(crate) struct Tile {
     /// Steps of the sum; a step is one number of f32 or a pair of bf16.
     pub depth: usize,
-    /// `[depth][lda]`, of which a step reads MR numbers or pairs.
+    /// `[depth][lda]`, of which a step reads MR numbers or pairs; pairs by row: `[MR][lda]`.
     pub a: *const f32,
     pub lda: usize,
     /// `[depth][ldb]`, of which a step reads whole vectors.

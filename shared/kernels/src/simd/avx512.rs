@@ -1,8 +1,8 @@
-//! AVX-512 (F, BW, DQ, VL): 32 registers of 16 lanes; and the same with BF16's dot product of pairs.
+//! AVX-512 (F, BW, DQ, VL): 32 registers of 16 lanes; the same with BF16's dot product of pairs, and with AMX.
 
 use std::arch::x86_64::*;
 
-use super::{LANES_MAX, Simd};
+use super::{LANES_MAX, Simd, amx};
 use crate::tile::{Tile, tile};
 
 #[derive(Clone, Copy)]
@@ -10,6 +10,10 @@ pub(crate) struct Avx512;
 
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512Bf16;
+
+/// With AMX for products of pairs.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512Amx;
 
 #[inline(always)]
 fn bf16(v: __m512) -> __m512bh {
@@ -25,13 +29,14 @@ fn mask(n: usize) -> u16 {
 // SAFETY, for every block below: the CPU has these instructions and pointers reach the lanes that are read or written;
 // both are the caller's promise.
 macro_rules! avx512 {
-    ($name:ident, $bf16:expr) => {
+    ($name:ident, $bf16:expr, $amx:expr) => {
         impl Simd for $name {
             type V = __m512;
             const LANES: usize = 16;
-            const MR: usize = 8;
+            const MR: usize = if $amx { amx::ROWS } else { 8 };
             const NV: usize = 3;
             const BF16: bool = $bf16;
+            const PAIRS_BY_ROW: bool = $amx;
 
             #[inline(always)]
             unsafe fn splat(x: f32) -> __m512 {
@@ -207,6 +212,12 @@ macro_rules! avx512 {
             unsafe fn tile<const PAIRS: bool>(vectors: usize, t: &Tile) {
                 // SAFETY: as above.
                 unsafe {
+                    if $amx {
+                        return match PAIRS {
+                            true => amx::tile_of_pairs(vectors, t),
+                            false => amx::tile_of_numbers(vectors, t),
+                        };
+                    }
                     match vectors {
                         1 => tile::<Self, 8, 1, PAIRS>(t),
                         2 => tile::<Self, 8, 2, PAIRS>(t),
@@ -218,8 +229,9 @@ macro_rules! avx512 {
     };
 }
 
-avx512!(Avx512, false);
-avx512!(Avx512Bf16, true);
+avx512!(Avx512, false, false);
+avx512!(Avx512Bf16, true, false);
+avx512!(Avx512Amx, true, true);
 
 #[inline(always)]
 unsafe fn transpose(rows: &mut [__m512; LANES_MAX]) {

@@ -4,6 +4,8 @@
 //! [`Path::run`](crate::Path::run) has checked, and that pointers reach as many lanes as are read or written.
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
@@ -30,6 +32,8 @@ pub(crate) trait Simd: Copy {
     const NV: usize;
     /// Whether pairs of bf16 numbers are multiplied in hardware.
     const BF16: bool;
+    /// Whether tiles read packed pairs row by row, and not step by step.
+    const PAIRS_BY_ROW: bool = false;
 
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(from: *const f32) -> Self::V;

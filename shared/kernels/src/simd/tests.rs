@@ -41,7 +41,7 @@ macro_rules! check {
                     unsafe { $body }
                 }
             }
-            for path in Path::available() {
+            for path in Path::available().into_iter().chain(Path::emulated()) {
                 println!("path {path:?}");
                 path.run(Check);
             }

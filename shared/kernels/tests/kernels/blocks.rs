@@ -6,7 +6,7 @@ use kernels::{
 };
 
 use crate::reference;
-use crate::{Draw, engines, kept, relative_error};
+use crate::{Draw, engines, kept, paths, relative_error};
 
 #[derive(Debug)]
 pub struct Case {
@@ -332,7 +332,7 @@ fn int8_weights_work() {
 fn a_row_does_not_depend_on_the_batch_around_it_nor_on_threads() {
     for weights in [WeightType::F32, WeightType::Bf16] {
         let both = made(Case::small(weights), 7);
-        for path in kernels::Path::available() {
+        for path in paths() {
             let engine = |threads| Engine::new(path, threads, weights != WeightType::F32);
             let (y, dx, gradients) = both.run(&engine(1), Keep::Everything);
             let (y3, dx3, gradients3) = both.run(&engine(3), Keep::Everything);

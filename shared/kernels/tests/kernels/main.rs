@@ -29,9 +29,14 @@ impl Draw {
     }
 }
 
+/// Every path, AMX's too where only its tiles have to be emulated.
+pub fn paths() -> impl Iterator<Item = Path> {
+    Path::available().into_iter().chain(Path::emulated())
+}
+
 /// Every path, on one thread and on three.
 pub fn engines(narrow: bool) -> Vec<Engine> {
-    Path::available().into_iter().flat_map(|path| [1, 3].map(|threads| Engine::new(path, threads, narrow))).collect()
+    paths().flat_map(|path| [1, 3].map(|threads| Engine::new(path, threads, narrow))).collect()
 }
 
 /// The matrix as it is kept, row-major, in f32.

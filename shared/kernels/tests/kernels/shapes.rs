@@ -5,10 +5,10 @@
 
 use std::ops::Range;
 
-use kernels::{Engine, Keep, Path, WeightType};
+use kernels::{Engine, Keep, WeightType};
 
 use crate::blocks::{self, Case, wide};
-use crate::{Draw, heads, relative_error};
+use crate::{Draw, heads, paths, relative_error};
 
 /// Calls `check` with a draw for every shape, and says which one it was that panicked.
 fn each_shape(few: u64, check: impl Fn(&mut Draw)) {
@@ -57,7 +57,7 @@ fn weights(draw: &mut Draw) -> WeightType {
 
 /// Every path, on one thread or three.
 fn engines(draw: &mut Draw, narrow: bool) -> Vec<Engine> {
-    Path::available().into_iter().map(|path| Engine::new(path, [1, 3][draw.below(2)], narrow)).collect()
+    paths().map(|path| Engine::new(path, [1, 3][draw.below(2)], narrow)).collect()
 }
 
 fn case(draw: &mut Draw) -> Case {
