@@ -1,6 +1,6 @@
 """split.sh's measurements: unsplit training, a run with one participant and one with four, in turn.
 
-    split.py --one TOML --four TOML --data RECORDS.jsonl --work DIR --rounds N
+    split.py --one TOML --four TOML --narrow TOML --data RECORDS.jsonl --work DIR --rounds N
 
 The programs are found on the PATH. Rates are trained tokens per second of steps as the programs report them (computing and
 waiting), without each participant's first step; where participants train side by side, in the time of the slowest.
@@ -25,7 +25,7 @@ CORES = 2
 
 def main():
     parser = argparse.ArgumentParser()
-    for name in ("--one", "--four", "--data", "--work"):
+    for name in ("--one", "--four", "--narrow", "--data", "--work"):
         parser.add_argument(name, required=True)
     parser.add_argument("--rounds", type=int, required=True)
     arguments = parser.parse_args()
@@ -48,6 +48,8 @@ def main():
         shutil.rmtree(directory)
         figures.told("   tokens/s: " + ", ".join(f"{name} {values[-1]:.0f}" for name, values in rates.items()))
 
+    *_, narrow_peak = split(arguments.narrow, data, Path(arguments.work) / "narrow", ["press-1"])
+
     rate = {name: statistics.median(values) for name, values in rates.items()}
     for name, value in rate.items():
         figures.noted(f"6 {name}", value, "tokens/s")
@@ -55,7 +57,8 @@ def main():
     figures.at_least("6 four participants / one", rate["four"] / rate["one"], 0.95, "x speed")
     overhead = statistics.median(overheads)
     figures.at_most("6 coordinator's CPU time that is not arithmetic, four participants", overhead, 0.05, "share")
-    figures.at_most("3 peak memory of a participant, one block at each end", statistics.median(peaks), 300, "MB")
+    figures.at_most("3 peak memory of a participant, one block at each end, f32", statistics.median(peaks), 300, "MB")
+    figures.at_most("3 peak memory of a participant, one block at each end, int8", narrow_peak, 150, "MB")
 
 
 def one_text(records, path):
