@@ -1,0 +1,18 @@
+//! What survives a crash: an append-only [`Journal`] and [`Generations`] of snapshots, each proof against a kill at any
+//! instant, torn writes, a full disk and damaged bytes. [FORMAT.md](../FORMAT.md) is the byte map.
+//!
+//! This crate knows files and bytes. It does not know what is kept in them, never retries a failed fsync, and never
+//! believes a byte that a checksum does not cover. What it writes goes through [`Disk`], where tests let it fail.
+
+mod disk;
+mod error;
+mod generations;
+mod journal;
+
+pub use disk::{Disk, Fault, Operation};
+pub use error::StorageError;
+pub use generations::{Generation, Generations};
+pub use journal::{Journal, RECORD_BYTES_MAX};
+
+/// What a file belongs to: a journal or a snapshot of anything else is not read.
+pub type Identity = [u8; 32];
