@@ -60,6 +60,16 @@ impl Barrier {
         }
     }
 
+    /// As it was: `members` with the tokens of those who have committed `step` already.
+    pub fn restored(members: BTreeMap<ParticipantName, Option<u64>>, step: u64, end: u64) -> Self {
+        Self { members, step, end }
+    }
+
+    /// The tokens of a member's commit of the open step.
+    pub fn commit_of(&self, participant: &ParticipantName) -> Option<u64> {
+        self.members.get(participant).copied().flatten()
+    }
+
     /// The member's gradient of `step`, taken from `tokens` trained tokens, is complete.
     pub fn committed(
         &mut self,
@@ -86,6 +96,11 @@ impl Barrier {
     pub fn removed(&mut self, participant: &ParticipantName) -> Option<ApplyStep> {
         self.members.remove(participant)?;
         self.apply_if_complete()
+    }
+
+    /// The step that is applied next.
+    pub fn open_step(&self) -> u64 {
+        self.step
     }
 
     /// Whether a training forward of `step` may run now. Evaluation does not pass the barrier.

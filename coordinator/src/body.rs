@@ -5,6 +5,13 @@
 //! others to come, and nobody's result depends on who was there. The
 //! thread never sees a socket or a clock that decides anything (it measures how long it computes, no more). A job that
 //! belongs to a round that is over is answered [`BodyError::Stale`].
+//!
+//! A commit is in the [`Journal`] before it is answered. A member that has lost its connection goes on with the step that
+//! it has not committed, and may repeat the one before, of which it may not have had the answer: it gets the same again,
+//! and nothing is applied twice.
+
+mod resume;
+mod snapshot;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -17,7 +24,10 @@ use model::{AdamW, Adapter, Gradients, Matrix, ModelError, Segments, Stage};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::barrier::{ApplyStep, Barrier, BarrierError, Turn};
+use crate::journal::{Entry, Journal, Record, Work};
 use crate::round::ParticipantName;
+pub use resume::Standing;
+use resume::{Again, digest_of};
 
 /// Jobs that wait at most; a participant has one or two.
 const QUEUE_JOBS: usize = 64;
@@ -50,6 +60,8 @@ pub enum BodyError {
 #[derive(Debug, Clone)]
 pub struct Place {
     pub key: RoundKey,
+    /// What an earlier session of the participant still asks for is stale.
+    pub session: u64,
     pub participant: ParticipantName,
     pub step: u64,
     pub micro: u32,
@@ -74,6 +86,9 @@ enum Change {
     Open { key: RoundKey, members: Vec<ParticipantName>, first_step: u64, adapter: Adapter },
     Commit { place: Place, commit: Commit, reply: oneshot::Sender<Result<(), BodyError>> },
     Remove { participant: ParticipantName },
+    /// What the open round had done before its coordinator was started again.
+    Replay { work: Vec<Work> },
+    Resume { participant: ParticipantName, session: u64, reply: oneshot::Sender<Option<Standing>> },
     Abandon,
     Close { reply: oneshot::Sender<Closed> },
     Optimizers { reply: oneshot::Sender<Vec<(String, AdamW)>> },
@@ -124,11 +139,18 @@ pub struct BodyHandle {
 
 impl BodyHandle {
     /// Starts the thread. `optimizers` continue a run; their names are participants', or empty for the shared body.
-    pub fn start(experiment: Arc<Experiment>, stage: Stage, optimizers: Vec<(String, AdamW)>) -> std::io::Result<Self> {
+    pub fn start(
+        experiment: Arc<Experiment>,
+        stage: Stage,
+        optimizers: Vec<(String, AdamW)>,
+        journal: Journal,
+    ) -> std::io::Result<Self> {
         let (jobs, queue) = mpsc::channel(QUEUE_JOBS);
         let worker = Worker {
             experiment,
             stage,
+            journal,
+            journaled_bytes: 0,
             optimizers: optimizers.into_iter().collect(),
             round: None,
             ready: Ready::default(),
@@ -168,6 +190,16 @@ impl BodyHandle {
         self.tell(Job::Change(Change::Remove { participant })).await;
     }
 
+    /// Does again, in the round that has just been opened, what its journal says.
+    pub async fn replay(&self, work: Vec<Work>) {
+        self.tell(Job::Change(Change::Replay { work })).await;
+    }
+
+    /// A member is back, in a new session: forgets what it has not committed, and says where it stands.
+    pub async fn resume(&self, participant: ParticipantName, session: u64) -> Option<Standing> {
+        self.ask(|reply| Job::Change(Change::Resume { participant, session, reply })).await.flatten()
+    }
+
     /// Forgets what the open round has trained.
     pub async fn abandon(&self) {
         self.tell(Job::Change(Change::Abandon)).await;
@@ -197,6 +229,9 @@ impl BodyHandle {
 struct Worker {
     experiment: Arc<Experiment>,
     stage: Stage,
+    journal: Journal,
+    /// Since the last snapshot.
+    journaled_bytes: usize,
     /// By participant; the shared body's has the empty name.
     optimizers: BTreeMap<String, AdamW>,
     round: Option<OpenRound>,
@@ -234,6 +269,8 @@ struct OpenRound {
 struct Shared {
     adapter: Adapter,
     lora: Lora,
+    /// The adapter before the last applied step, for members that repeat it.
+    before: Option<Adapter>,
     barrier: Barrier,
     /// Clipped gradients of the open step.
     committed: BTreeMap<ParticipantName, Gradients>,
@@ -248,6 +285,15 @@ struct Member {
     owes_commit: bool,
     /// Its own body.
     own: Option<(Adapter, Lora)>,
+    /// Its own body before its last step.
+    before: Option<Adapter>,
+    session: u64,
+    /// Trained tokens of the steps it has committed.
+    tokens: BTreeMap<u64, u64>,
+    /// Of its last commit.
+    digest: Option<[u8; 32]>,
+    /// Its last step, where it may repeat it.
+    again: Option<Again>,
 }
 
 impl Worker {
@@ -287,10 +333,22 @@ impl Worker {
                 }
             }
             Change::Commit { place, commit, reply } => {
-                drop(reply.send(self.commit(&place, commit)));
+                match self.commit(&place, commit) {
+                    Err(error) => drop(reply.send(Err(error))),
+                    Ok(Some(entry)) => {
+                        self.journaled_bytes += entry.bytes();
+                        self.journal.append_blocking(entry, move || drop(reply.send(Ok(()))));
+                        self.snapshot_if_due();
+                    }
+                    Ok(None) => self.journal.flush_blocking(move || drop(reply.send(Ok(())))),
+                }
                 self.retry_waiting();
             }
+            Change::Replay { work } => self.replay(work),
+            Change::Resume { participant, session, reply } => drop(reply.send(self.resume(&participant, session))),
             Change::Remove { participant } => {
+                let record = Record::Removed { participant: participant.to_string() };
+                self.journal.append_blocking(Entry::new(record), || {});
                 self.remove(&participant);
                 self.retry_waiting();
             }
@@ -303,6 +361,15 @@ impl Worker {
             Change::Optimizers { reply } => {
                 drop(reply.send(self.optimizers.iter().map(|(name, o)| (name.clone(), o.clone())).collect()));
             }
+        }
+    }
+
+    fn snapshot_if_due(&mut self) {
+        if self.journaled_bytes > self.journal.snapshot_bytes() {
+            if let Some(snapshot) = self.snapshot() {
+                self.journal.append_blocking(snapshot, || {});
+            }
+            self.journaled_bytes = 0;
         }
     }
 
@@ -321,13 +388,25 @@ impl Worker {
                 true => Some((global.clone(), self.stage.attach(&global)?)),
                 false => None,
             };
-            let member = Member { step: first_step, micros_done: 0, sum: None, owes_commit: false, own };
+            let member = Member {
+                step: first_step,
+                micros_done: 0,
+                sum: None,
+                owes_commit: false,
+                own,
+                before: None,
+                session: 0,
+                tokens: BTreeMap::new(),
+                digest: None,
+                again: None,
+            };
             states.insert(name.clone(), member);
         }
         let shared = match mode == SplitMode::U && !own {
             true => Some(Shared {
                 adapter: global.clone(),
                 lora: self.stage.attach(&global)?,
+                before: None,
                 barrier: Barrier::new(members, first_step, self.experiment.federation.local_steps),
                 committed: BTreeMap::new(),
             }),
@@ -368,6 +447,9 @@ impl Worker {
                 Err(error) => return drop(job.reply.send(Err(error))),
                 Ok(Turn::Wait) => return round.waiting.push(job),
                 Ok(Turn::Now) => {}
+            }
+            if let Err(error) = round.prepare_again(&job.place, &self.stage) {
+                return drop(job.reply.send(Err(error)));
             }
             round.pending.insert(job.place.pass(), None);
         }
@@ -424,7 +506,7 @@ impl Worker {
         let recordings = inputs.into_iter().zip(&others).map(|(input, (place, segments, dropout, _))| Recording {
             input,
             segments,
-            lora: round.lora_of(&place.participant),
+            lora: round.lora_of(place),
             dropout,
         });
         let answers = each(self.stage.forward_recorded_together(recordings.collect()), others.len());
@@ -454,6 +536,9 @@ impl Worker {
         let Some(round) = round.filter(|round| round.members.contains_key(&job.place.participant)) else {
             return drop(job.reply.send(Err(BodyError::Stale)));
         };
+        if let Err(error) = round.check_session(&job.place) {
+            return drop(job.reply.send(Err(error)));
+        }
         let Some(pending) = round.pending.get_mut(&job.place.pass()).and_then(Option::take) else {
             let early = BodyError::Misplaced("a gradient came before its forward pass".into());
             return drop(job.reply.send(Err(early)));
@@ -483,16 +568,26 @@ impl Worker {
         let round = self.round.as_mut().ok_or(BodyError::Stale)?;
         let adapter = &round.global;
         let member = round.members.get_mut(&place.participant).ok_or(BodyError::Stale)?;
-        match &mut member.sum {
+        // A step that is repeated has sums of its own.
+        let (sum, micros_done, owes_commit, own) = match &mut member.again {
+            Some(again) if again.step == place.step => {
+                (&mut again.sum, &mut again.micros_done, &mut again.owes_commit, member.before.as_ref())
+            }
+            _ => {
+                let own = member.own.as_ref().map(|(own, _)| own);
+                (&mut member.sum, &mut member.micros_done, &mut member.owes_commit, own)
+            }
+        };
+        match &mut *sum {
             Some(sum) => sum.add(&backward.adapter),
             none => *none = Some(backward.adapter),
         }
-        member.micros_done += 1;
+        *micros_done += 1;
         let mut squared_norms = None;
-        if member.micros_done == place.micros {
-            member.owes_commit = true;
-            let sum = member.sum.as_mut().expect("the sum of at least this micro-batch");
-            if let (Strategy::FedProx { mu }, Some((own, _))) = (&self.experiment.federation.strategy, &member.own) {
+        if *micros_done == place.micros {
+            *owes_commit = true;
+            let sum = sum.as_mut().expect("the sum of at least this micro-batch");
+            if let (Strategy::FedProx { mu }, Some(own)) = (&self.experiment.federation.strategy, own) {
                 sum.add_proximal(*mu as f32, own, adapter);
             }
             let norms = sum.squared_norms(adapter);
@@ -505,29 +600,69 @@ impl Worker {
         Ok(Backward { gradient, squared_norms })
     }
 
-    fn commit(&mut self, place: &Place, commit: Commit) -> Result<(), BodyError> {
+    /// The record of a commit that counts; none where the step is repeated.
+    fn commit(&mut self, place: &Place, commit: Commit) -> Result<Option<Entry>, BodyError> {
         let round = self.round.as_mut().filter(|round| round.key == place.key).ok_or(BodyError::Stale)?;
         let member = round.members.get_mut(&place.participant).ok_or(BodyError::Stale)?;
-        if !member.owes_commit || member.step != place.step {
-            return Err(BodyError::Misplaced(format!("step {} was committed before its gradients", place.step)));
-        }
-        let mut gradients = member.sum.take().expect("a member that owes a commit has gradients");
+        member.check_session(place)?;
+        let Place { participant, step, .. } = place;
+        let is_trained = self.experiment.split.mode == SplitMode::U;
+        let again = member.again.take_if(|again| again.step == *step);
+        let sum = match &again {
+            _ if !is_trained => None,
+            Some(again) if again.owes_commit => again.sum.clone(),
+            None if member.owes_commit && member.step == *step => member.sum.take(),
+            _ => return Err(BodyError::Misplaced(format!("step {step} was committed before its gradients"))),
+        };
         let Commit { squared_norms_head, squared_norms_tail, tokens } = commit;
-        let norms = [squared_norms_head, gradients.squared_norms(&round.global), squared_norms_tail].concat();
-        gradients.scale(clip_factor(norms, self.experiment.training.clip_norm));
-        (member.step, member.micros_done, member.owes_commit) = (place.step + 1, 0, false);
-        let rate = self.experiment.training.learning_rate_at(place.step, self.experiment.total_steps());
+        let gradients = sum.map(|mut gradients| {
+            let norms = [squared_norms_head, gradients.squared_norms(&round.global), squared_norms_tail].concat();
+            gradients.scale(clip_factor(norms, self.experiment.training.clip_norm));
+            gradients
+        });
+        if again.is_some() || *step < member.step {
+            return match member.digest == Some(digest_of(*step, tokens, gradients.as_ref())) {
+                true => Ok(None),
+                false => Err(BodyError::Misplaced(format!("step {step} was committed before, with other gradients"))),
+            };
+        }
+        let tensors = gradients.as_ref().map_or(Vec::new(), |gradients| gradients.tensors().to_vec());
+        let record = Record::Committed { participant: participant.to_string(), step: *step, tokens };
+        self.settle(participant, *step, tokens, gradients)?;
+        Ok(Some(Entry { record, tensors }))
+    }
+
+    /// Counts a member's step. `gradients` are clipped, and absent where the body does not train.
+    fn settle(
+        &mut self,
+        participant: &ParticipantName,
+        step: u64,
+        tokens: u64,
+        gradients: Option<Gradients>,
+    ) -> Result<(), BodyError> {
+        let round = self.round.as_mut().ok_or(BodyError::Stale)?;
+        let member = round.members.get_mut(participant).ok_or(BodyError::Stale)?;
+        if step != member.step {
+            let expected = member.step;
+            return Err(BodyError::Misplaced(format!("step {step} was committed where step {expected} was due")));
+        }
+        member.digest = Some(digest_of(step, tokens, gradients.as_ref()));
+        member.tokens.insert(step, tokens);
+        (member.step, member.micros_done, member.owes_commit) = (step + 1, 0, false);
+        let Some(gradients) = gradients else { return Ok(()) };
+        let rate = self.experiment.training.learning_rate_at(step, self.experiment.total_steps());
         let training = &self.experiment.training;
         if let Some((adapter, lora)) = &mut member.own {
-            let name = place.participant.as_str();
+            let name = participant.as_str();
             let optimizer = self.optimizers.entry(name.into()).or_insert_with(|| AdamW::new(training, adapter));
+            member.before = Some(adapter.clone());
             optimizer.step(adapter, &gradients, rate);
             *lora = self.stage.attach(adapter)?;
             return Ok(());
         }
         let shared = round.shared.as_mut().expect("a body is shared where it is nobody's own");
-        shared.committed.insert(place.participant.clone(), gradients);
-        let applied = shared.barrier.committed(&place.participant, place.step, tokens)?;
+        shared.committed.insert(participant.clone(), gradients);
+        let applied = shared.barrier.committed(participant, step, tokens)?;
         self.apply(applied)
     }
 
@@ -554,6 +689,7 @@ impl Worker {
         let rate = self.experiment.training.learning_rate_at(step, self.experiment.total_steps());
         let training = &self.experiment.training;
         let optimizer = self.optimizers.entry(String::new()).or_insert_with(|| AdamW::new(training, &shared.adapter));
+        shared.before = Some(shared.adapter.clone());
         optimizer.step(&mut shared.adapter, &mean, rate);
         shared.lora = self.stage.attach(&shared.adapter)?;
         Ok(())
@@ -611,6 +747,14 @@ impl OpenRound {
     fn turn(&self, place: &Place, local_steps: u64) -> Result<Turn, BodyError> {
         let Place { participant, step, micro, micros, .. } = place;
         let member = self.members.get(participant).ok_or(BodyError::Stale)?;
+        member.check_session(place)?;
+        if let Some(again) = member.again.as_ref().filter(|again| again.step == *step) {
+            let is_due = *micro == again.micros_done && micro < micros && !again.owes_commit;
+            return match is_due && !self.pending.contains_key(&place.pass()) {
+                true => Ok(Turn::Now),
+                false => Err(BodyError::Misplaced(format!("step {step}, micro-batch {micro} came out of order"))),
+            };
+        }
         let misplaced = || {
             let (expected, done) = (member.step, member.micros_done);
             let what =
@@ -637,8 +781,12 @@ impl OpenRound {
         }
     }
 
-    fn lora_of(&self, participant: &ParticipantName) -> &Lora {
-        let own = self.members.get(participant).and_then(|member| member.own.as_ref());
+    fn lora_of(&self, place: &Place) -> &Lora {
+        let member = self.members.get(&place.participant);
+        if let Some(lora) = member.and_then(|member| member.again.as_ref()?.lora_for(place.step)) {
+            return lora;
+        }
+        let own = member.and_then(|member| member.own.as_ref());
         match (own, &self.shared) {
             (Some((_, lora)), _) => lora,
             (None, Some(shared)) => &shared.lora,

@@ -46,7 +46,7 @@ impl Checkpoint {
         }
         let bytes = safetensors::serialize(views, None).expect("names are unique");
         let path = directory.join(STATE_FILE);
-        write_atomically(&path, &bytes).map_err(|error| ModelError::File { path, what: error.to_string() })
+        Ok(write_atomically(&path, &bytes)?)
     }
 
     /// Reads what [`save`](Self::save) wrote. `body` is the shape of the body's share of the adapter.

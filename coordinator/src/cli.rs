@@ -325,7 +325,7 @@ fn invite(arguments: InviteArguments) -> anyhow::Result<()> {
 async fn run(arguments: RunArguments, interrupted: impl Future<Output = ()>) -> anyhow::Result<()> {
     let RunArguments { experiment, home, runs, init_adapter, json } = arguments;
     let again = command_line(&experiment, &home, &runs);
-    let run = Run { experiment, home, runs, init_adapter };
+    let run = Run { experiment, home, runs, init_adapter, journal: Default::default() };
     let watcher: Box<dyn Watcher> = if json { Box::new(JsonWatcher) } else { Box::new(LineWatcher::new()) };
     let Ended { directory, rounds, of, stopped } = run.run(watcher, interrupted).await?;
     if stopped && !json {

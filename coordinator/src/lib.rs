@@ -14,6 +14,7 @@ pub mod export;
 pub mod factors;
 pub mod fetch;
 pub mod home;
+pub mod journal;
 pub mod report;
 pub mod round;
 pub mod run;

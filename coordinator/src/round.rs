@@ -17,18 +17,28 @@ pub const ATTEMPTS_MAX: u32 = 5;
 /// Whoever has lost its connection has this long to come back before the next round starts without it.
 const REJOIN_MS: u64 = 10_000;
 
+/// A member that has lost its connection within a round keeps its place for this long: a device that was killed starts,
+/// loads its parts of the model and goes on where it was.
+const RETURN_MS: u64 = 30_000;
+
+/// A run that was started again with nothing left to train waits this long for somebody to evaluate what it has learned.
+const LAST_CALL_MS: u64 = 60_000;
+
 /// The round machine. Rounds are numbered from 1; round 0 is the adapter nobody has trained yet.
 ///
 /// A round closes when every member that is still in it has delivered, or at its deadline. A member that departs, or
 /// whose update is refused for what it contains, is removed from the round: it may join again, but trains again only from
-/// the next start. An update that was accepted stays, even if its sender departs afterwards. A device that joins while it
-/// is connected has lost its earlier connection, whether that is known yet or not: it departs and returns.
+/// the next start. An update that was accepted stays, even if its sender departs afterwards. A member that is lost keeps
+/// its place for a while, and so does one that joins while it is connected: the same device has lost its earlier
+/// connection, whether that is known yet or not. When it is back it goes on where it was.
 #[derive(Debug)]
 pub struct Rounds {
     federation: Federation,
     seed: Seed,
     round: u32,
     attempt: u32,
+    /// Rounds abandoned in a row since this machine was made.
+    abandoned: u32,
     connected: BTreeMap<ParticipantName, DeviceId>,
     state: State,
     /// What the last [`Action::WaitFor`] said, so that a tick does not say it again.
@@ -50,8 +60,19 @@ pub enum Event {
         participant: ParticipantName,
         device: DeviceId,
     },
+    /// It has left, or has been sent away.
     Departed {
         participant: ParticipantName,
+    },
+    /// Its connection has broken off, and it may come back.
+    Lost {
+        participant: ParticipantName,
+    },
+    /// It is back, but has not kept what it needs to go on within this round.
+    CannotResume {
+        participant: ParticipantName,
+        round: u32,
+        attempt: u32,
     },
     /// The adapter of `round` finished rounds was evaluated. Only the evaluation after the last round is waited for.
     Evaluated {
@@ -98,6 +119,14 @@ pub enum Action {
         attempt: u32,
         cohort: Vec<ParticipantName>,
         /// The optimizer step, counted over the whole run, with which the round begins.
+        first_step: u64,
+        evaluate: bool,
+    },
+    /// Let a member that is back go on where it was. It may be owed the answer to an update that was accepted.
+    ResumeMember {
+        participant: ParticipantName,
+        round: u32,
+        attempt: u32,
         first_step: u64,
         evaluate: bool,
     },
@@ -201,21 +230,35 @@ enum State {
     },
     Training {
         members: BTreeMap<ParticipantName, Member>,
+        evaluate: bool,
+        /// Members that are lost, and until when their places are kept.
+        lost: BTreeMap<ParticipantName, u64>,
         closes_ms: u64,
     },
     /// The evaluation after the last round.
     Evaluating {
         awaited: BTreeSet<ParticipantName>,
+        lost: BTreeMap<ParticipantName, u64>,
         closes_ms: u64,
     },
     Finished,
 }
 
+/// A place in a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Member {
+pub enum Member {
     Training,
     Delivered { tokens: u64 },
     Removed,
+}
+
+/// A round that was open when its coordinator ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Interrupted {
+    pub round: u32,
+    pub attempt: u32,
+    pub evaluate: bool,
+    pub members: BTreeMap<ParticipantName, Member>,
 }
 
 impl Rounds {
@@ -227,10 +270,27 @@ impl Rounds {
             seed,
             round: first_round.max(1),
             attempt: 1,
+            abandoned: 0,
             connected: BTreeMap::new(),
             state: State::Gathering { since_ms: None },
             missing: None,
         }
+    }
+
+    /// As [`new`](Self::new), where attempts at the first round were abandoned before.
+    pub fn with_attempt(mut self, attempt: u32) -> Self {
+        self.attempt = attempt;
+        self
+    }
+
+    /// Goes on with a round that was open: its members are lost until they join. Its deadline is counted from `now_ms`.
+    pub fn resume(federation: Federation, seed: Seed, interrupted: Interrupted, now_ms: u64) -> Self {
+        let Interrupted { round, attempt, evaluate, members } = interrupted;
+        let mut rounds = Self::new(federation, round, seed).with_attempt(attempt);
+        let training = members.iter().filter(|(_, member)| **member == Member::Training);
+        let lost = training.map(|(name, _)| (name.clone(), now_ms.saturating_add(RETURN_MS))).collect();
+        rounds.state = State::Training { members, evaluate, lost, closes_ms: rounds.deadline_after(now_ms) };
+        rounds
     }
 
     /// `now_ms` is the time of the event on any clock that never goes back.
@@ -241,10 +301,17 @@ impl Rounds {
             since_ms.get_or_insert(now_ms);
         }
         // A deadline holds from its own time on, not from the tick that happens to notice it.
+        self.give_up_lost(now_ms, &mut actions);
         self.close_if_settled(now_ms, &mut actions);
         match event {
             Event::Joined { participant, device } => self.join(participant, device, &mut actions),
             Event::Departed { participant } => self.depart(&participant, &mut actions),
+            Event::Lost { participant } => self.lose(&participant, now_ms),
+            Event::CannotResume { participant, round, attempt } => {
+                if (round, attempt) == (self.round, self.attempt) {
+                    self.remove(&participant, &mut actions);
+                }
+            }
             Event::Evaluated { participant, round } => self.note_evaluation(&participant, round),
             Event::UpdateArrived { participant, round, attempt, tokens } => {
                 let content = if tokens == 0 { Err(Refusal::NoTokens) } else { Ok(tokens) };
@@ -269,7 +336,12 @@ impl Rounds {
     /// When a [`Event::Ticked`] is due if nothing else happens; until then the passing of time changes nothing.
     pub fn next_deadline_ms(&self) -> Option<u64> {
         match &self.state {
-            State::Training { closes_ms, .. } | State::Evaluating { closes_ms, .. } => Some(*closes_ms),
+            State::Training { closes_ms, lost, .. } | State::Evaluating { closes_ms, lost, .. } => {
+                lost.values().chain([closes_ms]).min().copied()
+            }
+            State::Gathering { since_ms: Some(since_ms) } if self.is_trained() => {
+                Some(since_ms.saturating_add(LAST_CALL_MS))
+            }
             State::Gathering { since_ms: Some(since_ms) } if !self.is_unstarted() => {
                 let quorum_is_here = self.connected.len() >= self.quorum();
                 quorum_is_here.then(|| self.gathered_by(*since_ms))
@@ -286,25 +358,75 @@ impl Rounds {
             Some(connected) if *connected != device => {
                 return actions.push(Action::RefuseJoin { participant, reason: JoinRefusal::NameTaken });
             }
-            Some(_) => {
-                actions.push(Action::Supersede { participant: participant.clone() });
-                self.depart(&participant, actions);
-            }
+            Some(_) => actions.push(Action::Supersede { participant: participant.clone() }),
             None => {}
         }
-        self.connected.insert(participant, device);
+        self.connected.insert(participant.clone(), device);
+        self.take_back(participant, actions);
+    }
+
+    /// Gives a member that has joined its place back.
+    fn take_back(&mut self, participant: ParticipantName, actions: &mut Vec<Action>) {
+        let (round, attempt, first_step) = (self.round, self.attempt, self.first_step());
+        match &mut self.state {
+            State::Training { members, evaluate, lost, .. } => {
+                lost.remove(&participant);
+                if members.get(&participant).is_some_and(|member| *member != Member::Removed) {
+                    let evaluate = *evaluate;
+                    actions.push(Action::ResumeMember { participant, round, attempt, first_step, evaluate });
+                }
+            }
+            State::Evaluating { awaited, lost, .. } => {
+                lost.remove(&participant);
+                if awaited.contains(&participant) {
+                    let round = self.federation.rounds;
+                    actions.push(Action::Evaluate { round, participants: vec![participant] });
+                }
+            }
+            State::Gathering { .. } | State::Finished => {}
+        }
+    }
+
+    fn lose(&mut self, participant: &ParticipantName, now_ms: u64) {
+        self.connected.remove(participant);
+        let until_ms = now_ms.saturating_add(RETURN_MS);
+        match &mut self.state {
+            State::Training { members, lost, .. } if members.get(participant) == Some(&Member::Training) => {
+                lost.insert(participant.clone(), until_ms);
+            }
+            State::Evaluating { awaited, lost, .. } if awaited.contains(participant) => {
+                lost.insert(participant.clone(), until_ms);
+            }
+            _ => {}
+        }
+    }
+
+    /// Takes the places of those who have not come back in time.
+    fn give_up_lost(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
+        let (State::Training { lost, .. } | State::Evaluating { lost, .. }) = &self.state else { return };
+        let late = lost.iter().filter(|(_, until_ms)| now_ms >= **until_ms);
+        for participant in late.map(|(participant, _)| participant.clone()).collect::<Vec<_>>() {
+            self.remove(&participant, actions);
+        }
     }
 
     fn depart(&mut self, participant: &ParticipantName, actions: &mut Vec<Action>) {
         self.connected.remove(participant);
+        self.remove(participant, actions);
+    }
+
+    /// Waits for the participant no longer.
+    fn remove(&mut self, participant: &ParticipantName, actions: &mut Vec<Action>) {
         match &mut self.state {
-            State::Training { members, .. } => {
+            State::Training { members, lost, .. } => {
+                lost.remove(participant);
                 if let Some(member @ Member::Training) = members.get_mut(participant) {
                     *member = Member::Removed;
                     actions.push(Action::RemoveMember { participant: participant.clone() });
                 }
             }
-            State::Evaluating { awaited, .. } => {
+            State::Evaluating { awaited, lost, .. } => {
+                lost.remove(participant);
                 awaited.remove(participant);
             }
             State::Gathering { .. } | State::Finished => {}
@@ -377,7 +499,7 @@ impl Rounds {
     fn close_if_settled(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
         let quorum = self.quorum();
         match &self.state {
-            State::Training { members, closes_ms } => {
+            State::Training { members, closes_ms, .. } => {
                 let remaining = members.values().filter(|member| **member != Member::Removed).count();
                 let updates = members.values().filter(|member| matches!(member, Member::Delivered { .. })).count();
                 let is_due = now_ms >= *closes_ms;
@@ -389,7 +511,7 @@ impl Rounds {
                     self.abandon(Abandonment::TooFewUpdates { updates, quorum }, now_ms, actions);
                 }
             }
-            State::Evaluating { awaited, closes_ms } if awaited.is_empty() || now_ms >= *closes_ms => {
+            State::Evaluating { awaited, closes_ms, .. } if awaited.is_empty() || now_ms >= *closes_ms => {
                 self.finish(FinishReason::Completed, actions);
             }
             State::Evaluating { .. } | State::Gathering { .. } | State::Finished => {}
@@ -412,8 +534,9 @@ impl Rounds {
         }
         actions.push(Action::Aggregate { round: self.round, members: contributions });
         self.round += 1;
-        self.attempt = 1;
-        if self.round > self.federation.rounds {
+        (self.attempt, self.abandoned) = (1, 0);
+        // A coordinator that was just started again has nobody yet, and waits a while for those it was started for.
+        if self.is_trained() && !self.connected.is_empty() {
             self.evaluate(now_ms, actions);
         }
     }
@@ -421,7 +544,8 @@ impl Rounds {
     fn abandon(&mut self, why: Abandonment, now_ms: u64, actions: &mut Vec<Action>) {
         let (round, attempt) = (self.round, self.attempt);
         actions.push(Action::AbandonRound { round, attempt, why });
-        if attempt == ATTEMPTS_MAX {
+        self.abandoned += 1;
+        if self.abandoned == ATTEMPTS_MAX {
             return self.finish(FinishReason::Failed { round, attempts: attempt }, actions);
         }
         self.attempt += 1;
@@ -436,7 +560,8 @@ impl Rounds {
         let awaited: BTreeSet<ParticipantName> = self.connected.keys().cloned().collect();
         let participants = awaited.iter().cloned().collect();
         actions.push(Action::Evaluate { round: self.federation.rounds, participants });
-        self.state = State::Evaluating { awaited, closes_ms: self.deadline_after(now_ms) };
+        let closes_ms = self.deadline_after(now_ms);
+        self.state = State::Evaluating { awaited, lost: BTreeMap::new(), closes_ms };
     }
 
     fn finish(&mut self, reason: FinishReason, actions: &mut Vec<Action>) {
@@ -448,6 +573,9 @@ impl Rounds {
 
     fn start_if_gathered(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
         let State::Gathering { since_ms } = self.state else { return };
+        if self.is_trained() && now_ms >= since_ms.unwrap_or(now_ms).saturating_add(LAST_CALL_MS) {
+            return self.evaluate(now_ms, actions);
+        }
         let patience_is_over = now_ms >= self.gathered_by(since_ms.unwrap_or(now_ms));
         // A run begins complete; what has begun goes on with a quorum when a full cohort is long in coming.
         let needed = if self.is_unstarted() || !patience_is_over { self.cohort() } else { self.quorum() };
@@ -459,7 +587,7 @@ impl Rounds {
             return;
         }
         self.missing = None;
-        if self.round > self.federation.rounds {
+        if self.is_trained() {
             self.evaluate(now_ms, actions);
         } else {
             self.start_round(now_ms, actions);
@@ -471,15 +599,17 @@ impl Rounds {
         let rounds_finished = round - 1;
         let cohort = self.draw_cohort();
         let members = cohort.iter().map(|participant| (participant.clone(), Member::Training)).collect();
-        self.state = State::Training { members, closes_ms: self.deadline_after(now_ms) };
-        actions.push(Action::StartRound {
-            round,
-            attempt,
-            cohort,
-            first_step: u64::from(rounds_finished).saturating_mul(self.federation.local_steps),
-            // After every so many rounds, and that includes none at all; checked_rem is None when it is never.
-            evaluate: rounds_finished.checked_rem(self.federation.evaluate_every) == Some(0),
-        });
+        // After every so many rounds, and that includes none at all; checked_rem is None when it is never.
+        let evaluate = rounds_finished.checked_rem(self.federation.evaluate_every) == Some(0);
+        let closes_ms = self.deadline_after(now_ms);
+        self.state = State::Training { members, evaluate, lost: BTreeMap::new(), closes_ms };
+        let first_step = self.first_step();
+        actions.push(Action::StartRound { round, attempt, cohort, first_step, evaluate });
+    }
+
+    /// The optimizer step, counted over the whole run, with which the round begins.
+    fn first_step(&self) -> u64 {
+        u64::from(self.round - 1).saturating_mul(self.federation.local_steps)
     }
 
     /// Depends on who is connected, never on the order in which they came. Another attempt draws another cohort, since
@@ -492,6 +622,10 @@ impl Rounds {
         let mut drawn = rand::seq::index::sample(&mut generator, names.len(), drawn_count).into_vec();
         drawn.sort_unstable();
         drawn.into_iter().map(|index| names[index].clone()).collect()
+    }
+
+    fn is_trained(&self) -> bool {
+        self.round > self.federation.rounds
     }
 
     fn is_unstarted(&self) -> bool {

@@ -22,6 +22,7 @@ use crate::aggregate::Aggregator;
 use crate::body::BodyHandle;
 use crate::checkpoint::Checkpoint;
 use crate::home::Home;
+use crate::journal::{self, Journal, Recovered};
 use crate::round::Rounds;
 use crate::serve::{Blobs, Shared};
 use conductor::Conductor;
@@ -36,6 +37,7 @@ pub struct Run {
     pub home: PathBuf,
     pub runs: PathBuf,
     pub init_adapter: Option<PathBuf>,
+    pub journal: journal::Settings,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -52,8 +54,12 @@ pub enum RunError {
     Aggregate(#[from] crate::aggregate::AggregateError),
     #[error("failed to {0}")]
     Strategy(#[from] crate::strategy::StrategyError),
-    #[error("failed to start the body's thread: {0}")]
+    #[error("failed to start a thread: {0}")]
     Thread(std::io::Error),
+    #[error("failed to {0}")]
+    Storage(#[from] storage::StorageError),
+    #[error("failed to {0}. Run the same command again to go on from what is on the disk")]
+    JournalFailed(String),
     #[error("the body's thread has failed; its log line says why. Run the same command again to go on from round {0}")]
     BodyFailed(u32),
     #[error(
@@ -64,6 +70,18 @@ pub enum RunError {
         "round {round} was abandoned {attempts} times; rounds before it are kept. Run the same command again to go on"
     )]
     Abandoned { round: u32, attempts: u32 },
+}
+
+impl RunError {
+    /// Whether the same may succeed once there is room, or the disk has recovered.
+    fn may_pass(&self) -> bool {
+        match self {
+            Self::Experiment(error) | Self::Model(model::ModelError::Write(error)) => error.may_pass(),
+            Self::Model(model::ModelError::Io { source, .. }) => source.kind() == std::io::ErrorKind::StorageFull,
+            Self::Storage(error) => error.may_pass(),
+            _ => false,
+        }
+    }
 }
 
 /// How a run ended that did not fail.
@@ -144,20 +162,32 @@ impl Run {
         let directory = RunDirectory::create(&self.runs, &experiment)?;
         let body_blocks = body_blocks(&experiment, source.config().blocks);
         let mut aggregator = Aggregator::new(&experiment);
-        let finished = directory.finished_rounds()?;
-        if is_completed(&directory.rows()?) {
+        let rows = directory.rows()?;
+        let finished = newest_valid_round(&directory, &mut *watcher)?;
+        if is_completed(&rows) && finished == experiment.federation.rounds {
             watcher.note("the run is completed; to train again, give the experiment another name");
             let of = experiment.federation.rounds;
             return Ok(Ended { directory: directory.path().to_owned(), rounds: finished, of, stopped: false });
         }
         let (adapter, optimizers) =
             self.starting_point(&experiment, &*source, &directory, finished, &body_blocks, &mut aggregator)?;
+        let place = journal::Place {
+            settings: self.journal.clone(),
+            directory: journal::directory(directory.path()),
+            experiment_digest: experiment.digest(),
+        };
+        let (open, recovered) = match place.open(finished + 1)? {
+            Some((segment, entries)) => (Some(segment), Recovered::of(finished + 1, entries)),
+            None => (None, Recovered::of(finished + 1, Vec::new())),
+        };
+        let journal = Journal::start(place, open).map_err(RunError::Thread)?;
         let body = match &body_blocks {
             None => None,
             Some(blocks) => {
                 let part = model::Part { blocks: blocks.clone(), embedding: false, lm_head: false };
                 let stage = tokio::task::block_in_place(|| Stage::load(&*source, part, &device, None))?;
-                Some(BodyHandle::start(experiment.clone(), stage, optimizers).map_err(RunError::Thread)?)
+                let started = BodyHandle::start(experiment.clone(), stage, optimizers, journal.clone());
+                Some(started.map_err(RunError::Thread)?)
             }
         };
 
@@ -169,14 +199,23 @@ impl Run {
             manifest,
             home,
             body,
+            journal,
             published: RwLock::new(None),
             incoming,
             // Sessions of a run that was started again must differ from those before.
             sessions: AtomicU64::new(unix_ms()),
         });
-        let rounds = Rounds::new(experiment.federation.clone(), finished + 1, Seed(experiment.seed));
+        let (federation, seed) = (experiment.federation.clone(), Seed(experiment.seed));
+        let rounds = match &recovered.open {
+            Some(open) => Rounds::resume(federation, seed, open.interrupted.clone(), 0),
+            None => Rounds::new(federation, finished + 1, seed).with_attempt(recovered.next_attempt),
+        };
         let mut conductor = Conductor::new(rounds, directory, aggregator, adapter, finished, shared, watcher)?;
+        conductor.remember(&rows);
         conductor.announce()?;
+        if let Some(open) = recovered.open {
+            conductor.recover(open).await?;
+        }
         conductor.conduct(connections, events, shutdown).await
     }
 
@@ -204,6 +243,23 @@ impl Run {
         aggregator.strategy_mut().restore(checkpoint.strategy)?;
         Ok((checkpoint.adapter, checkpoint.optimizers))
     }
+}
+
+/// The newest finished round whose files are whole, and 0 where none is finished. A damaged round is set aside, and
+/// trained or aggregated again from the one before it; there is no way back where that is damaged too.
+fn newest_valid_round(directory: &RunDirectory, watcher: &mut dyn Watcher) -> Result<u32, RunError> {
+    let newest = directory.finished_rounds()?;
+    let Some(error) = (newest > 0).then(|| directory.verify_round(newest).err()).flatten() else { return Ok(newest) };
+    if newest > 1 {
+        // Both at once is no accident that this program can mend.
+        directory.verify_round(newest - 1)?;
+    }
+    let aside = directory.set_round_aside(newest)?;
+    watcher.note(&format!(
+        "round {newest} is damaged and does not count: failed to {error}; it is now {}, and is made again",
+        aside.display()
+    ));
+    Ok(newest - 1)
 }
 
 /// Whether the last that was written of the run is its end: the evaluation after the last round included.

@@ -3,7 +3,7 @@
 //! Nothing is decided here. What a peer says becomes an [`Incoming`] for the run loop or a job for the body, after it has
 //! been checked; what the run loop wants said arrives as a message. Who the peer is comes from its certificate.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::Duration;
@@ -23,6 +23,7 @@ use wire::{
 
 use crate::body::{self, BodyError, BodyHandle, Forward, Place, RoundKey};
 use crate::home::{Home, RedeemError};
+use crate::journal::Journal;
 use crate::round::ParticipantName;
 use crate::witness::{Micro, Witness, Work};
 
@@ -39,6 +40,7 @@ pub struct Shared {
     pub home: Home,
     /// Absent in `whole` mode.
     pub body: Option<BodyHandle>,
+    pub journal: Journal,
     /// The global adapter, and the round that begins with it.
     pub published: RwLock<Option<(u32, Arc<Adapter>)>>,
     pub incoming: mpsc::Sender<Incoming>,
@@ -51,14 +53,18 @@ pub enum Incoming {
     Joined {
         participant: ParticipantName,
         session: u64,
+        /// The minor version of the protocol that it speaks.
+        minor: u16,
         connection: Connection,
-        messages: mpsc::Sender<FromCoordinator>,
+        messages: mpsc::Sender<ToParticipant>,
         answer: oneshot::Sender<Result<(), String>>,
     },
     Departed {
         participant: ParticipantName,
         session: u64,
         reason: String,
+        /// Its connection broke off without a word.
+        may_return: bool,
     },
     Said {
         participant: ParticipantName,
@@ -75,6 +81,13 @@ pub enum Incoming {
         adapter: Result<Adapter, (RefusalReason, String)>,
         answer: oneshot::Sender<UpdateReply>,
     },
+}
+
+/// What the run loop wants said.
+pub struct ToParticipant {
+    pub message: FromCoordinator,
+    /// With a round that is resumed: trained tokens of the steps that earlier sessions have committed.
+    pub committed: BTreeMap<u64, u64>,
 }
 
 /// Everything that participants may fetch, by content.
@@ -130,6 +143,12 @@ impl Shared {
         }
     }
 
+    /// The tensors that an update has.
+    pub fn trained_share(&self, global: &Adapter) -> Adapter {
+        let [_, trained] = self.blocks();
+        global.filtered(|block| trained.contains(&block))
+    }
+
     fn dtype(&self) -> DType {
         match self.experiment.wire.dtype {
             WireDtype::F32 => DType::F32,
@@ -179,6 +198,15 @@ impl From<NetError> for ServeError {
 }
 
 impl ServeError {
+    /// Whether the peer has gone without a word, or with the word that it will try again.
+    fn may_return(&self) -> bool {
+        match self {
+            Self::Net(NetError::Lost { retryable, .. }) => *retryable,
+            Self::Net(NetError::Closed { code, .. }) => *code == Some(CloseCode::GoingAway),
+            _ => false,
+        }
+    }
+
     fn close(&self) -> (CloseCode, String) {
         match self {
             Self::Net(error) => (error.close_code(), error.to_string()),
@@ -225,6 +253,7 @@ struct Session<'a> {
     participant: ParticipantName,
     connection: &'a Connection,
     shared: &'a Arc<Shared>,
+    minor: u16,
     witness: Arc<Mutex<Witness>>,
 }
 
@@ -236,10 +265,13 @@ impl Session<'_> {
     ) -> Result<(), ServeError> {
         let id = shared.sessions.fetch_add(1, Ordering::Relaxed);
         let witness = Arc::new(Mutex::new(Witness::new(&shared.experiment)));
-        let session = Session { id, participant, connection, shared, witness };
+        let mut session = Session { id, participant, connection, shared, minor: 0, witness };
         let (mut send, mut receive) = within(HELLO_DEADLINE, connection.accept()).await??;
         send.prioritize(StreamKind::Control);
         let hello: FromParticipant = within(HELLO_DEADLINE, receive.message()).await??;
+        if let FromParticipant::Hello { minor, .. } = hello {
+            session.minor = minor;
+        }
         if let Err(reason) = session.check_hello(&hello) {
             let code = CloseCode::Incompatible;
             send.message(&FromCoordinator::Refused { code: code.code(), reason: reason.clone() }).await?;
@@ -252,9 +284,10 @@ impl Session<'_> {
             Ok(()) => "the run is over".to_owned(),
             Err(error) => error.close().1,
         };
+        let may_return = matches!(&ended, Err(error) if error.may_return());
         let (participant, session) = (session.participant.clone(), session.id);
         // It fails when the run loop has ended, which then knows.
-        let _ = shared.incoming.send(Incoming::Departed { participant, session, reason }).await;
+        let _ = shared.incoming.send(Incoming::Departed { participant, session, reason, may_return }).await;
         ended
     }
 
@@ -290,8 +323,8 @@ impl Session<'_> {
         &self,
         send: &mut SendStream,
         receive: &mut RecvStream,
-        messages: mpsc::Sender<FromCoordinator>,
-        to_send: &mut mpsc::Receiver<FromCoordinator>,
+        messages: mpsc::Sender<ToParticipant>,
+        to_send: &mut mpsc::Receiver<ToParticipant>,
     ) -> Result<(), ServeError> {
         // Dropped with everything it runs when this function returns.
         let mut streams: JoinSet<Result<(), ServeError>> = JoinSet::new();
@@ -311,6 +344,7 @@ impl Session<'_> {
                         self.tell(Incoming::Joined {
                             participant: self.participant.clone(),
                             session: self.id,
+                            minor: self.minor,
                             connection: self.connection.clone(),
                             messages: messages.clone(),
                             answer,
@@ -337,11 +371,18 @@ impl Session<'_> {
                     }
                 }
                 message = to_send.recv() => {
-                    let Some(message) = message else { return Ok(()) };
+                    let Some(ToParticipant { message, committed }) = message else { return Ok(()) };
                     let last = matches!(message, FromCoordinator::Finish { .. });
                     if let FromCoordinator::StartRound { round, attempt, first_step, local_steps, evaluate, .. } = message {
                         let steps = first_step..first_step.saturating_add(local_steps);
                         locked(&self.witness).gave(RoundKey { round, attempt }, steps, evaluate);
+                    }
+                    if let FromCoordinator::ResumeRound {
+                        round, attempt, first_step, local_steps, evaluate, reported, ..
+                    } = message {
+                        let steps = first_step..first_step.saturating_add(local_steps);
+                        let mut witness = locked(&self.witness);
+                        witness.gave_again(RoundKey { round, attempt }, steps, evaluate, committed, reported);
                     }
                     send.message(&message).await?;
                     if last {
@@ -452,6 +493,7 @@ impl Stream {
             } => {
                 let place = Place {
                     key: RoundKey { round, attempt },
+                    session: self.session,
                     participant: self.participant.clone(),
                     step,
                     micro,
@@ -560,6 +602,11 @@ impl Stream {
         if *purpose == Purpose::Evaluate || self.shared.experiment.split.mode != SplitMode::U {
             self.receive.end().await?;
             if *purpose == Purpose::Train {
+                if place.micro + 1 == place.micros {
+                    let (squared_norms_head, squared_norms_tail) = (Vec::new(), Vec::new());
+                    let tokens = u64::from(*step_tokens);
+                    body.commit(place.clone(), body::Commit { squared_norms_head, squared_norms_tail, tokens }).await?;
+                }
                 locked(&self.witness).finished(place.key, step.micro());
             }
             self.finish();
@@ -605,12 +652,11 @@ impl Stream {
         loss_nats: f64,
         tensors: Vec<TensorInfo>,
     ) -> Result<(), ServeError> {
-        let [_, trained] = self.shared.blocks();
         let published = self.shared.published.read().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
         let Some((_, global)) = published else {
             return Err(misbehaved("an update before the first round".into()));
         };
-        let like = global.filtered(|block| trained.contains(&block));
+        let like = self.shared.trained_share(&global);
         let (expected, session) = (listing_of(&like), self.session);
         let adapter = if tensors != expected {
             let (found, expected) = (tensors.len(), expected.len());

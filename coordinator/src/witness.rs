@@ -62,6 +62,8 @@ struct Step {
     /// Of the whole step, as each of them says.
     step_tokens: u64,
     complete: bool,
+    /// In an earlier session, of which the participant may not have had the answer: it may come once more.
+    before: bool,
     reported: bool,
 }
 
@@ -79,6 +81,24 @@ impl Witness {
     pub fn gave(&mut self, key: RoundKey, steps: Range<u64>, evaluate: bool) {
         self.rounds.retain(|given| given.key.round.saturating_add(1) >= key.round);
         self.rounds.push(Given { key, steps, owes_evaluation: evaluate, evaluated_tokens: 0, work: BTreeMap::new() });
+    }
+
+    /// As [`gave`](Self::gave), to a member that is back: `committed` are the trained tokens of the steps it has committed,
+    /// and those before `reported` are on record.
+    pub fn gave_again(
+        &mut self,
+        key: RoundKey,
+        steps: Range<u64>,
+        evaluate: bool,
+        committed: BTreeMap<u64, u64>,
+        reported: u64,
+    ) {
+        self.gave(key, steps, evaluate);
+        let Some(given) = self.given(key) else { return };
+        for (step, step_tokens) in committed {
+            let work = Step { step_tokens, complete: true, before: true, reported: step < reported, ..Step::default() };
+            given.work.insert(step, work);
+        }
     }
 
     pub fn has_given(&self, key: RoundKey) -> bool {
@@ -99,6 +119,9 @@ impl Witness {
             return Err(format!("step {step} in round {}", key.round));
         };
         let work = given.work.entry(step).or_default();
+        if work.before && work.step_tokens == u64::from(step_tokens) {
+            *work = Step { reported: work.reported, ..Step::default() };
+        }
         if work.complete || !work.micros.insert(micro) {
             return Err(format!("micro-batch {micro} of step {step}, which came before"));
         }
@@ -140,6 +163,9 @@ impl Witness {
                 complaint = format!("a report of step {step}, which is not complete");
                 continue;
             };
+            if work.reported && work.before {
+                return Ok(());
+            }
             if work.reported {
                 complaint = format!("a second report of step {step}");
             } else if sees_steps && work.step_tokens != tokens {

@@ -23,7 +23,7 @@ use crate::device_log::{Canary, FactoryDevice, write_files};
 use crate::generate::{Generation, Runner};
 use crate::join::{Join, default_state};
 use crate::local::{Happened, LocalTraining, check_digest, initial_adapter};
-use crate::session::{Participant, Reporter};
+use crate::session::{Keep, Participant, Reporter};
 use crate::stages::Stages;
 use crate::swarm::Swarm;
 use crate::trainer::StepReport;
@@ -368,6 +368,7 @@ async fn join(arguments: JoinArguments, stop: watch::Receiver<bool>) -> anyhow::
     if !data.is_file() {
         bail!("{}: no such file; --data names this device's records", data.display());
     }
+    let state = state.unwrap_or_else(|| default_state(&path));
     let mut participant = Participant {
         name: invitation.name.to_string(),
         records: Box::new(move |experiment: &Experiment| Ok(read_records(&data, &experiment.data.columns)?)),
@@ -375,10 +376,11 @@ async fn join(arguments: JoinArguments, stop: watch::Receiver<bool>) -> anyhow::
         model,
         device: device.choice(),
         prepared: None,
+        keep: Some(Keep::in_state(&state)),
+        welcomes: 0,
         stages: Arc::new(Stages::default()),
         reporter: Arc::new(Printer { json, name: None }),
     };
-    let state = state.unwrap_or_else(|| default_state(&path));
     let join = Join { invitation, address, state, patience: Duration::from_secs(patience_s), stop };
     let reason = join.run(&mut participant).await?;
     match json {

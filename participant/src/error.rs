@@ -29,6 +29,9 @@ pub enum ParticipantError {
     Tokenizer(#[from] model::tokenizer::TokenizerError),
     #[error("{path}: {source}; check the path and the disk")]
     Io { path: PathBuf, source: std::io::Error },
+    /// This device's state cannot be kept.
+    #[error("failed to {0}")]
+    Storage(#[from] storage::StorageError),
     /// The coordinator broke the protocol.
     #[error("the coordinator misbehaved: {0}")]
     Coordinator(String),

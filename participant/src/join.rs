@@ -29,21 +29,21 @@ impl Join {
         let mut back_off = BackOff::new();
         let mut failing_since = None;
         loop {
-            let progressed = participant.prepared.is_some();
+            let welcomes = participant.welcomes;
             let error = match self.attempt(&device, participant).await {
                 Ok(reason) => return Ok(reason),
                 Err(error) if error.is_retryable() => error,
                 Err(error) => return Err(error),
             };
-            // A connection that got as far as the model starts the patience anew.
-            if participant.prepared.is_some() != progressed {
+            // A coordinator that was there starts the patience anew.
+            if participant.welcomes != welcomes {
                 (failing_since, back_off) = (None, BackOff::new());
             }
             if failing_since.get_or_insert_with(Instant::now).elapsed() > self.patience {
                 return Err(error);
             }
             let delay = back_off.next_delay();
-            tracing::warn!(%error, retry_in_s = delay.as_secs(), "the coordinator is not reachable; trying again");
+            tracing::warn!(%error, retry_in_ms = delay.as_millis() as u64, "the coordinator is not reachable; trying again");
             tokio::time::sleep(delay).await;
         }
     }
@@ -56,11 +56,13 @@ impl Join {
             match connected {
                 Ok((dialer, connection)) => {
                     let mut stop = self.stop.clone();
-                    let ran = tokio::select! {
-                        ran = participant.run(&connection) => ran,
+                    let stopped = async {
                         // Whoever could ask for it may be gone; then nobody does.
-                        Ok(_) = stop.wait_for(|stop| *stop) => Err(ParticipantError::Stopped),
+                        if stop.wait_for(|stop| *stop).await.is_err() {
+                            std::future::pending::<()>().await;
+                        }
                     };
+                    let ran = participant.run_until(&connection, stopped).await;
                     return finish(dialer, connection, ran).await;
                 }
                 Err(error) => failure = Some(error),

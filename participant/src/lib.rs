@@ -17,6 +17,7 @@ mod error;
 pub mod evaluate;
 pub mod generate;
 pub mod join;
+pub mod keep;
 pub mod local;
 mod outgoing;
 mod parts;

@@ -58,7 +58,7 @@ impl LocalTraining {
             let mut stages = stages.of_model([0; 32]);
             Trainer::new(experiment.clone(), &self.name, &*source, None, &device, data, &mut stages)?
         };
-        trainer.begin_round(1, &adapter)?;
+        trainer.begin_round((1, 1), 0, &adapter).await?;
         let evaluate = async |trainer: &Trainer, step, tell: &mut (dyn FnMut(Happened) + Send)| {
             let loss = trainer.evaluate(None).await?;
             if loss.tokens > 0 {

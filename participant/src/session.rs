@@ -7,8 +7,10 @@ use std::time::Duration;
 use experiment::{Experiment, SplitMode, WireDtype};
 use indicatif::ProgressBar;
 use model::source::BlobStore;
+use model::stage::Loss;
 use model::{Adapter, ComputeDevice, Cut, ModelError, Part};
 use net::{Connection, NetError, RecvStream, SendStream, StreamKind};
+use storage::Disk;
 use wire::{
     AdapterListing, BlobRef, CODEC_PLAIN, CloseCode, DType, FrameKind, FromCoordinator, FromParticipant, Outcome,
     Request, Shape, TensorHeader, TensorInfo, UpdateReply,
@@ -21,8 +23,11 @@ use crate::dataset::Dataset;
 use crate::device_choice::DeviceChoice;
 use crate::outgoing::Outgoing;
 use crate::stages::Stages;
-use crate::trainer::Trainer;
+use crate::trainer::{StepReport, Trainer};
 use crate::{parts, progress};
+
+/// To be told that it has been heard, a device that takes leave waits this long.
+const LEAVE_DEADLINE: Duration = Duration::from_secs(1);
 
 pub const SOFTWARE: &str = concat!("headwater participant ", env!("CARGO_PKG_VERSION"));
 
@@ -39,16 +44,34 @@ pub struct Participant {
     pub model: Option<PathBuf>,
     /// Overrides the experiment's `[device]`.
     pub device: DeviceChoice,
-    /// Kept over a lost connection, so that nothing is loaded twice and optimizer moments survive.
+    /// Kept over a lost connection, so that nothing is loaded twice.
     pub prepared: Option<Prepared>,
+    /// Where what it learns is kept, over a kill of this process too.
+    pub keep: Option<Keep>,
+    /// How often a coordinator has welcomed it.
+    pub welcomes: u64,
     /// Base weights, shared with the other participants of this process.
     pub stages: Arc<Stages>,
     pub reporter: Arc<dyn Reporter>,
 }
 
+/// A directory, and the disk it is on; tests let that fail.
+#[derive(Clone)]
+pub struct Keep {
+    pub directory: PathBuf,
+    pub disk: Disk,
+}
+
+impl Keep {
+    /// Beside a device's key and certificate.
+    pub fn in_state(state: &std::path::Path) -> Self {
+        Self { directory: state.join("training"), disk: Disk::default() }
+    }
+}
+
 /// Told what happens, for whoever watches.
 pub trait Reporter: Send + Sync {
-    fn step(&self, round: u32, report: &crate::trainer::StepReport);
+    fn step(&self, round: u32, report: &StepReport);
     fn evaluated(&self, round: u32, loss_nats: f64, tokens: u64);
     fn round_closed(&self, round: u32, outcome: &str);
 }
@@ -72,50 +95,84 @@ struct Session {
 impl Participant {
     /// Takes part until the coordinator finishes the run; returns its words.
     pub async fn run(&mut self, connection: &Connection) -> Result<String, ParticipantError> {
+        self.run_until(connection, std::future::pending()).await
+    }
+
+    /// The same, unless it is stopped before: then it takes leave.
+    pub async fn run_until(
+        &mut self,
+        connection: &Connection,
+        stopped: impl Future<Output = ()>,
+    ) -> Result<String, ParticipantError> {
         let (mut send, mut receive) = connection.open(StreamKind::Control).await?;
-        let session = self.greet(connection, &mut send, &mut receive).await?;
+        tokio::select! {
+            ended = self.take_part(connection, &mut send, &mut receive) => return ended,
+            () = stopped => {}
+        }
+        // Whoever does not listen any more needs no leave.
+        let leaving = async {
+            send.message(&FromParticipant::Leaving { reason: "the device was stopped".into() }).await?;
+            send.finish();
+            Ok::<_, NetError>(connection.closed().await)
+        };
+        let _ = tokio::time::timeout(LEAVE_DEADLINE, leaving).await;
+        Err(ParticipantError::Stopped)
+    }
+
+    async fn take_part(
+        &mut self,
+        connection: &Connection,
+        send: &mut SendStream,
+        receive: &mut RecvStream,
+    ) -> Result<String, ParticipantError> {
+        let session = self.greet(connection, send, receive).await?;
+        self.welcomes += 1;
         loop {
-            match receive.message().await? {
+            let message = receive.message().await?;
+            let start = match message {
                 FromCoordinator::StartRound { round, attempt, first_step, local_steps, evaluate, train } => {
-                    let prepared = self.prepared.as_mut().expect("greeting prepares");
-                    check_round(&prepared.experiment, round, first_step, local_steps, train)?;
-                    let link = prepared.cut.map(|_| BodyLink {
-                        connection: connection.clone(),
-                        session: session.id,
-                        round,
-                        attempt,
-                        dtype: session.dtype,
-                        width: prepared.width,
-                    });
-                    let mut work = RoundWork {
-                        prepared,
-                        connection,
-                        link,
-                        reporter: &*self.reporter,
-                        session: session.id,
-                        round,
-                        attempt,
-                    };
-                    let steps = first_step..first_step.saturating_add(if train { local_steps } else { 0 });
-                    // A round that the coordinator closes before this participant has finished it is left at once.
-                    let ended = tokio::select! {
-                        biased;
-                        message = receive.message() => Some(message?),
-                        done = work.run(&mut send, steps, evaluate) => match done {
-                            // The coordinator gives up the round's streams first, and says then what became of it.
-                            Err(error) if is_stale(&error) => Some(receive.message().await?),
-                            done => { done?; None }
-                        },
-                    };
-                    if let Some(reason) = ended.map_or(Ok(None), |message| self.note(message))? {
-                        return Ok(reason);
-                    }
+                    Start { round, attempt, first_step, local_steps, evaluate, train, resume: None }
                 }
-                message => {
-                    if let Some(reason) = self.note(message)? {
-                        return Ok(reason);
-                    }
+                FromCoordinator::ResumeRound { round, attempt, first_step, local_steps, evaluate, step, reported } => {
+                    let resume = Some(Resume { step, reported });
+                    Start { round, attempt, first_step, local_steps, evaluate, train: true, resume }
                 }
+                message => match self.note(message)? {
+                    Some(reason) => return Ok(reason),
+                    None => continue,
+                },
+            };
+            let prepared = self.prepared.as_mut().expect("greeting prepares");
+            check_round(&prepared.experiment, &start)?;
+            let link = prepared.cut.map(|_| BodyLink {
+                connection: connection.clone(),
+                session: session.id,
+                round: start.round,
+                attempt: start.attempt,
+                dtype: session.dtype,
+                width: prepared.width,
+            });
+            let mut work = RoundWork {
+                prepared,
+                connection,
+                link,
+                reporter: &*self.reporter,
+                session: session.id,
+                round: start.round,
+                attempt: start.attempt,
+            };
+            // A round that the coordinator closes before this participant has finished it is left at once.
+            let ended = tokio::select! {
+                biased;
+                message = receive.message() => Some(message?),
+                done = work.run(send, &start) => match done {
+                    // The coordinator gives up the round's streams first, and says then what became of it.
+                    Err(error) if is_stale(&error) => Some(receive.message().await?),
+                    done => { done?; None }
+                },
+            };
+            if let Some(reason) = ended.map_or(Ok(None), |message| self.note(message))? {
+                return Ok(reason);
             }
         }
     }
@@ -135,7 +192,7 @@ impl Participant {
             }
             FromCoordinator::Finish { reason } => Ok(Some(reason)),
             FromCoordinator::Refused { reason, .. } => Err(ParticipantError::Refused(reason)),
-            FromCoordinator::StartRound { round, .. } => {
+            FromCoordinator::StartRound { round, .. } | FromCoordinator::ResumeRound { round, .. } => {
                 Err(ParticipantError::Coordinator(format!("it started round {round} within a round")))
             }
             FromCoordinator::Welcome { .. } => Err(ParticipantError::Coordinator("it welcomed us twice".into())),
@@ -218,7 +275,10 @@ impl Participant {
             let mut stages = self.stages.of_model(model_digest);
             Trainer::new(experiment.clone(), &self.name, &*source, cut, &device, data, &mut stages)
         };
-        let trainer = tokio::task::block_in_place(load)?;
+        let mut trainer = tokio::task::block_in_place(load)?;
+        if let Some(Keep { directory, disk }) = &self.keep {
+            tokio::task::block_in_place(|| trainer.keep_in(disk, directory, model_digest))?;
+        }
         let (adapter, width) = (trainer.adapter(), source.config().width);
         self.prepared = Some(Prepared { experiment, model_digest, cut, trainer, width, adapter });
         Ok(())
@@ -244,20 +304,17 @@ fn check_welcome(experiment: &Experiment, cut: (u32, u32), dtype: DType) -> Resu
 }
 
 /// A round has the experiment's steps, or none: the final evaluation is one behind the last.
-fn check_round(
-    experiment: &Experiment,
-    round: u32,
-    first_step: u64,
-    local_steps: u64,
-    train: bool,
-) -> Result<(), ParticipantError> {
+fn check_round(experiment: &Experiment, start: &Start) -> Result<(), ParticipantError> {
+    let Start { round, first_step, local_steps, train, resume, .. } = *start;
     let experiment::Federation { rounds, local_steps: expected, .. } = experiment.federation;
     let before = u64::from(round.saturating_sub(1)).saturating_mul(expected);
     let fits = match train {
         true => (1..=rounds).contains(&round) && (first_step, local_steps) == (before, expected),
         false => round > 0 && round - 1 <= rounds,
     };
-    if fits {
+    // Both sums are those of the experiment by now.
+    let goes_on = resume.is_none_or(|resume| (first_step..=first_step + expected).contains(&resume.step));
+    if fits && goes_on {
         return Ok(());
     }
     let what = format!("it starts round {round} with steps from {first_step} on, which the experiment does not have");
@@ -283,6 +340,24 @@ fn local_model(path: &std::path::Path, expected: [u8; 32]) -> Result<Arc<dyn mod
     Ok(source)
 }
 
+/// What the coordinator asks for.
+struct Start {
+    round: u32,
+    attempt: u32,
+    first_step: u64,
+    local_steps: u64,
+    evaluate: bool,
+    train: bool,
+    resume: Option<Resume>,
+}
+
+/// Where a round goes on.
+#[derive(Clone, Copy)]
+struct Resume {
+    step: u64,
+    reported: u64,
+}
+
 /// One attempt of one round.
 struct RoundWork<'a> {
     prepared: &'a mut Prepared,
@@ -295,46 +370,83 @@ struct RoundWork<'a> {
 }
 
 impl RoundWork<'_> {
-    async fn run(
+    async fn run(&mut self, control: &mut SendStream, start: &Start) -> Result<(), ParticipantError> {
+        let Start { round, attempt, first_step, local_steps, evaluate, train, resume } = *start;
+        let place = (round, attempt);
+        let is_there = match resume {
+            Some(Resume { step, .. }) => self.prepared.trainer.resume(place, step)?,
+            None => false,
+        };
+        let is_fresh = resume.is_none_or(|resume| resume.step == first_step);
+        if is_there {
+            if evaluate {
+                let adapter = self.fetch_adapter().await?;
+                let loss = self.prepared.trainer.evaluate_adapter(&adapter, self.link.as_ref()).await?;
+                self.report_evaluation(control, loss).await?;
+            }
+        } else if is_fresh {
+            let adapter = self.fetch_adapter().await?;
+            self.prepared.trainer.begin_round(place, first_step, &adapter).await?;
+            if evaluate {
+                let loss = self.prepared.trainer.evaluate(self.link.as_ref()).await?;
+                self.report_evaluation(control, loss).await?;
+            }
+        } else {
+            tracing::warn!(round, "this device has not kept what it needs to go on within the round");
+            return Ok(control.message(&FromParticipant::CannotResume { round, attempt }).await?);
+        }
+        if !train || local_steps == 0 {
+            return Ok(());
+        }
+        let reported = resume.map_or(first_step, |resume| resume.reported);
+        for report in self.prepared.trainer.reports_from(reported) {
+            self.report_step(control, report).await?;
+        }
+        self.train(control, first_step..first_step + local_steps, reported).await
+    }
+
+    /// The round's steps that are still to be done, and its update.
+    async fn train(
         &mut self,
         control: &mut SendStream,
         steps: std::ops::Range<u64>,
-        evaluate: bool,
+        reported: u64,
     ) -> Result<(), ParticipantError> {
         let round = self.round;
-        let adapter = self.fetch_adapter().await?;
-        let trainer = &mut self.prepared.trainer;
-        trainer.begin_round(round, &adapter)?;
-        if evaluate {
-            let loss = trainer.evaluate(self.link.as_ref()).await?;
-            if loss.tokens > 0 {
-                let (loss_nats, tokens) = (loss.nats / loss.tokens as f64, loss.tokens as u64);
-                // What was evaluated is the adapter of the round before.
-                control.message(&FromParticipant::Evaluated { round: round - 1, loss_nats, tokens }).await?;
-                self.reporter.evaluated(round - 1, loss_nats, tokens);
-            } else {
-                control.message(&FromParticipant::Evaluated { round: round - 1, loss_nats: 0.0, tokens: 0 }).await?;
-            }
-        }
-        if steps.is_empty() {
-            return Ok(());
-        }
         let bar: ProgressBar = progress::steps(steps.end - steps.start);
-        let (mut nats, mut tokens) = (0.0, 0);
-        for step in steps {
-            let report = trainer.step(step, self.link.as_ref()).await?;
-            nats += report.loss_nats * report.tokens as f64;
-            tokens += report.tokens;
+        bar.set_position(self.prepared.trainer.next_step().saturating_sub(steps.start));
+        for step in self.prepared.trainer.next_step()..steps.end {
+            let report = self.prepared.trainer.step(step, self.link.as_ref()).await?;
             bar.inc(1);
             bar.set_message(format!("round {round} loss {:.4}", report.loss_nats));
             self.reporter.step(round, &report);
-            let crate::trainer::StepReport { step, loss_nats, tokens, compute_ms, wait_ms } = report;
-            control
-                .message(&FromParticipant::StepFinished { round, step, loss_nats, tokens, compute_ms, wait_ms })
-                .await?;
+            if step >= reported {
+                self.report_step(control, report).await?;
+            }
         }
         bar.finish_and_clear();
-        self.send_update(tokens, nats / tokens as f64).await
+        // The update says that the steps are done: they are not done again.
+        self.prepared.trainer.settled().await?;
+        let (tokens, loss_nats) = self.prepared.trainer.trained();
+        self.send_update(tokens, loss_nats).await
+    }
+
+    async fn report_step(&self, control: &mut SendStream, report: StepReport) -> Result<(), ParticipantError> {
+        let (round, StepReport { step, loss_nats, tokens, compute_ms, wait_ms }) = (self.round, report);
+        let finished = FromParticipant::StepFinished { round, step, loss_nats, tokens, compute_ms, wait_ms };
+        Ok(control.message(&finished).await?)
+    }
+
+    /// What was evaluated is the adapter of the round before.
+    async fn report_evaluation(&self, control: &mut SendStream, loss: Loss) -> Result<(), ParticipantError> {
+        let round = self.round - 1;
+        if loss.tokens == 0 {
+            return Ok(control.message(&FromParticipant::Evaluated { round, loss_nats: 0.0, tokens: 0 }).await?);
+        }
+        let (loss_nats, tokens) = (loss.nats / loss.tokens as f64, loss.tokens as u64);
+        control.message(&FromParticipant::Evaluated { round, loss_nats, tokens }).await?;
+        self.reporter.evaluated(round, loss_nats, tokens);
+        Ok(())
     }
 
     async fn fetch_adapter(&self) -> Result<Adapter, ParticipantError> {
@@ -401,19 +513,19 @@ fn listing_of(adapter: &Adapter) -> Vec<TensorInfo> {
     adapter.tensors().iter().map(info).collect()
 }
 
-/// Waits longer after every failure, up to half a minute.
+/// Waits longer after every failure, up to a quarter of a minute.
 pub struct BackOff {
     next: Duration,
 }
 
 impl BackOff {
     pub fn new() -> Self {
-        Self { next: Duration::from_secs(1) }
+        Self { next: Duration::from_millis(250) }
     }
 
     pub fn next_delay(&mut self) -> Duration {
         let delay = self.next;
-        self.next = (delay * 2).min(Duration::from_secs(30));
+        self.next = (delay * 2).min(Duration::from_secs(15));
         delay
     }
 }

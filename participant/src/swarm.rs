@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use crate::ParticipantError;
 use crate::data::{Record, partition, read_records};
 use crate::join::{Join, default_state};
-use crate::session::{Participant, Records, Reporter};
+use crate::session::{Keep, Participant, Records, Reporter};
 use crate::stages::Stages;
 
 pub struct Swarm {
@@ -50,10 +50,13 @@ impl Swarm {
                 model: None,
                 device: Default::default(),
                 prepared: None,
+                keep: None,
+                welcomes: 0,
                 stages: stages.clone(),
                 reporter: reporter(&name),
             };
             let state = default_state(&path);
+            participant.keep = Some(Keep::in_state(&state));
             let join = Join {
                 invitation,
                 address: self.address.clone(),

@@ -3,6 +3,7 @@
 //! [`Trainer::step`] reads like the protocol. It knows neither sockets nor rounds: the body is behind [`BodyLink`], and
 //! where the whole model is on this machine there is none.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,12 @@ use crate::ParticipantError;
 use crate::body_link::BodyLink;
 use crate::data::{MicroBatch, Position};
 use crate::dataset::Dataset;
+use crate::keep::{Found, Keeper};
 use crate::stages::LoadedStages;
+
+mod progress;
+
+use progress::Progress;
 
 pub struct Trainer {
     experiment: Arc<Experiment>,
@@ -27,6 +33,11 @@ pub struct Trainer {
     data: Dataset,
     /// What the round in progress began with.
     start: Option<RoundStart>,
+    /// The same of the round before, which a coordinator that has lost it may ask for again.
+    start_before: Option<RoundStart>,
+    /// How far the round in progress has come.
+    progress: Option<Progress>,
+    keeper: Option<Keeper>,
 }
 
 /// A run of blocks that never leaves this machine.
@@ -88,7 +99,8 @@ impl Trainer {
                 (Some(head), tail)
             }
         };
-        Ok(Self { experiment, name: name.to_owned(), head, tail, data, start: None })
+        let name = name.to_owned();
+        Ok(Self { experiment, name, head, tail, data, start: None, start_before: None, progress: None, keeper: None })
     }
 
     /// This participant's share of the adapter as it stands, in model order.
@@ -107,10 +119,22 @@ impl Trainer {
         &mut self.data
     }
 
-    /// Takes the global adapter of `round`. Optimizer moments and the place in the data go on from the round before, or
-    /// back to where they were if this very round was begun and abandoned.
-    pub fn begin_round(&mut self, round: u32, adapter: &Adapter) -> Result<(), ParticipantError> {
-        if let Some(start) = self.start.take_if(|start| start.round == round) {
+    /// Takes the global adapter of `round`, whose first step is `first_step`. Optimizer moments and the place in the data
+    /// go on from the round before, or back to where they were if this very round was begun before.
+    pub async fn begin_round(
+        &mut self,
+        (round, attempt): (u32, u32),
+        first_step: u64,
+        adapter: &Adapter,
+    ) -> Result<(), ParticipantError> {
+        let again = self.start.take_if(|start| start.round == round);
+        let is_new = again.is_none();
+        let again = again.or(self.start_before.take_if(|start| start.round == round));
+        if again.is_none() && (round == 1 || self.has_begun(round)) {
+            // What is kept is of a run that was here before, or of rounds that the coordinator has lost.
+            self.begin_anew()?;
+        }
+        if let Some(start) = again {
             let [head, tail] = start.optimizers;
             if let Some(side) = &mut self.head {
                 side.optimizer = head;
@@ -123,28 +147,63 @@ impl Trainer {
             side.lora = side.stage.attach(&side.adapter)?;
         }
         let head = self.head.as_ref();
+        if is_new {
+            self.start_before = self.start.take().filter(|start| start.round < round);
+        }
         self.start = Some(RoundStart {
             round,
             optimizers: [head.and_then(|side| side.optimizer.clone()), self.tail.optimizer.clone()],
             position: self.data.batches.position(),
             global: [head.map(|side| side.adapter.clone()), Some(self.tail.adapter.clone())],
         });
-        Ok(())
+        self.progress = Some(Progress::at_start((round, attempt), first_step, self.data.batches.position()));
+        if is_new {
+            // On disk before anything that rests on it.
+            self.keep_start().await?;
+            self.settled().await?;
+        }
+        self.keep_step().await
     }
 
-    /// Loss on the held-out records, summed.
+    /// As if nothing had ever been trained.
+    fn begin_anew(&mut self) -> Result<(), ParticipantError> {
+        for side in self.head.iter_mut().chain([&mut self.tail]) {
+            if let Some(optimizer) = &mut side.optimizer {
+                *optimizer = AdamW::new(&self.experiment.training, &side.adapter);
+            }
+        }
+        Ok(self.data.batches.seek(Position { epoch: 0, micro_batch: 0 })?)
+    }
+
+    /// Loss on the held-out records of the adapter as it stands, summed.
     pub async fn evaluate(&self, body: Option<&BodyLink>) -> Result<Loss, ParticipantError> {
+        self.evaluate_with(self.head.as_ref().map(|head| &head.lora), &self.tail.lora, body).await
+    }
+
+    /// The same of another adapter, in the middle of a round.
+    pub async fn evaluate_adapter(&self, adapter: &Adapter, body: Option<&BodyLink>) -> Result<Loss, ParticipantError> {
+        let attach = |side: &Side| side.stage.attach(&adapter.part(side.stage.part().blocks.clone()));
+        let (head, tail) = (self.head.as_ref().map(attach).transpose()?, attach(&self.tail)?);
+        self.evaluate_with(head.as_ref(), &tail, body).await
+    }
+
+    async fn evaluate_with(
+        &self,
+        head_lora: Option<&Lora>,
+        tail_lora: &Lora,
+        body: Option<&BodyLink>,
+    ) -> Result<Loss, ParticipantError> {
         let mut total = Loss { nats: 0.0, tokens: 0 };
         for (micro, batch) in self.data.held_out.iter().enumerate() {
             let segments = segments_of(batch)?;
-            let loss = match (&self.head, body) {
-                (Some(head), Some(body)) => {
-                    let x = compute(|| head.stage.forward(Input::Tokens(&batch.tokens), &segments, &head.lora))?;
+            let loss = match (&self.head, head_lora, body) {
+                (Some(head), Some(head_lora), Some(body)) => {
+                    let x = compute(|| head.stage.forward(Input::Tokens(&batch.tokens), &segments, head_lora))?;
                     let x = body.evaluate(micro as u32, batch, x).await?;
-                    compute(|| self.tail.stage.loss(Input::Activations(x), &segments, &batch.targets, &self.tail.lora))?
+                    compute(|| self.tail.stage.loss(Input::Activations(x), &segments, &batch.targets, tail_lora))?
                 }
                 _ => compute(|| {
-                    self.tail.stage.loss(Input::Tokens(&batch.tokens), &segments, &batch.targets, &self.tail.lora)
+                    self.tail.stage.loss(Input::Tokens(&batch.tokens), &segments, &batch.targets, tail_lora)
                 })?,
             };
             total.nats += loss.nats;
@@ -170,15 +229,24 @@ impl Trainer {
                 _ => self.whole_micro_batch(&mut work, micro, batch, &dropout)?,
             }
         }
-        let Work { nats, waited, .. } = work;
+        let report = self.report_of(step, tokens, begun, &work);
+        if let Some(progress) = &mut self.progress {
+            progress.stepped(report, self.data.batches.position());
+        }
+        self.keep_step().await?;
+        Ok(report)
+    }
+
+    fn report_of(&self, step: u64, tokens: usize, begun: Instant, work: &Work) -> StepReport {
+        let &Work { nats, waited, .. } = work;
         let milliseconds = |duration: Duration| duration.as_secs_f64() * 1e3;
-        Ok(StepReport {
+        StepReport {
             step,
             loss_nats: nats / tokens as f64,
             tokens: tokens as u64,
             compute_ms: milliseconds(begun.elapsed().saturating_sub(waited)),
             wait_ms: milliseconds(waited),
-        })
+        }
     }
 
     fn whole_micro_batch(
@@ -252,6 +320,8 @@ impl Trainer {
             return Ok(());
         }
 
+        // Who is behind by more than one step when it is killed could not go on.
+        self.settled().await?;
         let gradients = self.finished_gradients(work);
         let [head_norms, tail_norms] = [0, 1].map(|side| self.squared_norms(&gradients, side));
         let factor = if trains_head {

@@ -47,6 +47,15 @@ fn departed(participant: &str) -> Event {
     Event::Departed { participant: name(participant) }
 }
 
+fn lost(participant: &str) -> Event {
+    Event::Lost { participant: name(participant) }
+}
+
+fn resume(participant: &str, round: u32) -> Action {
+    let first_step = u64::from(round - 1) * 5;
+    Action::ResumeMember { participant: name(participant), round, attempt: 1, first_step, evaluate: false }
+}
+
 /// An update of 7 tokens for the first attempt of `round`.
 fn update(participant: &str, round: u32) -> Event {
     update_of(participant, round, 1)
@@ -309,7 +318,7 @@ fn another_device_of_the_same_name_may_not_join_while_the_first_is_connected() {
 }
 
 #[test]
-fn a_device_that_connects_again_departs_and_returns() {
+fn a_device_that_connects_again_takes_its_place_back() {
     check_scenario(
         federation(2, 3, 2),
         vec![
@@ -317,41 +326,121 @@ fn a_device_that_connects_again_departs_and_returns() {
             (1, joined("anna"), vec![supersede("anna")]),
             (2, joined("bert"), vec![wait_for(1, 1)]),
             (3, joined("cleo"), vec![start(1, "anna bert cleo")]),
-            // Its work of the open round is lost, as that of anybody who departs.
-            (4, joined("anna"), vec![supersede("anna"), remove("anna")]),
-            (5, update("anna", 1), vec![refuse("anna", 1, Refusal::Removed)]),
-            // An update that was accepted stays.
+            (4, joined("anna"), vec![supersede("anna"), resume("anna", 1)]),
+            // Who has delivered may not know it.
             (6, update("bert", 1), vec![accept("bert", 1)]),
-            (7, joined("bert"), vec![supersede("bert")]),
-            (8, update("cleo", 1), vec![accept("cleo", 1), aggregate(1, "bert cleo"), start(2, "anna bert cleo")]),
+            (7, joined("bert"), vec![supersede("bert"), resume("bert", 1)]),
+            (8, update("cleo", 1), vec![accept("cleo", 1)]),
+            (9, update("anna", 1), vec![accept("anna", 1), aggregate(1, "anna bert cleo"), start(2, "anna bert cleo")]),
         ],
     );
 }
 
 #[test]
-fn a_round_that_loses_its_quorum_to_a_device_that_connects_again_starts_again_with_it() {
-    let why = Abandonment::TooFewMembers { remaining: 1, quorum: 2 };
+fn a_member_that_is_lost_keeps_its_place_until_it_is_back_or_late() {
+    let long = Federation { deadline_s: 3600, ..federation(2, 3, 2) };
     check_scenario(
-        federation(1, 2, 2),
+        long,
         vec![
-            (0, joined("anna"), vec![wait_for(1, 1)]),
-            (0, joined("bert"), vec![start(1, "anna bert")]),
+            (0, joined("anna"), vec![wait_for(1, 2)]),
+            (0, joined("bert"), vec![wait_for(1, 1)]),
+            (0, joined("cleo"), vec![start(1, "anna bert cleo")]),
+            (1, lost("anna"), vec![]),
+            (2, lost("bert"), vec![]),
+            (3, update("cleo", 1), vec![accept("cleo", 1)]),
+            (RETURN_MS, joined("anna"), vec![resume("anna", 1)]),
+            (1 + RETURN_MS, Event::Ticked, vec![]),
+            (2 + RETURN_MS, Event::Ticked, vec![remove("bert")]),
+            (3 + RETURN_MS, joined("bert"), vec![]),
+            (4 + RETURN_MS, update("bert", 1), vec![refuse("bert", 1, Refusal::Removed)]),
             (
-                1,
-                joined("anna"),
-                vec![supersede("anna"), remove("anna"), abandon(1, 1, why), start_again(1, 2, "anna bert")],
+                5 + RETURN_MS,
+                update("anna", 1),
+                vec![accept("anna", 1), aggregate(1, "anna cleo"), start(2, "anna bert cleo")],
             ),
         ],
     );
 }
 
 #[test]
-fn the_final_evaluation_does_not_wait_for_a_device_that_connects_again() {
+fn a_member_that_cannot_go_on_is_removed_and_stays_connected() {
+    let why = Abandonment::TooFewMembers { remaining: 1, quorum: 2 };
+    let cannot = |attempt| Event::CannotResume { participant: name("anna"), round: 1, attempt };
+    check_scenario(
+        federation(1, 2, 2),
+        vec![
+            (0, joined("anna"), vec![wait_for(1, 1)]),
+            (0, joined("bert"), vec![start(1, "anna bert")]),
+            (1, lost("anna"), vec![]),
+            (2, joined("anna"), vec![resume("anna", 1)]),
+            (3, cannot(2), vec![]),
+            (4, cannot(1), vec![remove("anna"), abandon(1, 1, why), start_again(1, 2, "anna bert")]),
+            (5, cannot(1), vec![]),
+        ],
+    );
+}
+
+#[test]
+fn an_interrupted_round_goes_on_with_what_was_accepted() {
+    let members = [("anna", Member::Delivered { tokens: 7 }), ("bert", Member::Training), ("cleo", Member::Removed)];
+    let members = members.into_iter().map(|(member, standing)| (name(member), standing)).collect();
+    let interrupted = Interrupted { round: 2, attempt: 1, evaluate: false, members };
+    let rounds = Rounds::resume(federation(2, 3, 1), Seed(0), interrupted, 5);
+    assert_eq!(rounds.next_deadline_ms(), Some(5 + DEADLINE_MS));
+    check_continued(
+        rounds,
+        vec![
+            (6, joined("bert"), vec![resume("bert", 2)]),
+            (7, joined("cleo"), vec![]),
+            (8, joined("anna"), vec![resume("anna", 2)]),
+            (9, update("bert", 2), vec![accept("bert", 2), aggregate(2, "anna bert"), finish(FinishReason::Completed)]),
+        ],
+    );
+}
+
+#[test]
+fn a_round_that_was_interrupted_when_all_had_delivered_is_aggregated_at_once() {
+    let members = [(name("anna"), Member::Delivered { tokens: 7 }), (name("bert"), Member::Delivered { tokens: 7 })];
+    let interrupted = Interrupted { round: 1, attempt: 1, evaluate: false, members: members.into() };
+    let mut rounds = Rounds::resume(federation(2, 2, 2), Seed(0), interrupted, 0);
+    assert_eq!(rounds.handle(Event::Ticked, 0), [aggregate(1, "anna bert"), wait_for(2, 2)]);
+}
+
+#[test]
+fn a_last_round_that_was_interrupted_is_evaluated_by_those_who_come_back() {
+    let interrupted = Interrupted {
+        round: 1,
+        attempt: 1,
+        evaluate: false,
+        members: [(name("anna"), Member::Delivered { tokens: 7 })].into(),
+    };
+    let mut rounds = Rounds::resume(evaluating(1, federation(1, 1, 1)), Seed(0), interrupted, 0);
+    assert_eq!(rounds.handle(Event::Ticked, 0), [aggregate(1, "anna"), wait_for(2, 1)]);
     let evaluate = Action::Evaluate { round: 1, participants: names("anna") };
+    assert_eq!(rounds.handle(joined("anna"), 1), [evaluate]);
+    assert_eq!(rounds.handle(evaluated("anna", 1), 2), [finish(FinishReason::Completed)]);
+}
+
+#[test]
+fn nobody_is_waited_for_without_end_when_all_rounds_are_trained() {
+    let mut rounds = Rounds::new(evaluating(1, federation(1, 2, 2)), 2, Seed(0));
+    assert_eq!(rounds.handle(Event::Ticked, 0), [wait_for(2, 2)]);
+    assert_eq!(rounds.handle(joined("anna"), 1), [wait_for(2, 1)]);
+    assert_eq!(rounds.next_deadline_ms(), Some(LAST_CALL_MS));
+    let evaluate = Action::Evaluate { round: 1, participants: names("anna") };
+    assert_eq!(rounds.handle(Event::Ticked, LAST_CALL_MS), [evaluate]);
+}
+
+#[test]
+fn the_final_evaluation_waits_for_a_device_that_connects_again() {
+    let evaluate = || Action::Evaluate { round: 1, participants: names("anna") };
     let mut rounds = Rounds::new(evaluating(1, federation(1, 1, 1)), 1, Seed(0));
     let _starts = rounds.handle(joined("anna"), 0);
-    assert_eq!(rounds.handle(update("anna", 1), 1), [accept("anna", 1), aggregate(1, "anna"), evaluate]);
-    assert_eq!(rounds.handle(joined("anna"), 2), [supersede("anna"), finish(FinishReason::Completed)]);
+    assert_eq!(rounds.handle(update("anna", 1), 1), [accept("anna", 1), aggregate(1, "anna"), evaluate()]);
+    assert_eq!(rounds.handle(joined("anna"), 2), [supersede("anna"), evaluate()]);
+    assert_eq!(rounds.handle(lost("anna"), 3), []);
+    assert_eq!(rounds.handle(joined("anna"), 4), [evaluate()]);
+    assert_eq!(rounds.handle(evaluated("anna", 1), 5), [finish(FinishReason::Completed)]);
 }
 
 #[test]
@@ -515,6 +604,8 @@ const CROWD: [&str; 5] = ["anna", "bert", "cleo", "dora", "emil"];
 enum Op {
     Join(usize, u8),
     Depart(usize),
+    Lose(usize),
+    GiveUp(usize),
     Deliver(usize),
     DeliverAnything(usize, u32, u32, u64),
     Reject(usize),
@@ -528,6 +619,8 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         60 => (participant(), 0..2u8).prop_map(|(p, key)| Op::Join(p, key)),
         20 => participant().prop_map(Op::Depart),
+        20 => participant().prop_map(Op::Lose),
+        5 => participant().prop_map(Op::GiveUp),
         120 => participant().prop_map(Op::Deliver),
         20 => (participant(), 0..6u32, 0..4u32, 0..3u64).prop_map(|(p, round, attempt, tokens)| {
             Op::DeliverAnything(p, round, attempt, tokens)
@@ -577,6 +670,10 @@ impl Ledger {
                 let (_, members) = self.open.as_mut().expect("a member is removed from an open round");
                 assert_eq!(members.remove(participant), Some(false), "only who has not delivered is removed");
             }
+            Action::ResumeMember { participant, round, .. } => {
+                let (open, members) = self.open.as_ref().expect("a member resumes an open round");
+                assert!(open == round && members.contains_key(participant), "only who has a place resumes");
+            }
             Action::Aggregate { round, members } => {
                 let (open, accepted) = self.open.take().expect("an open round is aggregated");
                 assert_eq!(open, *round);
@@ -621,6 +718,8 @@ proptest! {
             let event = match op {
                 Op::Join(p, key) => joined_with(key, CROWD[p]),
                 Op::Depart(p) => departed(CROWD[p]),
+                Op::Lose(p) => lost(CROWD[p]),
+                Op::GiveUp(p) => Event::CannotResume { participant: name(CROWD[p]), round, attempt },
                 Op::Deliver(p) => update_of(CROWD[p], round, attempt),
                 Op::DeliverAnything(p, round, attempt, tokens) => {
                     Event::UpdateArrived { participant: name(CROWD[p]), round, attempt, tokens }

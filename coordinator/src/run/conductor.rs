@@ -3,27 +3,35 @@
 //! Held here is what is between the machine and the streams: who is connected, which updates have come, what goes into
 //! the run directory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use experiment::{MetricsLog, Row, RunDirectory, hex};
 use model::Adapter;
 use net::Connection;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use wire::{CloseCode, FromCoordinator, FromParticipant, Outcome, RefusalReason, UpdateReply};
 
 use super::{COMPLETED, Ended, RunError, SOFTWARE, Watcher, body_blocks, ledger, unix_ms};
 use crate::aggregate::{Aggregator, Member};
-use crate::body::{Closed, RoundKey};
+use crate::body::{Closed, RoundKey, Standing};
 use crate::checkpoint::Checkpoint;
+use crate::journal::{Entry, Health, OpenAttempt, Record};
 use crate::round::{Action, Contribution, DeviceId, Event, FinishReason, ParticipantName, Refusal, Rounds};
-use crate::serve::{self, Incoming, Shared};
+use crate::serve::{self, Incoming, Shared, ToParticipant};
 use crate::status::{ParticipantStatus, Status};
 
 /// Connections served at a time, unless the cohort asks for more. Every one of them takes memory before it has said hello.
 const CONNECTIONS_MAX: usize = 1024;
+
+/// How often a full disk is asked whether it has room again.
+const STORAGE_RETRY: Duration = Duration::from_millis(250);
+/// Rows that wait for a full disk at most.
+const UNWRITTEN_ROWS_MAX: usize = 65_536;
+/// The first minor version that can go on within a round.
+const RESUMING_MINOR: u16 = 1;
 
 pub(super) struct Conductor {
     rounds: Rounds,
@@ -42,12 +50,25 @@ pub(super) struct Conductor {
     begun: Instant,
     shared: Arc<Shared>,
     watcher: Box<dyn Watcher>,
+    /// Evaluations on record, by the round whose adapter they are of.
+    evaluated: BTreeSet<(u32, String)>,
+    /// The first step of the open round that is not on record yet, by participant.
+    reported: BTreeMap<ParticipantName, u64>,
+    /// Rows that a full disk has not taken.
+    unwritten: VecDeque<Row>,
+    /// How the journal does, and what the conductor's own files have met.
+    health: watch::Receiver<Health>,
+    trouble: Option<String>,
+    /// What was last said of either.
+    degraded: bool,
+    stop: watch::Receiver<bool>,
 }
 
 struct Connected {
     session: u64,
+    minor: u16,
     connection: Connection,
-    messages: mpsc::Sender<FromCoordinator>,
+    messages: mpsc::Sender<ToParticipant>,
 }
 
 struct OpenRound {
@@ -61,6 +82,7 @@ struct OpenRound {
 
 struct Update {
     adapter: Adapter,
+    tokens: u64,
     loss_nats: f64,
 }
 
@@ -88,7 +110,15 @@ impl Conductor {
         shared: Arc<Shared>,
         watcher: Box<dyn Watcher>,
     ) -> Result<Self, RunError> {
+        directory.hold_reserve();
         Ok(Self {
+            evaluated: BTreeSet::new(),
+            reported: BTreeMap::new(),
+            unwritten: VecDeque::new(),
+            health: shared.journal.health(),
+            trouble: None,
+            degraded: false,
+            stop: watch::channel(false).1,
             rounds,
             metrics: directory.metrics_log()?,
             directory,
@@ -104,6 +134,22 @@ impl Conductor {
             shared,
             watcher,
         })
+    }
+
+    /// Remembers what is on record already.
+    pub(super) fn remember(&mut self, rows: &[Row]) {
+        for row in rows {
+            match row {
+                Row::Evaluation { round, participant, .. } => {
+                    self.evaluated.insert((*round, participant.clone()));
+                }
+                Row::Step { round, step, participant, .. } if *round == self.finished + 1 => {
+                    let next = self.reported.entry(ParticipantName::new(participant)).or_insert(0);
+                    *next = (*next).max(step + 1);
+                }
+                _ => {}
+            }
+        }
     }
 
     pub(super) fn announce(&mut self) -> Result<(), RunError> {
@@ -134,7 +180,18 @@ impl Conductor {
         shutdown: impl Future<Output = ()>,
     ) -> Result<Ended, RunError> {
         let mut peers = JoinSet::new();
-        match self.until_finished(&mut peers, &mut connections, &mut events, shutdown).await {
+        let (tell, stop) = watch::channel(false);
+        self.stop = stop.clone();
+        let stopping = async {
+            shutdown.await;
+            let _ = tell.send(true);
+            std::future::pending().await
+        };
+        let ended = tokio::select! {
+            ended = self.until_finished(&mut peers, &mut connections, &mut events, stop) => ended,
+            never = stopping => never,
+        };
+        match ended {
             Ok(reason) => self.end(reason, peers).await,
             Err(error) => {
                 // Who is told so tries again, and finds the coordinator when its trouble is mended.
@@ -151,11 +208,19 @@ impl Conductor {
         peers: &mut JoinSet<()>,
         connections: &mut mpsc::Receiver<Connection>,
         events: &mut mpsc::Receiver<Incoming>,
-        shutdown: impl Future<Output = ()>,
+        mut stop: watch::Receiver<bool>,
     ) -> Result<FinishReason, RunError> {
-        tokio::pin!(shutdown);
         let mut stopped = false;
+        let mut health = self.health.clone();
+        if self.open.is_some() || self.finished > 0 {
+            // What was interrupted may be complete; and a time has to be counted from now on.
+            let actions = self.handle(Event::Ticked);
+            if let Some(reason) = self.perform(actions, None).await? {
+                return Ok(reason);
+            }
+        }
         loop {
+            self.note_storage()?;
             let now_ms = self.now_ms();
             let deadline = self.rounds.next_deadline_ms().map(|at| Duration::from_millis(at.saturating_sub(now_ms)));
             let (actions, judged) = tokio::select! {
@@ -172,7 +237,12 @@ impl Conductor {
                 () = tokio::time::sleep(deadline.unwrap_or(Duration::MAX)), if deadline.is_some() => {
                     (self.handle(Event::Ticked), None)
                 }
-                () = &mut shutdown, if !stopped => {
+                Ok(()) = health.changed() => continue,
+                () = tokio::time::sleep(STORAGE_RETRY), if !self.unwritten.is_empty() => {
+                    self.write_rows()?;
+                    continue;
+                }
+                Ok(_) = stop.wait_for(|stop| *stop), if !stopped => {
                     stopped = true;
                     (self.handle(Event::StopRequested), None)
                 }
@@ -202,7 +272,7 @@ impl Conductor {
     /// Takes note of what a connection says, and asks the machine what to do about it.
     fn receive(&mut self, incoming: Incoming) -> Result<Option<Reaction>, RunError> {
         match incoming {
-            Incoming::Joined { participant, session, connection, messages, answer } => {
+            Incoming::Joined { participant, session, minor, connection, messages, answer } => {
                 // The machine refuses by an action; asking it first keeps the newcomer out of the tables until then.
                 let (round, device) = (self.rounds.round(), DeviceId(connection.peer_key()));
                 let actions = self.handle(Event::Joined { participant: participant.clone(), device });
@@ -219,17 +289,22 @@ impl Conductor {
                         self.supersede(&participant, round)?;
                     }
                     self.watcher.note(&format!("{participant} joined"));
-                    self.connections.insert(participant.clone(), Connected { session, connection, messages });
+                    let connected = Connected { session, minor, connection, messages };
+                    self.connections.insert(participant.clone(), connected);
                     self.set_state(&participant, "connected");
                 }
                 Ok(Some((actions, None)))
             }
-            Incoming::Departed { participant, session, reason } => {
+            Incoming::Departed { participant, session, reason, may_return } => {
                 if self.connections.get(&participant).is_none_or(|connected| connected.session != session) {
                     return Ok(None);
                 }
                 self.note_departure(&participant, self.rounds.round(), reason)?;
-                Ok(Some((self.handle(Event::Departed { participant }), None)))
+                let event = match may_return {
+                    true => Event::Lost { participant },
+                    false => Event::Departed { participant },
+                };
+                Ok(Some((self.handle(event), None)))
             }
             Incoming::Said { participant, session, message } => {
                 if self.connections.get(&participant).is_none_or(|connected| connected.session != session) {
@@ -242,6 +317,15 @@ impl Conductor {
                     return Ok(None);
                 }
                 let RoundKey { round, attempt } = key;
+                if let Ok(adapter) = &adapter
+                    && self.is_accepted(&participant, key, (tokens, loss_nats), adapter)
+                {
+                    let journal = self.shared.journal.clone();
+                    tokio::task::block_in_place(|| {
+                        journal.flush_blocking(move || drop(answer.send(UpdateReply::Accepted)));
+                    });
+                    return Ok(None);
+                }
                 let name = participant.clone();
                 let (event, adapter, reason) = match adapter {
                     Ok(adapter) => (Event::UpdateArrived { participant, round, attempt, tokens }, Some(adapter), None),
@@ -251,6 +335,21 @@ impl Conductor {
                 Ok(Some((self.handle(event), Some(judged))))
             }
         }
+    }
+
+    /// Whether this very update was accepted before, and its sender may not know.
+    fn is_accepted(
+        &self,
+        participant: &ParticipantName,
+        key: RoundKey,
+        (tokens, loss_nats): (u64, f64),
+        adapter: &Adapter,
+    ) -> bool {
+        let open = self.open.as_ref().filter(|open| open.key == key);
+        open.and_then(|open| open.updates.get(participant)).is_some_and(|accepted| {
+            let figures = (accepted.tokens, accepted.loss_nats.to_bits());
+            figures == (tokens, loss_nats.to_bits()) && accepted.adapter == *adapter
+        })
     }
 
     /// What the earlier connection still says, its departure included, is of a session that is known no longer.
@@ -273,6 +372,15 @@ impl Conductor {
     fn said(&mut self, participant: ParticipantName, message: FromParticipant) -> Result<Option<Event>, RunError> {
         match message {
             FromParticipant::StepFinished { round, step, loss_nats, tokens, compute_ms, wait_ms } => {
+                let is_open = self.open.as_ref().is_some_and(|open| open.key.round == round);
+                let next = self.reported.entry(participant.clone()).or_insert(0);
+                // A step that was repeated is on record already.
+                if is_open && step < *next {
+                    return Ok(None);
+                }
+                if is_open {
+                    *next = step + 1;
+                }
                 let name = participant.to_string();
                 self.record(&Row::Step {
                     round,
@@ -296,11 +404,16 @@ impl Conductor {
                 Ok(None)
             }
             FromParticipant::Evaluated { round, loss_nats, tokens } => {
-                if tokens > 0 {
+                let is_new = self.evaluated.insert((round, participant.to_string()));
+                if tokens > 0 && is_new {
                     let name = participant.to_string();
                     self.record(&Row::Evaluation { round, participant: name, loss_nats, tokens, energy_j: None })?;
                 }
                 Ok(Some(Event::Evaluated { participant, round }))
+            }
+            FromParticipant::CannotResume { round, attempt } => {
+                self.watcher.note(&format!("{participant} has not kept what it needs to go on with round {round}"));
+                Ok(Some(Event::CannotResume { participant, round, attempt }))
             }
             FromParticipant::Hello { .. } | FromParticipant::Ready { .. } | FromParticipant::Leaving { .. } => Ok(None),
         }
@@ -314,7 +427,8 @@ impl Conductor {
     ) -> Result<Option<FinishReason>, RunError> {
         let mut judged = judged;
         let mut finish = None;
-        for action in actions {
+        let mut actions = VecDeque::from(actions);
+        while let Some(action) = actions.pop_front() {
             match action {
                 // Done where the join was received.
                 Action::RefuseJoin { .. } | Action::Supersede { .. } => {}
@@ -326,9 +440,15 @@ impl Conductor {
                 Action::StartRound { round, attempt, cohort, first_step, evaluate } => {
                     self.start_round(RoundKey { round, attempt }, cohort, first_step, evaluate).await?;
                 }
+                Action::ResumeMember { participant, round, attempt, first_step, evaluate } => {
+                    let key = RoundKey { round, attempt };
+                    if !self.resume(&participant, key, first_step, evaluate).await? {
+                        actions.extend(self.handle(Event::CannotResume { participant, round, attempt }));
+                    }
+                }
                 Action::AcceptUpdate { .. } => {
                     if let Some(judged) = judged.take() {
-                        self.accept(judged)?;
+                        self.accept(judged).await?;
                     }
                 }
                 Action::RefuseUpdate { round, reason, .. } => {
@@ -336,17 +456,18 @@ impl Conductor {
                         self.refuse(judged, round, reason)?;
                     }
                 }
-                Action::RemoveMember { participant } => {
-                    if let Some(body) = &self.shared.body {
-                        body.remove(participant.clone()).await;
-                    }
-                }
+                Action::RemoveMember { participant } => match &self.shared.body {
+                    // The body notes it where it is done, between two commits.
+                    Some(body) => body.remove(participant.clone()).await,
+                    None => self.note(Record::Removed { participant: participant.to_string() }).await,
+                },
                 Action::Aggregate { round, members } => self.aggregate(round, members).await?,
                 Action::AbandonRound { round, attempt, why } => {
                     self.watcher.note(&format!("round {round}, attempt {attempt} is abandoned: {why}"));
                     if let Some(body) = &self.shared.body {
                         body.abandon().await;
                     }
+                    self.note(Record::Abandoned { attempt }).await;
                     if let Some(open) = self.open.take() {
                         for participant in open.cohort {
                             self.send(
@@ -372,6 +493,10 @@ impl Conductor {
         evaluate: bool,
     ) -> Result<(), RunError> {
         let RoundKey { round, attempt } = key;
+        self.shared.journal.begin(round).await;
+        let names = cohort.iter().map(ToString::to_string).collect();
+        self.note(Record::Started { attempt, cohort: names, first_step, evaluate }).await;
+        self.reported.clear();
         self.publish(key, cohort.clone(), first_step).await;
         let local_steps = self.shared.experiment.federation.local_steps;
         for participant in &cohort {
@@ -385,6 +510,59 @@ impl Conductor {
             Some(OpenRound { key, begun: Instant::now(), cohort, first_step, updates: BTreeMap::new(), steps_done: 0 });
         self.state = "training".into();
         self.write_status(true)
+    }
+
+    /// Takes up a round that was open when the coordinator ended.
+    pub(super) async fn recover(&mut self, recovered: OpenAttempt) -> Result<(), RunError> {
+        let OpenAttempt { interrupted, first_step, work, updates } = recovered;
+        let key = RoundKey { round: interrupted.round, attempt: interrupted.attempt };
+        let cohort: Vec<ParticipantName> = interrupted.members.keys().cloned().collect();
+        self.publish(key, cohort.clone(), first_step).await;
+        let steps_done = self.reported.values().map(|next| next.saturating_sub(first_step)).sum();
+        if let Some(body) = &self.shared.body {
+            body.replay(work).await;
+        }
+        let like = self.shared.trained_share(&self.adapter);
+        let mut accepted = BTreeMap::new();
+        for (participant, update) in updates {
+            let crate::journal::Update { tokens, loss_nats, tensors } = update;
+            self.set_state(&participant, "delivered");
+            accepted.insert(participant, Update { adapter: like.with_tensors(tensors)?, tokens, loss_nats });
+        }
+        let round = key.round;
+        let delivered = accepted.len();
+        self.watcher.note(&format!("round {round} goes on; {delivered} of {} members have delivered", cohort.len()));
+        self.open = Some(OpenRound { key, begun: Instant::now(), cohort, first_step, updates: accepted, steps_done });
+        self.state = "training".into();
+        self.write_status(true)
+    }
+
+    /// Lets a member that is back go on; false where it cannot.
+    async fn resume(
+        &mut self,
+        participant: &ParticipantName,
+        RoundKey { round, attempt }: RoundKey,
+        first_step: u64,
+        evaluate: bool,
+    ) -> Result<bool, RunError> {
+        let Some(connected) = self.connections.get(participant) else { return Ok(true) };
+        if connected.minor < RESUMING_MINOR {
+            return Ok(false);
+        }
+        let standing = match &self.shared.body {
+            Some(body) => body.resume(participant.clone(), connected.session).await,
+            None => Some(Standing { step: first_step, tokens: BTreeMap::new() }),
+        };
+        let Some(Standing { step, tokens: committed }) = standing else { return Ok(false) };
+        let local_steps = self.shared.experiment.federation.local_steps;
+        let evaluate = evaluate && !self.evaluated.contains(&(round - 1, participant.to_string()));
+        let reported = self.reported.get(participant).copied().unwrap_or(0).max(first_step);
+        let message =
+            FromCoordinator::ResumeRound { round, attempt, first_step, local_steps, evaluate, step, reported };
+        self.set_state(participant, "training");
+        self.watcher.note(&format!("{participant} goes on with round {round} at step {}", step - first_step));
+        self.send_all(participant, ToParticipant { message, committed });
+        Ok(true)
     }
 
     /// The final evaluation is a round without steps, one behind the last.
@@ -417,13 +595,16 @@ impl Conductor {
         }
     }
 
-    fn accept(&mut self, judged: Judged) -> Result<(), RunError> {
+    async fn accept(&mut self, judged: Judged) -> Result<(), RunError> {
         let Judged { participant, adapter, tokens, loss_nats, answer, .. } = judged;
         let (Some(open), Some(adapter)) = (&mut self.open, adapter) else { return Ok(()) };
         let (round, name) = (open.key.round, participant.to_string());
-        open.updates.insert(participant.clone(), Update { adapter, loss_nats });
+        let tensors = adapter.tensors().iter().map(|tensor| tensor.values.clone()).collect();
+        let record = Record::Accepted { participant: name.clone(), tokens, loss_nats_bits: loss_nats.to_bits() };
+        open.updates.insert(participant.clone(), Update { adapter, tokens, loss_nats });
         // The participant may be gone; its update counts all the same.
-        let _ = answer.send(UpdateReply::Accepted);
+        let answered = move || drop(answer.send(UpdateReply::Accepted));
+        self.shared.journal.append(Entry { record, tensors }, answered).await;
         self.set_state(&participant, "delivered");
         self.record(&Row::Update { round, participant: name, tokens, accepted: true, reason: None, energy_j: None })
     }
@@ -466,7 +647,7 @@ impl Conductor {
         let aggregated =
             tokio::task::block_in_place(|| self.aggregator.aggregate(&self.adapter, &members, shared_body))?;
         self.adapter = Arc::new(aggregated.adapter);
-        self.keep(round).await?;
+        self.keep_until_written(round).await?;
         self.finished = round;
 
         let row = Row::Round {
@@ -497,6 +678,29 @@ impl Conductor {
             self.send(&participant, FromCoordinator::RoundClosed { round, outcome }).await;
         }
         self.write_status(true)
+    }
+
+    /// Keeps the round, as soon as the disk takes it.
+    async fn keep_until_written(&mut self, round: u32) -> Result<(), RunError> {
+        let mut stop = self.stop.clone();
+        loop {
+            match self.keep(round).await {
+                Err(error) if error.may_pass() => {
+                    self.trouble = Some(error.to_string());
+                    self.note_storage()?;
+                    tokio::select! {
+                        () = tokio::time::sleep(STORAGE_RETRY) => {}
+                        // Nothing is lost: the journal has what the round is made of.
+                        Ok(_) = stop.wait_for(|stop| *stop) => return Err(error),
+                    }
+                }
+                kept => {
+                    kept?;
+                    self.trouble = None;
+                    return self.note_storage();
+                }
+            }
+        }
     }
 
     /// Writes the finished round; its marker comes last.
@@ -541,10 +745,18 @@ impl Conductor {
     }
 
     async fn send(&self, participant: &ParticipantName, message: FromCoordinator) {
+        self.send_all(participant, ToParticipant { message, committed: BTreeMap::new() });
+    }
+
+    fn send_all(&self, participant: &ParticipantName, message: ToParticipant) {
         if let Some(connected) = self.connections.get(participant) {
             // Full only if the participant reads nothing; then its connection is about to fail, and it departs.
             let _ = connected.messages.try_send(message);
         }
+    }
+
+    async fn note(&self, record: Record) {
+        self.shared.journal.append(Entry::new(record), || {}).await;
     }
 
     fn body_blocks(&self) -> Option<std::ops::Range<usize>> {
@@ -552,9 +764,49 @@ impl Conductor {
     }
 
     fn record(&mut self, row: &Row) -> Result<(), RunError> {
-        self.metrics.append(row)?;
         self.watcher.row(row);
+        self.unwritten.push_back(row.clone());
+        self.write_rows()
+    }
+
+    /// Writes the rows that wait. Where the disk is full they wait on.
+    fn write_rows(&mut self) -> Result<(), RunError> {
+        while let Some(row) = self.unwritten.front() {
+            match self.metrics.append(row) {
+                Ok(()) => drop(self.unwritten.pop_front()),
+                Err(error) if error.may_pass() && self.unwritten.len() < UNWRITTEN_ROWS_MAX => {
+                    self.trouble = Some(error.to_string());
+                    return Ok(());
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.trouble = None;
         Ok(())
+    }
+
+    /// Says, once, that nothing can be written, or that it can again.
+    fn note_storage(&mut self) -> Result<(), RunError> {
+        let trouble = match &*self.health.borrow_and_update() {
+            Health::Failed(reason) => return Err(RunError::JournalFailed(reason.clone())),
+            Health::Degraded(reason) => Some(format!("failed to {reason}")),
+            Health::Good => self.trouble.as_ref().map(|reason| format!("failed to {reason}")),
+        };
+        match trouble {
+            Some(reason) if !self.degraded => {
+                self.degraded = true;
+                self.directory.release_reserve();
+                self.watcher.note(&format!("storage degraded: {reason}; nothing is lost, the run waits for the disk"));
+                self.write_status(true)
+            }
+            None if self.degraded => {
+                self.degraded = false;
+                self.directory.hold_reserve();
+                self.watcher.note("the storage is good again; the run goes on");
+                self.write_status(true)
+            }
+            _ => Ok(()),
+        }
     }
 
     fn record_bytes(&mut self, participant: &ParticipantName) -> Result<(), RunError> {
@@ -588,7 +840,7 @@ impl Conductor {
             done.min().unwrap_or(0)
         });
         let status = Status {
-            state: self.state.clone(),
+            state: if self.degraded { STORAGE_DEGRADED.into() } else { self.state.clone() },
             round: self.rounds.round().min(federation.rounds),
             rounds: federation.rounds,
             step: slowest,
@@ -596,7 +848,14 @@ impl Conductor {
             participants: self.participants.values().cloned().collect(),
             updated_unix_ms: unix_ms(),
         };
-        Ok(status.write(&self.directory)?)
+        match status.write(&self.directory) {
+            // What cannot be shown is no reason to stop.
+            Err(error) if error.may_pass() => {
+                tracing::warn!(%error, "the status cannot be written");
+                Ok(())
+            }
+            written => Ok(written?),
+        }
     }
 
     /// Since the run began, on a clock that never goes back.
@@ -604,6 +863,8 @@ impl Conductor {
         self.begun.elapsed().as_millis() as u64
     }
 }
+
+const STORAGE_DEGRADED: &str = "storage degraded";
 
 fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3

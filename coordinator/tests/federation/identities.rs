@@ -250,6 +250,7 @@ impl Site {
             home: self.world.path("home"),
             runs: self.world.path("runs"),
             init_adapter: None,
+            journal: Default::default(),
         };
         let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let (stop, stopped) = oneshot::channel();

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use net::{Connection, PeerIdentity, PeerName, StreamKind};
 use participant::device_log::{Canary, FactoryDevice, generate};
+use participant::session::Keep;
 use tracing_subscriber::fmt::MakeWriter;
 use wire::{CloseCode, FromParticipant, MessageKind};
 
@@ -84,6 +85,7 @@ async fn a_canary_never_leaves_its_device() {
     let coordinator = world.coordinator();
     let wiretap = Capture::default();
     let (mut press, _) = world.participant_with("press-1", &lines);
+    press.keep = Some(Keep { directory: world.path("state"), disk: Default::default() });
     let tap = wiretap.clone();
     let connection = coordinator
         .connect_tapped("press-1", Arc::new(move |bytes: &[u8]| tap.0.lock().unwrap().extend_from_slice(bytes)))
@@ -98,7 +100,9 @@ async fn a_canary_never_leaves_its_device() {
     assert!(frames.len() > 1_000_000, "only {} bytes were tapped", frames.len());
     assert_eq!(hits(&frames, &needles), Vec::<String>::new(), "on the wire");
     assert_eq!(hits(&logs.taken(), &needles), Vec::<String>::new(), "in the logs");
-    for directory in ["runs", "home"] {
+    // What the device itself keeps of its training holds no text either.
+    assert!(world.path("state").join("step.a").is_file());
+    for directory in ["runs", "home", "state"] {
         check_files(&world.path(directory), &needles);
     }
 }

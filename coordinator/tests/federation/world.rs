@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, mpsc as blocking};
 
 use coordinator::home::Home;
+use coordinator::journal::Settings;
 use coordinator::run::{Ended, Run, RunError, Watcher};
 use experiment::{Experiment, Row};
 use model::source::BlobStore;
@@ -70,11 +71,17 @@ impl World {
     }
 
     pub fn coordinator(&self) -> Coordinator {
+        self.coordinator_with(Settings::default())
+    }
+
+    /// A coordinator whose journal is kept in another way.
+    pub fn coordinator_with(&self, journal: Settings) -> Coordinator {
         let run = Run {
             experiment: self.path("test.toml"),
             home: self.path("home"),
             runs: self.path("runs"),
             init_adapter: None,
+            journal,
         };
         let (experiment, source) = (Arc::new(self.experiment.clone()), self.source.clone());
         let home = Home::open(&run.home).unwrap();
@@ -115,6 +122,8 @@ impl World {
             model: None,
             device: Default::default(),
             prepared: None,
+            keep: None,
+            welcomes: 0,
             stages: self.stages.clone(),
             reporter: seen.clone(),
         };

@@ -88,6 +88,12 @@ impl Batches {
         Position { epoch: self.epoch, micro_batch: self.micro_batch as u64 }
     }
 
+    /// How many sequences there are, and how many tokens in them.
+    pub fn size(&self) -> [u64; 2] {
+        let tokens: usize = self.sequences.iter().map(|sequence| sequence.tokens().len()).sum();
+        [self.sequences.len() as u64, tokens as u64]
+    }
+
     /// Goes on from a position that the same data and settings gave.
     pub fn seek(&mut self, position: Position) -> Result<(), DataError> {
         self.start_epoch(position.epoch);

@@ -24,6 +24,12 @@ pub enum Error {
     Blocks { head_blocks: u32, tail_blocks: u32, total_blocks: u32 },
     #[error("{action} {}: {source}; {}", path.display(), next_step(source))]
     File { action: &'static str, path: PathBuf, source: io::Error },
+    /// What is on the disk is not known any more. A second fsync may succeed without the bytes, so that none is tried.
+    #[error("bring {} to the disk: {source}; check that disk, then start again", path.display())]
+    Unsynced { path: PathBuf, source: io::Error },
+    /// A finished round whose files are not those that were written.
+    #[error("go on from {}: {what}", path.display())]
+    Damaged { path: PathBuf, what: String },
     #[error(
         "continue the run in {}: it belongs to another experiment (digest {found}, this one is {expected}; first \
          difference: {difference}); give this experiment another name, or move that directory away", path.display()
@@ -41,6 +47,16 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether the same may succeed once there is room, or the disk has recovered.
+    pub fn may_pass(&self) -> bool {
+        const EIO: i32 = 5;
+        let passes = |source: &io::Error| {
+            matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
+                || source.raw_os_error() == Some(EIO)
+        };
+        matches!(self, Self::File { source, .. } if passes(source))
+    }
+
     /// For `map_err`: `action` is a verb that `path` completes.
     pub(crate) fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_path_buf();

@@ -4,7 +4,9 @@
 //! runs/<name>/experiment.toml   the resolved experiment
 //!             metrics.jsonl     one row per line, appended
 //!             status.json       how things stand now, replaced as a whole
-//!             rounds/0001/…     what round 1 left; `complete` in it is written last
+//!             rounds/0001/…     what round 1 left; `complete` in it is written last, and lists the SHA-256 of the rest
+//!             journal/…         what has happened since, for a coordinator that is started again
+//!             reserve           a few pages, so that there is room for `status.json` when the disk is full
 //! ```
 //!
 //! This file owns the names and what survives a crash: a file is either its old or its new self, and a round is complete
@@ -15,6 +17,7 @@ use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 
 use crate::{Error, Experiment, MetricsLog, Row, hex, read_rows};
 
@@ -90,6 +93,23 @@ impl RunDirectory {
         write_atomically(&path, &json)
     }
 
+    /// Keeps a few pages for bad times. There is no harm where the disk has none left.
+    pub fn hold_reserve(&self) {
+        let path = self.path.join(RESERVE);
+        if fs::metadata(&path).is_ok_and(|found| found.len() == RESERVE_BYTES as u64) {
+            return;
+        }
+        if fs::write(&path, [0; RESERVE_BYTES]).is_err() {
+            let _ = fs::remove_file(&path);
+        }
+    }
+
+    /// Gives them to whatever is written next.
+    pub fn release_reserve(&self) {
+        // Without a reserve the next write fails as it would have.
+        let _ = fs::remove_file(self.path.join(RESERVE));
+    }
+
     /// Where round `round` leaves its files, whether it has begun or not.
     pub fn round_path(&self, round: u32) -> PathBuf {
         self.path.join(ROUNDS).join(format!("{round:04}"))
@@ -109,9 +129,42 @@ impl RunDirectory {
         Ok(path)
     }
 
-    /// Marks a round as complete. Its files are on disk by then if [`write_atomically`] wrote them.
+    /// Marks a round as complete, by the digests of its files. They are on disk by then if [`write_atomically`] wrote them.
     pub fn finish_round(&self, round: u32) -> Result<(), Error> {
-        write_atomically(&self.round_path(round).join(COMPLETE), b"")
+        let path = self.round_path(round);
+        let manifest = manifest_of(&path)?;
+        write_atomically(&path.join(COMPLETE), manifest.as_bytes())
+    }
+
+    /// Whether a complete round's files are still those that it was finished with.
+    pub fn verify_round(&self, round: u32) -> Result<(), Error> {
+        let path = self.round_path(round);
+        let marker = path.join(COMPLETE);
+        let listed = fs::read(&marker).map_err(Error::file("read", &marker))?;
+        let found = manifest_of(&path)?;
+        if listed == found.as_bytes() {
+            return Ok(());
+        }
+        let listed = String::from_utf8_lossy(&listed).into_owned();
+        let differs = found.lines().find(|line| !listed.lines().any(|listed| listed == *line));
+        let what = match differs.and_then(|line| line.split_once("  ")) {
+            Some((_, file)) => format!("{file} is not what was written"),
+            None => "a file of it is missing, or `complete` is damaged".to_owned(),
+        };
+        Err(Error::Damaged { path, what })
+    }
+
+    /// Takes a damaged round out of the way, keeping it to be looked at.
+    pub fn set_round_aside(&self, round: u32) -> Result<PathBuf, Error> {
+        let path = self.round_path(round);
+        let aside = path.with_extension("damaged");
+        match fs::remove_dir_all(&aside) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(Error::file("delete", &aside)(error)),
+            _ => {}
+        }
+        fs::rename(&path, &aside).map_err(Error::file("move away", &path))?;
+        sync_parent(&aside).map_err(unsynced(&aside))?;
+        Ok(aside)
     }
 
     /// The newest complete round, or 0. Rounds count from 1, so this is also how many are finished.
@@ -138,6 +191,36 @@ impl RunDirectory {
 const EXPERIMENT: &str = "experiment.toml";
 const ROUNDS: &str = "rounds";
 const COMPLETE: &str = "complete";
+const RESERVE: &str = "reserve";
+const RESERVE_BYTES: usize = 16 << 10;
+
+/// A line for each file below `round`, but for the marker: its SHA-256, two spaces, its path. As `sha256sum` prints it.
+fn manifest_of(round: &Path) -> Result<String, Error> {
+    let mut files = Vec::new();
+    let mut directories = vec![round.to_owned()];
+    while let Some(directory) = directories.pop() {
+        let list = || Error::file("list", &directory);
+        for entry in fs::read_dir(&directory).map_err(list())? {
+            let path = entry.map_err(list())?.path();
+            match path.is_dir() {
+                true => directories.push(path),
+                false => files.push(path),
+            }
+        }
+    }
+    files.sort();
+    let mut manifest = String::new();
+    for path in files.iter().filter(|path| **path != round.join(COMPLETE)) {
+        let bytes = fs::read(path).map_err(Error::file("read", path))?;
+        let name = path.strip_prefix(round).unwrap_or(path).display();
+        manifest += &format!("{}  {name}\n", hex(&Sha256::digest(&bytes)));
+    }
+    Ok(manifest)
+}
+
+fn unsynced(path: &Path) -> impl Fn(io::Error) -> Error {
+    |source| Error::Unsynced { path: path.to_owned(), source }
+}
 
 fn is_complete(round: &Path) -> Result<bool, Error> {
     round.join(COMPLETE).try_exists().map_err(Error::file("look into", round))
@@ -165,19 +248,19 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     temporary_name.push(".tmp");
     let temporary = path.with_file_name(temporary_name);
 
-    let write = || {
-        let mut file = File::create(&temporary)?;
-        file.write_all(bytes)?;
+    let write = || -> Result<(), Error> {
+        let mut file = File::create(&temporary).map_err(fail())?;
+        file.write_all(bytes).map_err(fail())?;
         // Without this, some file systems make the rename durable before the bytes.
-        file.sync_all()?;
-        fs::rename(&temporary, path)
+        file.sync_all().map_err(unsynced(path))?;
+        fs::rename(&temporary, path).map_err(fail())
     };
     if let Err(error) = write() {
         // The temporary file may take the last of a full disk; that it cannot be deleted is not worth another error.
         let _ = fs::remove_file(&temporary);
-        return Err(fail()(error));
+        return Err(error);
     }
-    sync_parent(path).map_err(fail())
+    sync_parent(path).map_err(unsynced(path))
 }
 
 fn create_directories(path: &Path) -> Result<(), Error> {
@@ -263,6 +346,34 @@ mod tests {
         }
         fs::write(run.path().join("rounds/.DS_Store"), "").unwrap();
         assert_eq!(run.finished_rounds().unwrap(), 10_000);
+    }
+
+    #[test]
+    fn a_finished_round_is_verified_and_a_damaged_one_set_aside() {
+        let (_root, run) = new_run();
+        let path = run.begin_round(1).unwrap();
+        let files = ["adapter/weights", "state"].map(|name| path.join(name));
+        fs::create_dir(path.join("adapter")).unwrap();
+        for file in &files {
+            fs::write(file, "numbers").unwrap();
+        }
+        run.finish_round(1).unwrap();
+        run.verify_round(1).unwrap();
+        let check_damaged = |path: &Path, bytes: Option<&[u8]>, expected: &str| {
+            let before = fs::read(path).unwrap();
+            bytes.map_or_else(|| fs::remove_file(path), |bytes| fs::write(path, bytes)).unwrap();
+            let error = run.verify_round(1).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+            fs::write(path, before).unwrap();
+        };
+        check_damaged(&files[0], Some(b"numberz"), "adapter/weights is not what was written");
+        check_damaged(&files[0], None, "a file of it is missing");
+        check_damaged(&path.join("complete"), Some(b""), "adapter/weights is not what was written");
+        check_damaged(&path.join("complete"), None, "read ");
+        run.verify_round(1).unwrap();
+        let aside = run.set_round_aside(1).unwrap();
+        assert!(aside.ends_with("rounds/0001.damaged") && aside.join("state").exists());
+        assert_eq!(run.finished_rounds().unwrap(), 0);
     }
 
     #[test]

@@ -9,6 +9,9 @@ pub enum ModelError {
     /// A file's content is damaged, or is something this crate does not read: fetch or convert it again.
     #[error("{path}: {what}")]
     File { path: PathBuf, what: String },
+    /// A file cannot be brought to the disk.
+    #[error("failed to {0}")]
+    Write(#[from] experiment::Error),
     /// The model's shape does not fit what is asked of it: change the experiment.
     #[error("{0}")]
     Mismatch(String),

@@ -30,6 +30,8 @@ pub(crate) const HANDSHAKES_MAX: usize = 1024;
 
 const IDLE: Duration = Duration::from_secs(20);
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// A device that waits says something this often: a coordinator that was started again answers that it does not know it.
+const DIALER_KEEP_ALIVE: Duration = Duration::from_secs(2);
 const SOCKET_BUFFER_BYTES: usize = 4 * MIB as usize;
 const SEND_WINDOW_BYTES: u64 = 16 * MIB;
 const STREAM_WINDOW_BYTES_MIN: u64 = MIB;
@@ -117,7 +119,9 @@ pub(crate) fn hardened_dialer(identity: &Identity, transport: &Transport) -> Res
     tls.resumption = Resumption::disabled();
     let mut config = ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls).map_err(misconfigured)?));
     // Participants open all streams.
-    config.transport_config(Arc::new(hardened_transport(transport, 0)?));
+    let mut quic = hardened_transport(transport, 0)?;
+    quic.keep_alive_interval(Some(DIALER_KEEP_ALIVE));
+    config.transport_config(Arc::new(quic));
     Ok(config)
 }
 

@@ -6,6 +6,7 @@
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use quinn::{Endpoint, EndpointConfig, Incoming, TokioRuntime};
@@ -28,6 +29,9 @@ use crate::{
 
 /// Connections that have finished their handshake and wait for [`Listener::accept`].
 const ACCEPTED_MAX: usize = 64;
+
+/// A handshake without an answer is joined by another after this time, and by a third after twice as long again.
+const FRESH_HANDSHAKE: Duration = Duration::from_secs(1);
 
 /// The coordinator's socket.
 pub struct Listener {
@@ -107,15 +111,31 @@ impl Dialer {
         self.endpoint.wait_idle().await;
     }
 
+    /// QUIC asks again at doubling intervals; a coordinator that is just starting is found sooner by handshakes that begin
+    /// anew. The first to succeed counts.
     async fn connect_to(&self, address: SocketAddr) -> Result<Connection, NetError> {
-        let connecting = self
-            .endpoint
-            .connect_with(self.config.clone(), address, COORDINATOR_DNS)
-            .map_err(|error| NetError::Misconfigured { reason: format!("cannot connect to {address}: {error}") })?;
-        let connected = timeout(HANDSHAKE_DEADLINE, connecting).await.map_err(|_| NetError::Lost {
+        let silent = || NetError::Lost {
             reason: format!("{address} did not answer within {} s", HANDSHAKE_DEADLINE.as_secs()),
             retryable: true,
-        })??;
+        };
+        let begun = Instant::now();
+        let mut handshakes = JoinSet::new();
+        let mut gap = FRESH_HANDSHAKE;
+        let connected = loop {
+            let connecting = self
+                .endpoint
+                .connect_with(self.config.clone(), address, COORDINATOR_DNS)
+                .map_err(|error| NetError::Misconfigured { reason: format!("cannot connect to {address}: {error}") })?;
+            handshakes.spawn(connecting);
+            let left = HANDSHAKE_DEADLINE.checked_sub(begun.elapsed()).ok_or_else(silent)?;
+            match timeout(gap.min(left), handshakes.join_next()).await {
+                Ok(Some(Ok(connected))) => break connected?,
+                // A task of its own has nothing to fail at.
+                Ok(_) => return Err(silent()),
+                Err(_) if gap >= left => return Err(silent()),
+                Err(_) => gap += FRESH_HANDSHAKE,
+            }
+        };
         admit_role(connected, |peer| *peer == PeerIdentity::Coordinator, "the coordinator")
     }
 }

@@ -42,6 +42,8 @@ impl NetError {
         match self {
             Self::Lost { retryable, .. } => *retryable,
             Self::Closed { code, .. } => code.is_some_and(CloseCode::is_retryable),
+            // Nothing was wrong with what it said, only with the way it came.
+            Self::PeerMisbehaved { error: ProtocolError::TooSlow { .. }, .. } => true,
             _ => false,
         }
     }

@@ -30,9 +30,14 @@ pub enum Operation {
 pub enum Fault {
     None,
     /// The operation fails with this error number, and does nothing.
-    Fails { errno: i32 },
+    Fails {
+        errno: i32,
+    },
     /// A write that fails after some of its bytes.
-    Tears { written: usize, errno: i32 },
+    Tears {
+        written: usize,
+        errno: i32,
+    },
 }
 
 impl Disk {

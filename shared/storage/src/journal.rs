@@ -116,8 +116,7 @@ struct Walked {
 
 /// The whole records behind a header that is in order.
 fn walk(bytes: &[u8]) -> Walked {
-    let mut walked =
-        Walked { records: Vec::new(), length: HEADER_BYTES, tail: crc32c::crc32c(&bytes[..HEADER_BYTES]) };
+    let mut walked = Walked { records: Vec::new(), length: HEADER_BYTES, tail: crc32c::crc32c(&bytes[..HEADER_BYTES]) };
     while let Some(header) = bytes[walked.length..].first_chunk::<RECORD_HEADER_BYTES>() {
         let [a, b, c, d, e, f, g, h] = *header;
         let (length, found) = (u32::from_le_bytes([a, b, c, d]) as usize, u32::from_le_bytes([e, f, g, h]));

@@ -8,11 +8,13 @@ mod disk;
 mod error;
 mod generations;
 mod journal;
+mod pack;
 
 pub use disk::{Disk, Fault, Operation};
 pub use error::StorageError;
 pub use generations::{Generation, Generations};
 pub use journal::{Journal, RECORD_BYTES_MAX};
+pub use pack::{pack, unpack};
 
 /// What a file belongs to: a journal or a snapshot of anything else is not read.
 pub type Identity = [u8; 32];

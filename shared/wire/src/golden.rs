@@ -106,6 +106,39 @@ fn leaving() {
 }
 
 #[test]
+fn cannot_resume() {
+    check_golden(
+        FromParticipant::CannotResume { round: 3, attempt: 2 },
+        "05 # variant
+         03 # round
+         02 # attempt",
+    );
+}
+
+#[test]
+fn resume_round() {
+    check_golden(
+        FromCoordinator::ResumeRound {
+            round: 3,
+            attempt: 2,
+            first_step: 10,
+            local_steps: 5,
+            evaluate: true,
+            step: 300,
+            reported: 13,
+        },
+        "05      # variant
+         03      # round
+         02      # attempt
+         0a      # first step
+         05      # local steps
+         01      # evaluate
+         fb 2c01 # step, as u16 after fb
+         0d      # reported",
+    );
+}
+
+#[test]
 fn welcome() {
     check_golden(
         FromCoordinator::Welcome {

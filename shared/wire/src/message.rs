@@ -21,6 +21,8 @@ pub enum FromParticipant {
     StepFinished { round: u32, step: u64, loss_nats: f64, tokens: u64, compute_ms: f64, wait_ms: f64 },
     /// The participant departs; it will close the connection.
     Leaving { reason: String },
+    /// Answers a `ResumeRound` that this device cannot follow: it has not kept what it needs for that.
+    CannotResume { round: u32, attempt: u32 },
 }
 
 /// On the control stream, from the coordinator.
@@ -46,6 +48,17 @@ pub enum FromCoordinator {
     Finish { reason: String },
     /// The participant may not take part. `code` is a close code; the connection is closed with it.
     Refused { code: u32, reason: String },
+    /// The participant is back within a round: it goes on with `step`, or with the one before it, of which it may not have had the
+    /// answer. Its reports of steps from `reported` on are not on record.
+    ResumeRound {
+        round: u32,
+        attempt: u32,
+        first_step: u64,
+        local_steps: u64,
+        evaluate: bool,
+        step: u64,
+        reported: u64,
+    },
 }
 
 /// The first message of every stream that a participant opens after the control stream.
@@ -274,7 +287,7 @@ impl Message for FromParticipant {
                 up_to("step_finished.compute_ms", *compute_ms, limits::STEP_MS_MAX)?;
                 up_to("step_finished.wait_ms", *wait_ms, limits::STEP_MS_MAX)
             }
-            Self::Ready { .. } => Ok(()),
+            Self::Ready { .. } | Self::CannotResume { .. } => Ok(()),
         }
     }
 }
@@ -302,7 +315,7 @@ impl Message for FromCoordinator {
             }
             Self::Finish { reason } => within("finish.reason", reason.len(), limits::TEXT_BYTES_MAX),
             Self::Refused { code: _, reason } => within("refused.reason", reason.len(), limits::TEXT_BYTES_MAX),
-            Self::StartRound { .. } | Self::RoundClosed { .. } => Ok(()),
+            Self::StartRound { .. } | Self::RoundClosed { .. } | Self::ResumeRound { .. } => Ok(()),
         }
     }
 }

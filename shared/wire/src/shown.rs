@@ -51,6 +51,9 @@ impl Debug for FromParticipant {
                 .field("wait_ms", wait_ms)
                 .finish(),
             Self::Leaving { reason } => f.debug_struct("Leaving").field("reason", &bytes(reason)).finish(),
+            Self::CannotResume { round, attempt } => {
+                f.debug_struct("CannotResume").field("round", round).field("attempt", attempt).finish()
+            }
         }
     }
 }
@@ -88,6 +91,16 @@ impl Debug for FromCoordinator {
                 .field("local_steps", local_steps)
                 .field("evaluate", evaluate)
                 .field("train", train)
+                .finish(),
+            Self::ResumeRound { round, attempt, first_step, local_steps, evaluate, step, reported } => f
+                .debug_struct("ResumeRound")
+                .field("round", round)
+                .field("attempt", attempt)
+                .field("first_step", first_step)
+                .field("local_steps", local_steps)
+                .field("evaluate", evaluate)
+                .field("step", step)
+                .field("reported", reported)
                 .finish(),
             Self::RoundClosed { round, outcome } => {
                 f.debug_struct("RoundClosed").field("round", round).field("outcome", outcome).finish()

@@ -151,7 +151,7 @@ fn parse_config(config: &Value) -> Result<AdapterConfig, String> {
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
-    write_atomically(path, bytes).map_err(|error| ModelError::file(path, error))
+    Ok(write_atomically(path, bytes)?)
 }
 
 #[cfg(test)]
