@@ -17,10 +17,12 @@ use net::Invitation;
 use serde_json::json;
 use tokio::sync::watch;
 
+use crate::bench_infer::{self, Workload};
 use crate::data::read_records;
 use crate::device_choice::DeviceChoice;
 use crate::device_log::{Canary, FactoryDevice, write_files};
 use crate::generate::{Generation, Runner};
+use crate::integer::Engine;
 use crate::join::{Join, default_state};
 use crate::local::{Happened, LocalTraining, check_digest, initial_adapter};
 use crate::session::{Keep, Participant, Reporter};
@@ -117,6 +119,33 @@ enum BenchCommand {
     /// Time training steps of a whole model: tokens/s, GFLOP/s, ms by kernel, memory
     #[command(after_help = "Example:\n  participant bench train --batch 4x128 --weights bf16")]
     Train(BenchTrainArguments),
+    /// Run a GGUF file: tokens/s of a prompt and of what follows, latency of a token, memory, load time
+    #[command(after_help = "Example:\n  participant bench infer --model exports/model-q4_0.gguf --threads 2")]
+    Infer(BenchInferArguments),
+}
+
+#[derive(Args)]
+struct BenchInferArguments {
+    /// A GGUF file
+    #[arg(long)]
+    model: PathBuf,
+    #[arg(long, default_value_t = 512, value_parser = positive)]
+    prompt_tokens: usize,
+    /// Decoded one by one, from an empty context on
+    #[arg(long, default_value_t = 128, value_parser = positive)]
+    tokens: usize,
+    /// 0 takes all cores
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// The best of so many
+    #[arg(long, default_value_t = 3, value_parser = positive)]
+    rounds: usize,
+    #[arg(long)]
+    json: bool,
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&number| number > 0).ok_or_else(|| "give a number of at least 1".into())
 }
 
 #[derive(Args)]
@@ -228,8 +257,19 @@ struct ModelArguments {
     /// A PEFT adapter to apply
     #[arg(long)]
     adapter: Option<PathBuf>,
+    /// What computes [default: integer for a quantized GGUF file without an adapter]
+    #[arg(long, value_enum)]
+    engine: Option<EngineName>,
     #[command(flatten)]
     device: DeviceArguments,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum EngineName {
+    /// The file's own weights, activations as bytes; its own choice of instructions
+    Integer,
+    /// Weights and activations as `--weights` and `--backend` say
+    Float,
 }
 
 #[derive(Args)]
@@ -351,6 +391,7 @@ impl Command {
                 print(out.display())
             }
             Self::Bench(BenchCommand::Train(arguments)) => off_the_runtime(|| bench_train(arguments)),
+            Self::Bench(BenchCommand::Infer(arguments)) => off_the_runtime(|| bench_infer(arguments)),
             Self::DeviceLog(arguments) => device_log(arguments),
         }
     }
@@ -444,12 +485,21 @@ fn bench_train(arguments: BenchTrainArguments) -> anyhow::Result<()> {
     }
 }
 
+fn bench_infer(arguments: BenchInferArguments) -> anyhow::Result<()> {
+    let BenchInferArguments { model, prompt_tokens, tokens, threads, rounds, json } = arguments;
+    let measured = bench_infer::measure(&model, &Workload { prompt_tokens, tokens, threads, rounds })?;
+    match json {
+        true => print(measured.to_json()),
+        false => print(measured.to_text()),
+    }
+}
+
 fn generate(arguments: GenerateArguments) -> anyhow::Result<()> {
     let GenerateArguments { model, prompt, raw, max_tokens, temperature, seed, json } = arguments;
     if !(temperature >= 0.0 && temperature.is_finite()) {
         bail!("--temperature is {temperature}; give 0 or more");
     }
-    let runner = model.open()?;
+    let runner = model.open(None)?;
     let generation = Generation { prompt: &prompt, raw, tokens_max: max_tokens, temperature, seed };
     let mut stdout = std::io::stdout().lock();
     let generated = runner.generate(&generation, |piece| {
@@ -469,7 +519,7 @@ fn generate(arguments: GenerateArguments) -> anyhow::Result<()> {
 
 fn evaluate(arguments: EvaluateArguments) -> anyhow::Result<()> {
     let EvaluateArguments { model, data, sequence_tokens_max, json } = arguments;
-    let runner = model.open()?;
+    let runner = model.open(None)?;
     let bar = crate::progress::steps(0);
     let loss = runner.evaluate(&data, &Columns::default(), sequence_tokens_max, |done, all| {
         bar.set_length(all as u64);
@@ -486,7 +536,8 @@ fn evaluate(arguments: EvaluateArguments) -> anyhow::Result<()> {
 
 fn logits(arguments: LogitsArguments) -> anyhow::Result<()> {
     let LogitsArguments { model, prompts, out } = arguments;
-    let count = model.open()?.write_logits(&prompts, &out)?;
+    // What is compared with other programs shall not be rounded.
+    let count = model.open(Some(Engine::Float))?.write_logits(&prompts, &out)?;
     print(format_args!("logits of {count} prompts: {}", out.display()))
 }
 
@@ -591,9 +642,17 @@ impl DeviceArguments {
 }
 
 impl ModelArguments {
-    fn open(&self) -> anyhow::Result<Runner> {
-        let Self { model, adapter, device } = self;
-        Ok(Runner::open(model, adapter.as_deref(), &device.choice().over(&Default::default()))?)
+    /// `default` where neither `--engine` nor the other options say what computes.
+    fn open(&self, default: Option<Engine>) -> anyhow::Result<Runner> {
+        let Self { model, adapter, engine, device } = self;
+        let chosen = engine.map(|engine| match engine {
+            EngineName::Integer => Engine::Integer,
+            EngineName::Float => Engine::Float,
+        });
+        // Who chooses how floats are kept and multiplied, wants floats.
+        let of_floats = device.backend.is_some() || device.weights.is_some();
+        let engine = chosen.or(of_floats.then_some(Engine::Float)).or(default);
+        Ok(Runner::open(model, adapter.as_deref(), &device.choice().over(&Default::default()), engine)?)
     }
 }
 

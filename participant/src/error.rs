@@ -16,6 +16,9 @@ pub enum ParticipantError {
     /// A model, an adapter, or numbers that do not fit them.
     #[error(transparent)]
     Model(#[from] model::ModelError),
+    /// A GGUF file that the integer engine cannot run.
+    #[error("failed to {0}")]
+    Gguf(#[from] quant::Error),
     /// An experiment's file or text.
     #[error("failed to {0}")]
     Experiment(#[from] experiment::Error),

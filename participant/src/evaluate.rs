@@ -12,7 +12,8 @@ use serde_json::Value;
 use crate::ParticipantError;
 use crate::data::{encode_records, evaluation_batches, read_records};
 use crate::encoder::Encoder;
-use crate::generate::Runner;
+use crate::generate::{Runner, Running};
+use crate::integer;
 
 impl Runner {
     /// Summed loss over every trained token of every record.
@@ -28,8 +29,13 @@ impl Runner {
         let batches = evaluation_batches(&sequences, sequence_tokens_max.max(512))?;
         let mut total = Loss { nats: 0.0, tokens: 0 };
         for (i, batch) in batches.iter().enumerate() {
-            let segments = Segments::new(batch.segments.iter().map(|&length| length as usize).collect())?;
-            let loss = self.stage.loss(Input::Tokens(&batch.tokens), &segments, &batch.targets, &self.lora)?;
+            let loss = match &self.engine {
+                Running::Integer(model) => integer::loss(model, batch),
+                Running::Float { stage, lora } => {
+                    let segments = Segments::new(batch.segments.iter().map(|&length| length as usize).collect())?;
+                    stage.loss(Input::Tokens(&batch.tokens), &segments, &batch.targets, lora)?
+                }
+            };
             total.nats += loss.nats;
             total.tokens += loss.tokens;
             done(i + 1, batches.len());
@@ -63,7 +69,10 @@ impl Runner {
                 return Err(refused(format!("token {token} is none of a vocabulary of {vocabulary}")));
             }
             let segments = Segments::new(vec![tokens.len()]).map_err(|error| refused(error.to_string()))?;
-            let logits = self.stage.logits(Input::Tokens(&tokens), &segments, &self.lora)?;
+            let logits = match &self.engine {
+                Running::Integer(model) => integer::logits(model, &tokens),
+                Running::Float { stage, lora } => stage.logits(Input::Tokens(&tokens), &segments, lora)?,
+            };
             tensors.push((tokens.into_iter().map(i64::from).collect(), logits));
         }
         if tensors.is_empty() {

@@ -6,16 +6,44 @@ use std::sync::Arc;
 use experiment::Seed;
 use model::stage::Lora;
 use model::tokenizer::Message;
+use model::stage::KvCache;
 use model::{Adapter, ComputeDevice, Part, Source, Stage};
+use quant::inference::{Model as IntegerModel, Session};
 use rand::Rng;
 
 use crate::ParticipantError;
+use crate::integer::{self, Engine};
 
-/// A whole model, with or without an adapter, ready to run.
+/// A whole model, ready to run.
 pub struct Runner {
     pub source: Arc<dyn Source>,
-    pub stage: Stage,
-    pub lora: Lora,
+    pub(crate) engine: Running,
+}
+
+/// What computes.
+pub(crate) enum Running {
+    /// Weights as the file has them, activations as bytes.
+    Integer(IntegerModel),
+    /// Weights as the device says, with or without an adapter.
+    Float { stage: Box<Stage>, lora: Lora },
+}
+
+/// A sequence on the way.
+enum Sequence<'a> {
+    Integer(Box<Session>),
+    Float { stage: &'a Stage, lora: &'a Lora, cache: Box<KvCache>, logits: Vec<f32> },
+}
+
+impl Sequence<'_> {
+    fn next_logits(&mut self, tokens: &[u32]) -> Result<&[f32], ParticipantError> {
+        match self {
+            Self::Integer(session) => Ok(session.next(tokens)),
+            Self::Float { stage, lora, cache, logits } => {
+                *logits = stage.next_logits(tokens, cache, lora)?;
+                Ok(logits)
+            }
+        }
+    }
 }
 
 pub struct Generation<'a> {
@@ -37,16 +65,43 @@ pub struct Generated {
 }
 
 impl Runner {
-    pub fn open(model: &Path, adapter: Option<&Path>, device: &experiment::Device) -> Result<Self, ParticipantError> {
-        let device = ComputeDevice::new(device)?;
+    pub fn open(
+        model: &Path,
+        adapter: Option<&Path>,
+        device: &experiment::Device,
+        engine: Option<Engine>,
+    ) -> Result<Self, ParticipantError> {
         let source = model::source::open(model)?;
-        let stage = Stage::load(&*source, Part::whole(source.config().blocks), &device, None)?;
-        let adapter = match adapter {
-            Some(directory) => Adapter::load(directory, source.config())?,
-            None => Adapter::none(),
+        let engine = match engine.unwrap_or_else(|| Engine::of(&*source, adapter)) {
+            Engine::Integer => {
+                if adapter.is_some() {
+                    let what = "the integer engine takes no adapter; export the merged model, or use --engine float";
+                    return Err(ParticipantError::Usage(what.into()));
+                }
+                Running::Integer(integer::load(model, device.threads)?)
+            }
+            Engine::Float => {
+                let device = ComputeDevice::new(device)?;
+                let stage = Stage::load(&*source, Part::whole(source.config().blocks), &device, None)?;
+                let adapter = match adapter {
+                    Some(directory) => Adapter::load(directory, source.config())?,
+                    None => Adapter::none(),
+                };
+                let lora = stage.attach(&adapter)?;
+                Running::Float { stage: Box::new(stage), lora }
+            }
         };
-        let lora = stage.attach(&adapter)?;
-        Ok(Self { source, stage, lora })
+        Ok(Self { source, engine })
+    }
+
+    /// A new sequence of at most `tokens`.
+    fn sequence(&self, tokens: usize) -> Sequence<'_> {
+        match &self.engine {
+            Running::Integer(model) => Sequence::Integer(Box::new(model.session(tokens))),
+            Running::Float { stage, lora } => {
+                Sequence::Float { stage, lora, cache: Box::new(stage.cache()), logits: Vec::new() }
+            }
+        }
     }
 
     /// Calls `emit` with every piece of text as soon as it is whole.
@@ -72,15 +127,25 @@ impl Runner {
                 return Err(ParticipantError::Usage(what.into()));
             }
         }
+        // The last token is never an input.
+        let (context, longest) = (self.source.config().context, prompt.len().saturating_add(generation.tokens_max));
+        if prompt.len() > context {
+            let what = format!("the prompt has {} tokens, more than the model's context of {context}", prompt.len());
+            return Err(ParticipantError::Usage(what));
+        }
+        let mut sequence = self.sequence(longest.min(context));
         let mut random = Seed(generation.seed).generator("generate");
-        let mut cache = self.stage.cache();
         let mut stream = tokenizer.decode_stream();
         let mut generated =
             Generated { text: String::new(), prompt_tokens: prompt.len(), tokens: Vec::new(), ended: false };
         let mut input = prompt;
         while generated.tokens.len() < generation.tokens_max {
-            let logits = self.stage.next_logits(&input, &mut cache, &self.lora)?;
-            let token = choose(&logits, generation.temperature, &mut random);
+            if generated.prompt_tokens + generated.tokens.len() > context {
+                let what = format!("prompt and answer have filled the model's context of {context} tokens");
+                return Err(ParticipantError::Usage(what));
+            }
+            let logits = sequence.next_logits(&input)?;
+            let token = choose(logits, generation.temperature, &mut random);
             if tokenizer.settings().eos.contains(&token) {
                 generated.ended = true;
                 break;
@@ -89,7 +154,8 @@ impl Runner {
             let piece = stream.push(token)?;
             emit(&piece);
             generated.text.push_str(&piece);
-            input = vec![token];
+            input.clear();
+            input.push(token);
         }
         let rest = stream.finish();
         emit(&rest);

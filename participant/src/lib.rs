@@ -5,6 +5,7 @@
 //! [`join`] for a device, [`trainer`] for what a step is, and [`cli`] for the commands.
 #![recursion_limit = "512"]
 
+pub mod bench_infer;
 pub mod body_link;
 pub mod cli;
 pub mod data;
@@ -16,6 +17,7 @@ mod encoder;
 mod error;
 pub mod evaluate;
 pub mod generate;
+pub mod integer;
 pub mod join;
 pub mod keep;
 pub mod local;

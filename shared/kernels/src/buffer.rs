@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 pub(crate) trait Number: Copy + Send + Sync + 'static {}
 impl Number for f32 {}
 impl Number for u16 {}
+impl Number for u32 {}
 
 /// A slice of its own on the heap, aligned to a cache line. Its contents are left from earlier use.
 ///

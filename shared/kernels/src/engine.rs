@@ -91,6 +91,11 @@ impl Engine {
         buffer
     }
 
+    /// Calls `work` once for each thread, with its number; threads that are late are left out, and another does theirs.
+    pub(crate) fn together(&self, work: impl Fn(usize) + Sync) {
+        self.pool.run(self.threads(), work);
+    }
+
     /// Every task of `tasks` on some thread, compiled for this path.
     pub(crate) fn parallel<T: Task>(&self, tasks: usize, task: &T) {
         struct One<'a, T>(&'a T, usize);

@@ -108,7 +108,7 @@ unsafe fn gate_row<S: Simd>(gate_up: &[f32], to: *mut f32) {
 /// # Safety
 /// The CPU has `S`.
 #[inline(always)]
-unsafe fn sigmoid<S: Simd>(x: S::V) -> S::V {
+pub(crate) unsafe fn sigmoid<S: Simd>(x: S::V) -> S::V {
     // SAFETY: the caller's promise.
     unsafe {
         let one = S::splat(1.0);

@@ -10,6 +10,7 @@
 
 mod adapter;
 mod attention;
+pub mod bandwidth;
 mod block;
 mod buffer;
 mod decode;
@@ -17,12 +18,14 @@ mod engine;
 mod frozen;
 mod gate;
 mod head;
+pub mod inference;
 mod kept;
 mod norm;
 mod path;
 pub mod peak;
 mod pool;
 mod product;
+pub mod quantized;
 mod rope;
 mod rows;
 mod simd;

@@ -18,11 +18,15 @@ enum Set {
     #[cfg(target_arch = "x86_64")]
     Avx512,
     #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
+    #[cfg(target_arch = "x86_64")]
     Avx512Bf16,
     #[cfg(target_arch = "x86_64")]
     Avx512Amx,
     #[cfg(target_arch = "aarch64")]
     Neon,
+    #[cfg(target_arch = "aarch64")]
+    NeonDot,
     #[cfg(target_arch = "aarch64")]
     NeonBf16,
 }
@@ -48,18 +52,21 @@ impl Path {
         #[cfg(target_arch = "x86_64")]
         {
             use std::arch::is_x86_feature_detected as has;
-            if has!("avx2") && has!("fma") {
+            if has!("avx2") && has!("fma") && has!("f16c") {
                 sets.push(Set::Avx2);
                 if has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
                     sets.push(Set::Avx512);
-                    if has!("avx512bf16") {
-                        // Intel's multiply pairs of bf16 no faster than two f32 numbers (measured on a Xeon with AMX: at
-                        // 0.6 times the speed), AMD's at twice the speed.
-                        let at = if is_intel() { sets.len() - 1 } else { sets.len() };
-                        sets.insert(at, Set::Avx512Bf16);
-                    }
-                    if amx::usable() {
-                        sets.push(Set::Avx512Amx);
+                    if has!("avx512vnni") {
+                        sets.push(Set::Avx512Vnni);
+                        if has!("avx512bf16") {
+                            // Intel's multiply pairs of bf16 no faster than two f32 numbers (measured on a Xeon with AMX:
+                            // at 0.6 times the speed), AMD's at twice the speed.
+                            let at = if is_intel() { sets.len() - 1 } else { sets.len() };
+                            sets.insert(at, Set::Avx512Bf16);
+                        }
+                        if amx::usable() {
+                            sets.push(Set::Avx512Amx);
+                        }
                     }
                 }
             }
@@ -68,8 +75,12 @@ impl Path {
         {
             // NEON is part of every aarch64.
             sets.push(Set::Neon);
-            if std::arch::is_aarch64_feature_detected!("bf16") {
-                sets.push(Set::NeonBf16);
+            use std::arch::is_aarch64_feature_detected as has;
+            if has!("dotprod") {
+                sets.push(Set::NeonDot);
+                if has!("bf16") {
+                    sets.push(Set::NeonBf16);
+                }
             }
         }
         sets.into_iter().map(Self).collect()
@@ -118,11 +129,15 @@ impl Path {
             #[cfg(target_arch = "x86_64")]
             Set::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
+            Set::Avx512Vnni => "avx512vnni",
+            #[cfg(target_arch = "x86_64")]
             Set::Avx512Bf16 => "avx512bf16",
             #[cfg(target_arch = "x86_64")]
             Set::Avx512Amx => "avx512amx",
             #[cfg(target_arch = "aarch64")]
             Set::Neon => "neon",
+            #[cfg(target_arch = "aarch64")]
+            Set::NeonDot => "neondot",
             #[cfg(target_arch = "aarch64")]
             Set::NeonBf16 => "neonbf16",
         }
@@ -170,6 +185,9 @@ impl Path {
             Set::Avx512 => unsafe { on_avx512(work) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
+            Set::Avx512Vnni => unsafe { on_avx512_vnni(work) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
             Set::Avx512Bf16 => unsafe { on_avx512_bf16(work) },
             // SAFETY: as above; `emulated` leaves the tiles alone.
             #[cfg(target_arch = "x86_64")]
@@ -177,6 +195,9 @@ impl Path {
             // SAFETY: as above.
             #[cfg(target_arch = "aarch64")]
             Set::Neon => unsafe { work.run::<crate::simd::neon::Neon>() },
+            // SAFETY: as above.
+            #[cfg(target_arch = "aarch64")]
+            Set::NeonDot => unsafe { on_neon_dot(work) },
             // SAFETY: as above.
             #[cfg(target_arch = "aarch64")]
             Set::NeonBf16 => unsafe { on_neon_bf16(work) },
@@ -191,28 +212,35 @@ impl std::fmt::Debug for Path {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn on_avx2<W: Work>(work: W) -> W::Output {
     // SAFETY: the caller has checked these features.
     unsafe { work.run::<crate::simd::avx2::Avx2>() }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn on_avx512<W: Work>(work: W) -> W::Output {
     // SAFETY: the caller has checked these features.
     unsafe { work.run::<crate::simd::avx512::Avx512>() }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn on_avx512_vnni<W: Work>(work: W) -> W::Output {
+    // SAFETY: the caller has checked these features.
+    unsafe { work.run::<crate::simd::avx512::Avx512Vnni>() }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
 unsafe fn on_avx512_bf16<W: Work>(work: W) -> W::Output {
     // SAFETY: the caller has checked these features.
     unsafe { work.run::<crate::simd::avx512::Avx512Bf16>() }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
 unsafe fn on_avx512_amx<W: Work>(work: W) -> W::Output {
     // SAFETY: the caller has checked these features.
     unsafe { work.run::<crate::simd::avx512::Avx512Amx>() }
@@ -225,7 +253,14 @@ fn is_intel() -> bool {
 }
 
 #[cfg(target_arch = "aarch64")]
-#[target_feature(enable = "neon,bf16")]
+#[target_feature(enable = "neon,dotprod")]
+unsafe fn on_neon_dot<W: Work>(work: W) -> W::Output {
+    // SAFETY: the caller has checked these features.
+    unsafe { work.run::<crate::simd::neon::NeonDot>() }
+}
+
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon,dotprod,bf16")]
 unsafe fn on_neon_bf16<W: Work>(work: W) -> W::Output {
     // SAFETY: the caller has checked these features.
     unsafe { work.run::<crate::simd::neon::NeonBf16>() }

@@ -72,7 +72,7 @@ pub const HEAD_MAX: usize = 512;
 /// # Safety
 /// The CPU has `S`; `x` has two halves, `cos` and `sin` one.
 #[inline(always)]
-unsafe fn rotate_head<S: Simd>(x: *mut f32, half: usize, cos: *const f32, sin: *const f32, back: bool) {
+pub(crate) unsafe fn rotate_head<S: Simd>(x: *mut f32, half: usize, cos: *const f32, sin: *const f32, back: bool) {
     let mut at = 0;
     while at < half {
         let n = S::LANES.min(half - at);

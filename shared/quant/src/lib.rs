@@ -8,6 +8,7 @@
 pub mod blocks;
 mod error;
 pub mod gguf;
+pub mod inference;
 mod mix;
 mod quantizer;
 mod rope_rows;

@@ -19,6 +19,7 @@ unsafe fn mask(n: usize) -> __m256i {
 // both are the caller's promise.
 impl Simd for Avx2 {
     type V = __m256;
+    type Int = super::integer::avx2::Paired;
     const LANES: usize = 8;
     const MR: usize = 6;
     const NV: usize = 2;

@@ -1,4 +1,5 @@
-//! AVX-512 (F, BW, DQ, VL): 32 registers of 16 lanes; the same with BF16's dot product of pairs, and with AMX.
+//! AVX-512 (F, BW, DQ, VL): 32 registers of 16 lanes; the same with VNNI's products of bytes, with BF16's of pairs, and
+//! with AMX.
 
 use std::arch::x86_64::*;
 
@@ -8,6 +9,11 @@ use crate::tile::{Tile, tile};
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512;
 
+/// The same, with VNNI.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512Vnni;
+
+/// With VNNI and BF16: every CPU that has the latter has both.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512Bf16;
 
@@ -29,9 +35,10 @@ fn mask(n: usize) -> u16 {
 // SAFETY, for every block below: the CPU has these instructions and pointers reach the lanes that are read or written;
 // both are the caller's promise.
 macro_rules! avx512 {
-    ($name:ident, $bf16:expr, $amx:expr) => {
+    ($name:ident, $integers:ty, $bf16:expr, $amx:expr) => {
         impl Simd for $name {
             type V = __m512;
+            type Int = $integers;
             const LANES: usize = 16;
             const MR: usize = if $amx { amx::ROWS } else { 8 };
             const NV: usize = 3;
@@ -229,9 +236,10 @@ macro_rules! avx512 {
     };
 }
 
-avx512!(Avx512, false, false);
-avx512!(Avx512Bf16, true, false);
-avx512!(Avx512Amx, true, true);
+avx512!(Avx512, super::integer::avx512::Plain, false, false);
+avx512!(Avx512Vnni, super::integer::avx512::Vnni, false, false);
+avx512!(Avx512Bf16, super::integer::avx512::Vnni, true, false);
+avx512!(Avx512Amx, super::integer::avx512::Vnni, true, true);
 
 #[inline(always)]
 unsafe fn transpose(rows: &mut [__m512; LANES_MAX]) {

@@ -11,11 +11,13 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
+pub(crate) mod integer;
 pub(crate) mod portable;
 #[cfg(test)]
 mod tests;
 
 use crate::tile::Tile;
+use integer::Integers;
 
 /// The most lanes a vector has on any path.
 pub(crate) const LANES_MAX: usize = 16;
@@ -25,6 +27,8 @@ pub(crate) const PANEL_MAX: usize = 48;
 /// `LANES` numbers in f32, and what the kernels do with them.
 pub(crate) trait Simd: Copy {
     type V: Copy;
+    /// Its integers.
+    type Int: Integers<V = Self::V>;
     const LANES: usize;
     /// Rows of a tile: what the registers hold beside `NV` vectors of a panel.
     const MR: usize;

@@ -8,6 +8,11 @@ use crate::tile::{Tile, tile};
 #[derive(Clone, Copy)]
 pub(crate) struct Neon;
 
+/// With `dotprod`, the products of bytes.
+#[derive(Clone, Copy)]
+pub(crate) struct NeonDot;
+
+/// With `dotprod` and bf16: every CPU that has the latter has both.
 #[derive(Clone, Copy)]
 pub(crate) struct NeonBf16;
 
@@ -29,9 +34,10 @@ unsafe fn narrow(v: float32x4_t) -> uint32x4_t {
 // SAFETY, for every block below: the CPU has these instructions and pointers reach the lanes that are read or written;
 // both are the caller's promise.
 macro_rules! neon {
-    ($name:ident, $bf16:expr) => {
+    ($name:ident, $integers:ty, $bf16:expr) => {
         impl Simd for $name {
             type V = float32x4_t;
+            type Int = $integers;
             const LANES: usize = 4;
             const MR: usize = 8;
             const NV: usize = 3;
@@ -233,5 +239,6 @@ macro_rules! neon {
     };
 }
 
-neon!(Neon, false);
-neon!(NeonBf16, true);
+neon!(Neon, super::integer::neon::Plain, false);
+neon!(NeonDot, super::integer::neon::Dot, false);
+neon!(NeonBf16, super::integer::neon::Dot, true);

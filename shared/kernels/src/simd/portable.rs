@@ -16,6 +16,7 @@ fn zip(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; L
 // SAFETY, for every block below: pointers reach the lanes that are read or written, which is the caller's promise.
 impl Simd for Portable {
     type V = [f32; LANES];
+    type Int = super::integer::portable::Plain;
     const LANES: usize = LANES;
     const MR: usize = 4;
     const NV: usize = 2;

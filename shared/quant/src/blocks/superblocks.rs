@@ -92,7 +92,7 @@ pub(super) fn decode_q6_k(block: &[u8; 210], out: &mut [f32; 256]) -> BlockResul
 
 /// Eight six-bit scales and eight six-bit minima in 12 bytes. The first four of each fill the low six bits of bytes
 /// 0 to 3 and 4 to 7; the others have their low nibbles in bytes 8 to 11 and their high bits on top of the first four.
-fn scale_and_min(packed: &[u8], sub: usize) -> (u8, u8) {
+pub(crate) fn scale_and_min(packed: &[u8], sub: usize) -> (u8, u8) {
     if sub < 4 {
         (packed[sub] & 63, packed[sub + 4] & 63)
     } else {

@@ -37,12 +37,16 @@ pub(crate) fn pack_tq2_0(parts: &Ternary, block: &mut [u8; 66]) -> BlockResult {
 pub(super) fn decode_tq1_0(block: &[u8; 54], out: &mut [f32; 256]) -> BlockResult {
     let d = scale(block, 52)?;
     for (e, out) in out.iter_mut().enumerate() {
-        let (byte, place) = tq1_0_place(e);
-        let fraction = block[byte].wrapping_mul(POWERS[place]);
-        let digit = (u16::from(fraction) * 3) >> 8;
-        *out = d * (i32::from(digit) - 1) as f32;
+        *out = d * (i32::from(tq1_0_digit(block, e)) - 1) as f32;
     }
     Ok(())
+}
+
+/// Digit `e` of a block of TQ1_0: 0, 1, 2 for -1, 0, 1.
+pub(crate) fn tq1_0_digit(block: &[u8; 54], e: usize) -> u8 {
+    let (byte, place) = tq1_0_place(e);
+    let fraction = block[byte].wrapping_mul(POWERS[place]);
+    ((u16::from(fraction) * 3) >> 8) as u8
 }
 
 pub(crate) fn pack_tq1_0(parts: &Ternary, block: &mut [u8; 54]) -> BlockResult {

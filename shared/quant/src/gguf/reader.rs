@@ -85,8 +85,24 @@ impl Reader {
         Ok(values)
     }
 
-    pub(super) fn malformed(&self, reason: String) -> Error {
+    pub(crate) fn malformed(&self, reason: String) -> Error {
         Error::Malformed { path: self.path.clone(), reason }
+    }
+
+    /// The raw blocks of some rows of a matrix, into `bytes`, whose memory is used again.
+    pub fn read_rows(&self, name: &str, first: usize, rows: usize, bytes: &mut Vec<u8>) -> Result<(), Error> {
+        let info = self.tensor(name)?;
+        let all: usize = info.shape[..info.shape.len() - 1].iter().product();
+        if first.checked_add(rows).is_none_or(|end| end > all) {
+            return Err(Error::WrongLength { what: "a matrix", unit: "rows", expected: all, found: first + rows });
+        }
+        // Rows are whole blocks, and the tensor is all there: `open` has compared it with the length of the file.
+        let row_bytes = info.bytes / all as u64;
+        let (start, length) = (self.data_start + info.offset + first as u64 * row_bytes, rows as u64 * row_bytes);
+        let length = usize::try_from(length)
+            .map_err(|_| self.malformed(format!("tensor `{name}` does not fit in this machine's memory")))?;
+        bytes.resize(length, 0);
+        read_exact_at(&self.file, bytes, start).map_err(|source| Error::Io { path: self.path.clone(), source })
     }
 
     fn read_blocks(&self, name: &str) -> Result<(BlockType, Vec<u8>), Error> {

@@ -1,0 +1,93 @@
+//! The integer engine: a GGUF file's own weights, and activations as bytes.
+
+use std::path::Path;
+
+use model::stage::Loss;
+use model::{Matrix, Source};
+use quant::BlockType;
+use quant::gguf::Reader;
+use quant::inference::{Engine as Kernels, KernelPath, Model};
+
+use crate::ParticipantError;
+use crate::data::MicroBatch;
+
+/// What runs a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Engine {
+    Integer,
+    /// Weights dequantized: as exact as f32, and the integer engine's oracle.
+    Float,
+}
+
+impl Engine {
+    /// Integers for a quantized GGUF file; floats for everything else, and where an adapter is applied.
+    pub fn of(source: &dyn Source, adapter: Option<&Path>) -> Self {
+        let quantized = source
+            .tensors()
+            .iter()
+            .any(|tensor| !matches!(tensor.dtype, BlockType::F32 | BlockType::F16 | BlockType::BF16));
+        let is_file = source.origin().is_file();
+        if quantized && is_file && adapter.is_none() { Self::Integer } else { Self::Float }
+    }
+}
+
+/// `threads` of 0 takes all cores.
+pub fn load(path: &Path, threads: u32) -> Result<Model, ParticipantError> {
+    let instructions = KernelPath::detect().map_err(ParticipantError::Usage)?;
+    let engine = Kernels::new(instructions, threads as usize, false);
+    if path.is_dir() {
+        let what = format!("{} is a directory; the integer engine takes a GGUF file", path.display());
+        return Err(ParticipantError::Usage(what));
+    }
+    Ok(Model::load(&Reader::open(path)?, &engine)?)
+}
+
+/// Summed loss of a micro-batch's predictions.
+pub(crate) fn loss(model: &Model, batch: &MicroBatch) -> Loss {
+    let longest = batch.segments.iter().copied().max().unwrap_or(1);
+    let mut session = model.session(longest as usize);
+    let mut total = Loss { nats: 0.0, tokens: 0 };
+    let mut first = 0;
+    for &length in &batch.segments {
+        let segment = first..first + length as usize;
+        let targets = &batch.targets[segment.clone()];
+        session.truncate(0);
+        session.score(&batch.tokens[segment], |row, logits| {
+            if let Some(target) = targets[row] {
+                total.nats += nats(logits, target);
+                total.tokens += 1;
+            }
+        });
+        first += length as usize;
+    }
+    total
+}
+
+/// `-ln softmax(logits)[target]`
+fn nats(logits: &[f32], target: u32) -> f64 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&logit| f64::from((logit - max).exp())).sum();
+    f64::from(max) + sum.ln() - f64::from(logits[target as usize])
+}
+
+/// `[tokens, vocabulary]`
+pub(crate) fn logits(model: &Model, tokens: &[u32]) -> Matrix {
+    let mut all = Vec::with_capacity(tokens.len() * model.vocabulary());
+    model.session(tokens.len()).score(tokens, |_, logits| all.extend_from_slice(logits));
+    Matrix::new(tokens.len(), model.vocabulary(), all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::nats;
+
+    #[test]
+    fn a_loss_is_the_logarithm_of_the_targets_share() {
+        let logits = [1.0f32, 3.0, -2.0];
+        let all: f64 = logits.iter().map(|&logit| f64::from(logit).exp()).sum();
+        for (target, &logit) in logits.iter().enumerate() {
+            let expected = -(f64::from(logit).exp() / all).ln();
+            assert!((nats(&logits, target as u32) - expected).abs() < 1e-6);
+        }
+    }
+}

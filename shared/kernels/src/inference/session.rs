@@ -1,0 +1,177 @@
+//! One sequence on its way through a decoder.
+
+use std::sync::Arc;
+
+use super::batch::BatchPass;
+use super::cache::Cache;
+use super::phases::Phases;
+use super::room::{BATCH, Room, Slot, SlotPlaces, StripRows};
+use super::token::TokenPass;
+use super::{Decoder, batch, token};
+use crate::engine::Engine;
+
+/// Keys and values of the tokens so far, and room for the next. After the first prompt no call allocates.
+pub struct Session {
+    engine: Engine,
+    decoder: Arc<Decoder>,
+    cache: Cache,
+    tokens: usize,
+    context: usize,
+    strip: StripRows,
+    room: Room,
+    /// For several tokens at a time; made by the first prompt.
+    batch: Option<Room>,
+    slots: Vec<Slot>,
+    places: Vec<SlotPlaces>,
+    phases: Phases,
+}
+
+/// Rows whose logits are kept at a time.
+const SCORED: usize = 16;
+
+impl Session {
+    /// For at most `context` tokens.
+    pub fn new(engine: &Engine, decoder: &Arc<Decoder>, context: usize) -> Self {
+        let shape = decoder.shape();
+        let strip = StripRows::of(engine.path());
+        let mut slots: Vec<Slot> = (0..engine.threads()).map(|_| Slot::new(engine, decoder, context)).collect();
+        let places = slots.iter_mut().map(Slot::places).collect();
+        let blocks = decoder.blocks.len();
+        Self {
+            engine: engine.clone(),
+            decoder: decoder.clone(),
+            cache: Cache::new(shape, blocks, context),
+            tokens: 0,
+            context,
+            strip,
+            room: Room::new(engine, shape, 1, 1, strip),
+            batch: None,
+            slots,
+            places,
+            phases: Phases::new(token::phases(blocks).max(batch::phases(blocks))),
+        }
+    }
+
+    /// Tokens whose keys and values are held.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// Forgets all but the first `tokens`.
+    pub fn truncate(&mut self, tokens: usize) {
+        self.tokens = self.tokens.min(tokens);
+    }
+
+    /// Appends tokens and returns the logits behind the last, `[vocabulary]`.
+    ///
+    /// # Panics
+    /// If there is no token, one that is none of the vocabulary, or more than the context holds.
+    pub fn next(&mut self, tokens: &[u32]) -> &[f32] {
+        self.check(tokens);
+        let mut rest = tokens;
+        while rest.len() > 1 {
+            let (now, later) = rest.split_at(BATCH.min(rest.len()));
+            let last = later.is_empty();
+            self.pass(now, if last { now.len() - 1..now.len() } else { 0..0 });
+            if last {
+                return &self.batch.as_ref().expect("a batch has been passed").logits[..self.decoder.shape.vocabulary];
+            }
+            rest = later;
+        }
+        self.token(rest[0]);
+        &self.room.logits
+    }
+
+    /// Appends tokens and shows the logits behind each, `[vocabulary]`, in order.
+    ///
+    /// # Panics
+    /// As [`next`](Self::next).
+    pub fn score(&mut self, tokens: &[u32], mut show: impl FnMut(usize, &[f32])) {
+        self.check(tokens);
+        let vocabulary = self.decoder.shape.vocabulary;
+        for (at, now) in tokens.chunks(BATCH).enumerate() {
+            self.pass(now, 0..0);
+            for first in (0..now.len()).step_by(SCORED) {
+                let rows = first..now.len().min(first + SCORED);
+                self.logits(rows.clone());
+                let logits = &self.batch.as_ref().expect("a batch has been passed").logits;
+                for (row, logits) in rows.zip(logits.chunks_exact(vocabulary)) {
+                    show(at * BATCH + row, logits);
+                }
+            }
+        }
+    }
+
+    fn check(&self, tokens: &[u32]) {
+        let vocabulary = self.decoder.shape.vocabulary;
+        assert!(!tokens.is_empty() && tokens.iter().all(|&token| (token as usize) < vocabulary), "tokens of the model");
+        assert!(self.tokens + tokens.len() <= self.context, "a sequence that fits its context");
+    }
+
+    fn token(&mut self, token: u32) {
+        let Self { engine, decoder, cache, room, places, phases, tokens, .. } = self;
+        decoder.embedding.row(token as usize, &mut room.x);
+        room.rotate_from(&decoder.shape.frequencies, *tokens, 1);
+        phases.reset();
+        let at = *tokens;
+        let pass = TokenPass { path: engine.path(), threads: engine.threads(), decoder, cache, phases, at, room: room.places() };
+        engine.together(|i| pass.run(&places[i]));
+        self.tokens += 1;
+    }
+
+    /// A batch, and the logits behind some of its rows.
+    fn pass(&mut self, tokens: &[u32], logits: std::ops::Range<usize>) {
+        let Self { engine, decoder, cache, batch, strip, places, phases, tokens: before, .. } = self;
+        let shape = &decoder.shape;
+        let room = batch.get_or_insert_with(|| Room::new(engine, shape, BATCH, SCORED, *strip));
+        for (&token, x) in tokens.iter().zip(room.x.chunks_exact_mut(shape.width)) {
+            decoder.embedding.row(token as usize, x);
+        }
+        room.rotate_from(&shape.frequencies, *before, tokens.len());
+        phases.reset();
+        let pass = BatchPass {
+            path: engine.path(),
+            decoder,
+            cache,
+            phases,
+            before: *before,
+            rows: tokens.len(),
+            strip: *strip,
+            room: room.places(),
+        };
+        engine.together(|i| {
+            let mut phase = pass.blocks(&places[i]);
+            pass.logits(&mut phase, &places[i], logits.clone());
+        });
+        self.tokens += tokens.len();
+    }
+
+    /// The logits behind some rows of the batch that was passed last.
+    fn logits(&mut self, rows: std::ops::Range<usize>) {
+        let Self { engine, decoder, cache, batch, strip, places, phases, .. } = self;
+        let room = batch.as_mut().expect("a batch has been passed");
+        phases.reset();
+        let pass = BatchPass {
+            path: engine.path(),
+            decoder,
+            cache,
+            phases,
+            before: 0,
+            rows: rows.end,
+            strip: *strip,
+            room: room.places(),
+        };
+        engine.together(|i| pass.logits(&mut 0, &places[i], rows.clone()));
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // Their memory goes back to the engine's spare.
+        self.slots.clear();
+    }
+}
