@@ -47,6 +47,8 @@ pub(crate) trait Format {
     /// Scales of a block.
     const SUBS: usize;
     const MIN: bool;
+    /// Bytes of a block's scales, about.
+    const SCALE_BYTES: usize;
 
     /// The eight quads of a block, from the lines at `block`, one vector of each.
     unsafe fn quads<N: Integers>(block: *const u8) -> [N::I; 8];
@@ -135,6 +137,7 @@ impl<C: Codes, const ZERO: i32, X: Scales> Format for Of<C, ZERO, X> {
     const ZERO: i32 = ZERO;
     const SUBS: usize = X::SUBS;
     const MIN: bool = X::MIN;
+    const SCALE_BYTES: usize = X::BLOCK_BYTES;
 
     #[inline(always)]
     unsafe fn quads<N: Integers>(block: *const u8) -> [N::I; 8] {
@@ -365,6 +368,8 @@ const fn shifted(by: u8) -> [u8; 16] {
 
 /// What scales the codes of a group, behind them.
 pub(crate) trait Scales {
+    /// Bytes of a block, about.
+    const BLOCK_BYTES: usize;
     const SUBS: usize;
     const MIN: bool;
     fn bytes(blocks: usize) -> usize;
@@ -396,6 +401,7 @@ pub(crate) struct Super256;
 pub(super) const HALVES: usize = 2 * GROUP;
 
 impl Scales for Half {
+    const BLOCK_BYTES: usize = HALVES;
     const SUBS: usize = 1;
     const MIN: bool = false;
     fn bytes(blocks: usize) -> usize {
@@ -409,6 +415,7 @@ impl Scales for Half {
 }
 
 impl Scales for HalfMin {
+    const BLOCK_BYTES: usize = 2 * HALVES;
     const SUBS: usize = 1;
     const MIN: bool = true;
     fn bytes(blocks: usize) -> usize {
@@ -431,6 +438,7 @@ impl Super32Min {
 }
 
 impl Scales for Super32Min {
+    const BLOCK_BYTES: usize = Self::BYTES / 8;
     const SUBS: usize = 1;
     const MIN: bool = true;
     fn bytes(blocks: usize) -> usize {
@@ -461,6 +469,7 @@ impl Super16 {
 }
 
 impl Scales for Super16 {
+    const BLOCK_BYTES: usize = Self::BYTES / 8;
     const SUBS: usize = 2;
     const MIN: bool = false;
     fn bytes(blocks: usize) -> usize {
@@ -494,6 +503,7 @@ impl Super16Min {
 }
 
 impl Scales for Super16Min {
+    const BLOCK_BYTES: usize = Self::BYTES / 8;
     const SUBS: usize = 2;
     const MIN: bool = true;
     fn bytes(blocks: usize) -> usize {
@@ -519,6 +529,7 @@ impl Scales for Super16Min {
 }
 
 impl Scales for Super256 {
+    const BLOCK_BYTES: usize = HALVES / 8;
     const SUBS: usize = 1;
     const MIN: bool = false;
     fn bytes(blocks: usize) -> usize {

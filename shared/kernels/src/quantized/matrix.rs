@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::format::{HALVES, Super16, Super16Min, Super32Min, with_format};
-use super::strip::{VECTORS_MAX, unpack, vector};
+use super::strip::{AHEAD, VECTORS_MAX, unpack, vector};
 use super::region::Region;
 use super::{BLOCK, Format, GROUP, LINE, Layout, SUPERBLOCK, Strip, code_words};
 use crate::path::Work;
@@ -294,6 +294,8 @@ unsafe fn float_vector<S: Simd>(layout: Layout, group: *const u8, columns: usize
             let mut acc = S::splat(0.0);
             for column in 0..columns {
                 let w = load_floats::<S>(layout, group, column * GROUP + row);
+                // A line of f16 has two columns, one of f32 a single one.
+                S::Int::prefetch(group.wrapping_add(AHEAD + column * layout.codes_bytes(1)));
                 acc = S::fma(S::splat(*x.add(column)), w, acc);
             }
             S::store(to.add(row), acc);

@@ -123,8 +123,9 @@ pub(crate) unsafe fn strip<S: Simd, F: Format, const MR: usize, const NV: usize>
     }
 }
 
-/// Bytes from where codes are read to where they are asked for: page borders stop the hardware's own foresight.
-const AHEAD: usize = 1536;
+/// Bytes from what is read to what is asked for, into the second-level cache: left to itself, a core has too few loads on
+/// their way for codes of few bits (measured on a Zen 4: 13 GB/s where it can read 27).
+pub(super) const AHEAD: usize = 16384;
 
 /// A single row times the 16 rows of a group, `to` of them.
 ///
@@ -149,6 +150,7 @@ pub(super) unsafe fn vector<S: Simd, F: Format>(
                     for line in 0..F::WORDS {
                         S::Int::prefetch(codes.wrapping_add(AHEAD + line * LINE));
                     }
+                    S::Int::prefetch(scales.wrapping_add(AHEAD + block * F::SCALE_BYTES));
                 }
                 let quads = F::quads::<S::Int>(codes);
                 let x = x.add(block * QUAD_WORDS);

@@ -136,7 +136,7 @@ impl Integers for Paired {
     #[inline(always)]
     unsafe fn prefetch(from: *const u8) {
         // SAFETY: as above; an address that is nobody's is no fault.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
     }
     #[inline(always)]
     unsafe fn strip<S: Simd<V = __m256, Int = Self>, F: Format>(s: &Strip) {

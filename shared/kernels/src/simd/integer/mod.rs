@@ -58,7 +58,7 @@ pub(crate) trait Integers: Copy {
     unsafe fn store_f16(to: *mut u16, v: Self::V);
     /// Whole numbers of a signed byte's range, `LANES` of them.
     unsafe fn store_i8(to: *mut i8, v: Self::V);
-    /// Asks for a line of memory that will be read soon.
+    /// Asks for a line of memory in the second-level cache.
     unsafe fn prefetch(from: *const u8);
 
     /// A strip of a product, in this path's registers: see `quantized::strip`.
