@@ -1,10 +1,10 @@
 """One model on llama.cpp, as `participant bench infer --json` measures it on our engine.
 
     llama_infer.py --model FILE [--prompt-tokens N] [--tokens N] [--threads N] [--rounds N]
-    llama_infer.py --model FILE --top-1 TOKENS.json --window N
+    llama_infer.py --model FILE --top-1 TOKENS.json
 
 The first prints one line of JSON: load time, prompt and decode tokens/s, the best of the rounds. The second prints, for a
-file that holds a list of token ids, the likeliest next token behind each position, windows of so many tokens apart.
+file that holds lists of token ids, the likeliest next token behind each of all their positions, and by how much it leads.
 """
 
 import argparse
@@ -23,7 +23,6 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--top-1")
-    parser.add_argument("--window", type=int, default=500)
     arguments = parser.parse_args()
     llama.llama_log_set(QUIET, None)
     llama.llama_backend_init()
@@ -37,8 +36,9 @@ def main():
     vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
     if arguments.top_1:
         with open(arguments.top_1, encoding="utf-8") as file:
-            tokens = json.load(file)
-        print(json.dumps(top_1(context_of(model, arguments.window, arguments.threads), tokens, arguments.window, vocabulary)))
+            texts = json.load(file)
+        context = context_of(model, max(map(len, texts)), arguments.threads)
+        print(json.dumps(top_1(context, texts, vocabulary)))
         return
     context = context_of(model, max(arguments.prompt_tokens, arguments.tokens) + 1, arguments.threads)
     memory = llama.llama_get_memory(context)
@@ -86,13 +86,12 @@ def decode(context, tokens):
     llama.llama_synchronize(context)
 
 
-def top_1(context, tokens, window, vocabulary):
+def top_1(context, texts, vocabulary):
     import numpy
 
     memory = llama.llama_get_memory(context)
     chosen = []
-    for first in range(0, len(tokens), window):
-        now = tokens[first : first + window]
+    for now in texts:
         llama.llama_memory_clear(memory, True)
         batch = llama.llama_batch_init(len(now), 0, 1)
         batch.n_tokens = len(now)
