@@ -4,9 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use experiment::Seed;
+use model::stage::KvCache;
 use model::stage::Lora;
 use model::tokenizer::Message;
-use model::stage::KvCache;
 use model::{Adapter, ComputeDevice, Part, Source, Stage};
 use quant::inference::{Model as IntegerModel, Session};
 use rand::Rng;

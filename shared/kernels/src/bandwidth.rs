@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use crate::quantized::Region;
 use crate::engine::{Engine, Task};
+use crate::quantized::Region;
 use crate::simd::Simd;
 
 /// More than any last-level cache that a few cores share.

@@ -153,7 +153,12 @@ impl Work for StripTokens {
 
 pub(super) fn scratch_numbers(head_size: usize, context: usize) -> usize {
     let size = padded(head_size);
-    STRIP_MAX * (size + 2) + size * RUN + 64 + context.next_multiple_of(RUN) * STRIP_MAX + VALUES * size + 64
+    STRIP_MAX * (size + 2)
+        + size * RUN
+        + 64
+        + context.next_multiple_of(RUN) * STRIP_MAX
+        + VALUES * size
+        + 64
         + (STRIP_MAX + 16) * size
 }
 

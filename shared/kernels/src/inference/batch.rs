@@ -74,9 +74,16 @@ impl BatchPass<'_> {
         let (width, size, stride) = (shape.width, shape.head_size, shape.qkv());
         let norm = Some(&block.attention_norm[..]);
         let [q, k, v] = &block.qkv;
-        self.prepare(phase, slot, From { x: room.x.0, stride: width, columns: width, norm, gated: false }, self.rows, &[q, k, v]);
+        self.prepare(
+            phase,
+            slot,
+            From { x: room.x.0, stride: width, columns: width, norm, gated: false },
+            self.rows,
+            &[q, k, v],
+        );
         // SAFETY: the columns of keys and values are within the rows.
-        let (keys, values) = unsafe { (room.qkv.0.add(shape.queries()), room.qkv.0.add(shape.queries() + shape.keys())) };
+        let (keys, values) =
+            unsafe { (room.qkv.0.add(shape.queries()), room.qkv.0.add(shape.queries() + shape.keys())) };
         self.product(phase, slot, &[(q, room.qkv.0), (k, keys), (v, values)], stride, self.rows, false);
         self.phases.run(*phase, self.rows.div_ceil(ROWS), |task| {
             for row in task * ROWS..self.rows.min((task + 1) * ROWS) {

@@ -14,9 +14,9 @@ mod phases;
 mod room;
 mod rows;
 mod session;
-mod token;
 #[cfg(test)]
 mod tests;
+mod token;
 
 pub use decoder::{Decoder, DecoderBlock, Shape};
 pub use session::Session;

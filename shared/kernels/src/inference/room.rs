@@ -100,8 +100,7 @@ impl Room {
     /// cos and sin of as many positions from `first` on as there are rows.
     pub(super) fn rotate_from(&mut self, frequencies: &[f32], first: usize, rows: usize) {
         // transformers rounds frequency and angle to f32; doing the same keeps long positions equal to it.
-        let angles =
-            (first..first + rows).flat_map(|position| frequencies.iter().map(move |f| position as f32 * f));
+        let angles = (first..first + rows).flat_map(|position| frequencies.iter().map(move |f| position as f32 * f));
         for ((cos, sin), angle) in self.cos.iter_mut().zip(self.sin.iter_mut()).zip(angles) {
             (*sin, *cos) = angle.sin_cos();
         }
@@ -113,7 +112,14 @@ impl Places {
     ///
     /// # Safety
     /// The row is within the room.
-    pub(super) unsafe fn input(&self, columns: usize, row: usize, strip: StripRows, as_codes: bool, as_floats: bool) -> Input {
+    pub(super) unsafe fn input(
+        &self,
+        columns: usize,
+        row: usize,
+        strip: StripRows,
+        as_codes: bool,
+        as_floats: bool,
+    ) -> Input {
         let none: *mut f32 = std::ptr::null_mut();
         let (codes_first, floats_first) = (row / strip.codes * strip.codes, row / strip.floats * strip.floats);
         // SAFETY: the caller's promise.

@@ -118,7 +118,15 @@ impl Session {
         room.rotate_from(&decoder.shape.frequencies, *tokens, 1);
         phases.reset();
         let at = *tokens;
-        let pass = TokenPass { path: engine.path(), threads: engine.threads(), decoder, cache, phases, at, room: room.places() };
+        let pass = TokenPass {
+            path: engine.path(),
+            threads: engine.threads(),
+            decoder,
+            cache,
+            phases,
+            at,
+            room: room.places(),
+        };
         engine.together(|i| pass.run(&places[i]));
         self.tokens += 1;
     }

@@ -59,7 +59,8 @@ fn all_logits(session: &mut Session, tokens: &[u32]) -> Vec<Vec<f32>> {
 
 #[test]
 fn batches_single_tokens_paths_and_threads_agree() {
-    let shapes: &[(usize, usize, usize)] = if cfg!(miri) { &[(2, 1, 6)] } else { &[(6, 2, 6), (4, 4, 16), (3, 1, 48), (2, 1, 80)] };
+    let shapes: &[(usize, usize, usize)] =
+        if cfg!(miri) { &[(2, 1, 6)] } else { &[(6, 2, 6), (4, 4, 16), (3, 1, 48), (2, 1, 80)] };
     let lengths: &[usize] = if cfg!(miri) { &[19] } else { &[1, 17, 150] };
     for &(heads, kv_heads, head_size) in shapes {
         let decoder = decoder(heads, kv_heads, head_size, 2);
@@ -93,7 +94,10 @@ fn batches_single_tokens_paths_and_threads_agree() {
                         for (found, expected) in found.iter().zip(expected) {
                             let error = (found - expected).abs() / size;
                             // Keys and values are rounded to half precision, now to one side and now to the other.
-                            assert!(error < 3e-3, "{path:?}, {how} of {length}, row {row}, head {head_size}: {error:e}");
+                            assert!(
+                                error < 3e-3,
+                                "{path:?}, {how} of {length}, row {row}, head {head_size}: {error:e}"
+                            );
                         }
                     }
                 }

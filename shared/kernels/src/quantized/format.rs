@@ -68,18 +68,54 @@ macro_rules! with_format {
     ($layout:expr, $F:ident => $body:expr, _ => $floats:expr) => {{
         use $crate::quantized::format::*;
         match $layout {
-            Layout::Four => { type $F = Of<Four, 8, Half>; $body }
-            Layout::FourMin => { type $F = Of<Four, 0, HalfMin>; $body }
-            Layout::Five => { type $F = Of<Five, 16, Half>; $body }
-            Layout::FiveMin => { type $F = Of<Five, 0, HalfMin>; $body }
-            Layout::Eight => { type $F = Of<Eight, 128, Half>; $body }
-            Layout::Table => { type $F = Of<Table, 128, Half>; $body }
-            Layout::SuperFourMin => { type $F = Of<Four, 0, Super32Min>; $body }
-            Layout::SuperFiveMin => { type $F = Of<Five, 0, Super32Min>; $body }
-            Layout::SuperTwoMin => { type $F = Of<Two, 0, Super16Min>; $body }
-            Layout::SuperThree => { type $F = Of<Three, 4, Super16>; $body }
-            Layout::SuperSix => { type $F = Of<Six, 32, Super16>; $body }
-            Layout::Ternary => { type $F = Of<Two, 1, Super256>; $body }
+            Layout::Four => {
+                type $F = Of<Four, 8, Half>;
+                $body
+            }
+            Layout::FourMin => {
+                type $F = Of<Four, 0, HalfMin>;
+                $body
+            }
+            Layout::Five => {
+                type $F = Of<Five, 16, Half>;
+                $body
+            }
+            Layout::FiveMin => {
+                type $F = Of<Five, 0, HalfMin>;
+                $body
+            }
+            Layout::Eight => {
+                type $F = Of<Eight, 128, Half>;
+                $body
+            }
+            Layout::Table => {
+                type $F = Of<Table, 128, Half>;
+                $body
+            }
+            Layout::SuperFourMin => {
+                type $F = Of<Four, 0, Super32Min>;
+                $body
+            }
+            Layout::SuperFiveMin => {
+                type $F = Of<Five, 0, Super32Min>;
+                $body
+            }
+            Layout::SuperTwoMin => {
+                type $F = Of<Two, 0, Super16Min>;
+                $body
+            }
+            Layout::SuperThree => {
+                type $F = Of<Three, 4, Super16>;
+                $body
+            }
+            Layout::SuperSix => {
+                type $F = Of<Six, 32, Super16>;
+                $body
+            }
+            Layout::Ternary => {
+                type $F = Of<Two, 1, Super256>;
+                $body
+            }
             Layout::F16 | Layout::Bf16 | Layout::F32 => $floats,
         }
     }};

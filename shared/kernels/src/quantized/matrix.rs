@@ -4,8 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::format::{HALVES, Super16, Super16Min, Super32Min, with_format};
-use super::strip::{AHEAD, VECTORS_MAX, unpack, vector};
 use super::region::Region;
+use super::strip::{AHEAD, VECTORS_MAX, unpack, vector};
 use super::{BLOCK, Format, GROUP, LINE, Layout, SUPERBLOCK, Strip, code_words};
 use crate::path::Work;
 use crate::simd::integer::{Integers, from_f16};
@@ -47,15 +47,22 @@ impl Matrix {
         let mut bytes = 0usize;
         let mut places = Vec::with_capacity(all.len());
         for &(rows, columns, layout) in all {
-            assert!(rows > 0 && columns > 0 && columns.is_multiple_of(layout.columns_step()), "a {layout:?} of {columns}");
+            assert!(
+                rows > 0 && columns > 0 && columns.is_multiple_of(layout.columns_step()),
+                "a {layout:?} of {columns}"
+            );
             places.push(bytes);
             let more = rows.div_ceil(GROUP).checked_mul(layout.group_bytes(columns));
             bytes = more.and_then(|more| bytes.checked_add(more)).expect("a size in memory");
         }
         // Kernels that take whole vectors of the last line may read behind it.
         let region = Arc::new(Region::new(bytes + LINE, true));
-        let matrix = |(&(rows, columns, layout), at): (&(usize, usize, Layout), usize)| {
-            Self { rows, columns, layout, region: region.clone(), at }
+        let matrix = |(&(rows, columns, layout), at): (&(usize, usize, Layout), usize)| Self {
+            rows,
+            columns,
+            layout,
+            region: region.clone(),
+            at,
         };
         all.iter().zip(places).map(matrix).collect()
     }

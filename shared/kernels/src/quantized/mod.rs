@@ -27,8 +27,8 @@ mod tests;
 pub(crate) use activations::{code_words, quantize_row};
 pub(crate) use format::Format;
 pub use format::Layout;
-pub use matrix::{Group, Matrix};
 pub(crate) use matrix::{Batch, BatchProduct, RowInput, VectorProduct, batch_scratch_bytes};
+pub use matrix::{Group, Matrix};
 pub(crate) use region::Region;
 pub(crate) use strip::{Strip, strip};
 

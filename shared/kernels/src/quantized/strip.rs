@@ -202,8 +202,8 @@ unsafe fn products<S: Simd, F: Format, const N: usize>(
         let mut first = 0;
         while first < N {
             let mut pairs = S::Int::splat(0);
-            for i in first..(first + room).min(N) {
-                pairs = mul_add::<S, F>(pairs, quads[i], S::Int::splat(*x.add(i) as i32));
+            for (i, &quad) in quads[first..(first + room).min(N)].iter().enumerate() {
+                pairs = mul_add::<S, F>(pairs, quad, S::Int::splat(*x.add(first + i) as i32));
             }
             sum = S::Int::add(sum, S::Int::widen(pairs));
             first += room;

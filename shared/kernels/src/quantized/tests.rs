@@ -176,8 +176,7 @@ fn check(layout: Layout, rows: usize, columns: usize, count: usize, random: &mut
             let start = &start[i * rows..][..rows];
             let found = vector_product(path, &matrix, x, start);
             assert_eq!(all[i * rows..][..rows], found, "{layout:?} on {path:?}: a batch and its row {i}");
-            let x: Vec<f64> =
-                if layout.is_integer() { rounded(x) } else { x.iter().map(|&x| f64::from(x)).collect() };
+            let x: Vec<f64> = if layout.is_integer() { rounded(x) } else { x.iter().map(|&x| f64::from(x)).collect() };
             for (row, found) in found.into_iter().enumerate() {
                 let mut values = vec![0.0; columns];
                 matrix.row(row, &mut values);

@@ -9,9 +9,9 @@ pub(crate) mod amx;
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+pub(crate) mod integer;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
-pub(crate) mod integer;
 pub(crate) mod portable;
 #[cfg(test)]
 mod tests;

@@ -55,7 +55,8 @@ pub(super) fn read(reader: &Reader) -> Result<Config, Error> {
     if let Some(scaling) = reader.optional::<&str>(&key("rope.scaling.type"))?.filter(|scaling| *scaling != "none") {
         return Err(reader.malformed(format!("has RoPE scaling `{scaling}`; only llama 3's is supported")));
     }
-    let epsilon = positive("attention.layer_norm_rms_epsilon", reader.required(&key("attention.layer_norm_rms_epsilon"))?)?;
+    let epsilon =
+        positive("attention.layer_norm_rms_epsilon", reader.required(&key("attention.layer_norm_rms_epsilon"))?)?;
     let base = positive("rope.freq_base", reader.optional(&key("rope.freq_base"))?.unwrap_or(10_000.0))?;
     let mut frequencies: Vec<f64> =
         (0..head_size / 2).map(|i| f64::from(base).powf(-2.0 * i as f64 / head_size as f64)).collect();

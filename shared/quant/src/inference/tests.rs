@@ -89,10 +89,8 @@ impl File {
         }
         header.set(&format!("{}.attention.layer_norm_rms_epsilon", self.architecture), 1e-5f32);
         header.set(&format!("{}.rope.freq_base", self.architecture), 1e4f32);
-        let mut tensors: Vec<(String, Vec<usize>)> = vec![
-            ("token_embd.weight".into(), vec![VOCABULARY, WIDTH]),
-            ("output_norm.weight".into(), vec![WIDTH]),
-        ];
+        let mut tensors: Vec<(String, Vec<usize>)> =
+            vec![("token_embd.weight".into(), vec![VOCABULARY, WIDTH]), ("output_norm.weight".into(), vec![WIDTH])];
         if !self.tied {
             tensors.push(("output.weight".into(), vec![VOCABULARY, WIDTH]));
         }
@@ -158,8 +156,8 @@ fn reference(reader: &Reader, interleaved: bool, tokens: &[usize]) -> Vec<Vec<f6
     let divisors = values("rope_freqs.weight").unwrap_or(vec![1.0; HEAD / 2]);
     let rotate = |x: &mut [f64], position: usize| {
         for head in x.chunks_mut(HEAD) {
-            for i in 0..HEAD / 2 {
-                let angle = position as f64 * 1e4f64.powf(-2.0 * i as f64 / HEAD as f64) / divisors[i];
+            for (i, divisor) in divisors.iter().enumerate() {
+                let angle = position as f64 * 1e4f64.powf(-2.0 * i as f64 / HEAD as f64) / divisor;
                 let (a, b) = if interleaved { (2 * i, 2 * i + 1) } else { (i, i + HEAD / 2) };
                 let (sin, cos) = angle.sin_cos();
                 (head[a], head[b]) = (head[a] * cos - head[b] * sin, head[b] * cos + head[a] * sin);
@@ -167,8 +165,7 @@ fn reference(reader: &Reader, interleaved: bool, tokens: &[usize]) -> Vec<Vec<f6
         }
     };
     let embedding = values("token_embd.weight").unwrap();
-    let mut rows: Vec<Vec<f64>> =
-        tokens.iter().map(|&token| embedding[token * WIDTH..][..WIDTH].to_vec()).collect();
+    let mut rows: Vec<Vec<f64>> = tokens.iter().map(|&token| embedding[token * WIDTH..][..WIDTH].to_vec()).collect();
     for block in 0..BLOCKS {
         let of = |name: &str| values(&format!("blk.{block}.{name}"));
         let needed = |name: &str| of(name).unwrap();
@@ -272,7 +269,9 @@ fn a_file_of_other_sizes_is_refused_by_name() {
     let path = directory.path().join("model.gguf");
     let mut header = Header::new();
     header.set("general.architecture", "llama");
-    for (key, size) in [("context_length", 8), ("embedding_length", 64), ("block_count", 1), ("feed_forward_length", 64)] {
+    for (key, size) in
+        [("context_length", 8), ("embedding_length", 64), ("block_count", 1), ("feed_forward_length", 64)]
+    {
         header.set(&format!("llama.{key}"), size as u32);
     }
     header.set("llama.attention.head_count", 1u32);

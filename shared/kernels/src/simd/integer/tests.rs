@@ -23,7 +23,8 @@ fn halves_are_what_their_bits_say() {
         }
     }
     // Ties go to the even neighbour; what is too large, to infinity.
-    for (x, expected) in [(1.0 + 1.0 / 2048.0, 0x3c00), (1.0 + 3.0 / 2048.0, 0x3c02), (65519.0, 0x7bff), (65520.0, 0x7c00)]
+    for (x, expected) in
+        [(1.0 + 1.0 / 2048.0, 0x3c00), (1.0 + 3.0 / 2048.0, 0x3c02), (65519.0, 0x7bff), (65520.0, 0x7c00)]
     {
         assert_eq!((to_f16(x), to_f16(-x)), (expected, expected | 0x8000));
     }
