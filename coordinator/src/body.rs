@@ -83,15 +83,36 @@ enum Job {
 
 /// What may change what a pass computes.
 enum Change {
-    Open { key: RoundKey, members: Vec<ParticipantName>, first_step: u64, adapter: Adapter },
-    Commit { place: Place, commit: Commit, reply: oneshot::Sender<Result<(), BodyError>> },
-    Remove { participant: ParticipantName },
+    Open {
+        key: RoundKey,
+        members: Vec<ParticipantName>,
+        first_step: u64,
+        adapter: Adapter,
+    },
+    Commit {
+        place: Place,
+        commit: Commit,
+        reply: oneshot::Sender<Result<(), BodyError>>,
+    },
+    Remove {
+        participant: ParticipantName,
+    },
     /// What the open round had done before its coordinator was started again.
-    Replay { work: Vec<Work> },
-    Resume { participant: ParticipantName, session: u64, reply: oneshot::Sender<Option<Standing>> },
+    Replay {
+        work: Vec<Work>,
+    },
+    Resume {
+        participant: ParticipantName,
+        session: u64,
+        reply: oneshot::Sender<Option<Standing>>,
+    },
     Abandon,
-    Close { reply: oneshot::Sender<Closed> },
-    Optimizers { reply: oneshot::Sender<Vec<(String, AdamW)>> },
+    Close {
+        reply: oneshot::Sender<Closed>,
+    },
+    Optimizers {
+        reply: oneshot::Sender<Vec<(String, AdamW)>>,
+    },
 }
 
 struct ForwardJob {

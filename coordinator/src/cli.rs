@@ -17,7 +17,7 @@ use quant::Method;
 use serde_json::json;
 use time::OffsetDateTime;
 
-use crate::export::{Format, export};
+use crate::export::{Calibration, ExportError, Exported, Format, Options, export, quantize};
 use crate::fetch::fetch;
 use crate::home::{ADDRESS_DEFAULT, Home, INVITATION_VALID};
 use crate::report::Report;
@@ -67,6 +67,9 @@ enum Command {
         after_help = "Example:\n  coordinator export runs/demo --format hf,peft,gguf:q8_0,gguf:q4_k_m --out exports/"
     )]
     Export(ExportArguments),
+    /// The same for any model: write it as other GGUF types
+    #[command(after_help = "Example:\n  coordinator quantize exports/hf --format gguf:q4_k_m --out exports/")]
+    Quantize(QuantizeArguments),
     /// Measure this machine
     #[command(subcommand, after_help = "Example:\n  coordinator bench body --weights bf16")]
     Bench(BenchCommand),
@@ -183,6 +186,23 @@ struct ReportArguments {
 #[derive(Args)]
 struct ExportArguments {
     run: PathBuf,
+    #[command(flatten)]
+    files: FileArguments,
+    /// A finished round [default: the newest]
+    #[arg(long)]
+    round: Option<u32>,
+}
+
+#[derive(Args)]
+struct QuantizeArguments {
+    /// A Hugging Face directory or a GGUF file
+    model: PathBuf,
+    #[command(flatten)]
+    files: FileArguments,
+}
+
+#[derive(Args)]
+struct FileArguments {
     /// hf, peft, or gguf: with f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0, iq4_nl,
     /// q3_k_l, q3_k_m, q3_k_s, q2_k, q2_k_s, tq2_0, tq1_0: llama-quantize's mixes of types
     #[arg(long, value_delimiter = ',', required = true)]
@@ -190,16 +210,45 @@ struct ExportArguments {
     /// How gguf files choose their codes
     #[arg(long, value_enum, default_value_t = Quantizer::Search)]
     quantizer: Quantizer,
+    /// What the search measures activations on: text that the model writes (`self`), a text file, or `none`
+    #[arg(long, default_value = "self", value_name = "self|none|FILE")]
+    calibrate: String,
+    /// Importance matrices in GGUF, as llama-imatrix and `participant calibrate` write them; several are added up
+    #[arg(long, value_delimiter = ',', value_name = "FILE")]
+    imatrix: Vec<PathBuf>,
     #[arg(long)]
     out: PathBuf,
-    /// A finished round [default: the newest]
-    #[arg(long)]
-    round: Option<u32>,
     /// Replace files that are there
     #[arg(long)]
     force: bool,
     #[arg(long)]
     json: bool,
+}
+
+impl FileArguments {
+    fn options(&self) -> Options {
+        let calibration = match self.calibrate.as_str() {
+            "self" => Calibration::Own,
+            "none" => Calibration::None,
+            path => Calibration::Text(path.into()),
+        };
+        Options { method: self.quantizer.into(), calibration, imatrix: self.imatrix.clone(), force: self.force }
+    }
+
+    fn write(
+        &self,
+        write: impl FnOnce(&[Format], &Options) -> Result<Vec<Exported>, ExportError>,
+    ) -> anyhow::Result<()> {
+        let formats = self.format.iter().map(|format| format.parse()).collect::<Result<Vec<Format>, _>>();
+        let exported = formats.and_then(|formats| write(&formats, &self.options()));
+        for exported in exported.map_err(failed)? {
+            match self.json {
+                true => print(serde_json::to_string(&exported)?)?,
+                false => print(exported)?,
+            }
+        }
+        Ok(())
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -271,16 +320,11 @@ impl Command {
                     false => print(format_args!("{}\npage: {}", report.text.trim_end(), out.display())),
                 }
             }
-            Self::Export(ExportArguments { run, format, quantizer, out, round, force, json }) => {
-                let formats = format.iter().map(|format| format.parse()).collect::<Result<Vec<Format>, _>>();
-                let exported = formats.and_then(|formats| export(&run, round, &formats, quantizer.into(), &out, force));
-                for exported in exported.map_err(failed)? {
-                    match json {
-                        true => print(serde_json::to_string(&exported)?)?,
-                        false => print(exported)?,
-                    }
-                }
-                Ok(())
+            Self::Export(ExportArguments { run, files, round }) => {
+                files.write(|formats, options| export(&run, round, formats, options, &files.out))
+            }
+            Self::Quantize(QuantizeArguments { model, files }) => {
+                files.write(|formats, options| quantize(&model, formats, options, &files.out))
             }
         }
     }

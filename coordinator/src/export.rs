@@ -2,9 +2,10 @@
 //!
 //! This module owns which files there are, where they lie, and that none is replaced unasked. It finds the adapter of a
 //! finished round and the base model the experiment names, and hands both to the writer of each format; a merged model
-//! goes from disk to disk tensor by tensor and is never held whole. It trains nothing and needs no tensor library.
+//! goes from disk to disk tensor by tensor and is never held whole, but to write a text. It trains nothing.
 //! Start from [`export`].
 
+mod calibration;
 mod gguf;
 mod huggingface;
 mod importance;
@@ -19,51 +20,159 @@ use std::str::FromStr;
 
 use experiment::{Experiment, RunDirectory};
 use model::adapter::peft;
-use model::{Adapter, Manifest, ModelError, Source, tokenizer::TokenizerError};
-use quant::{Method, Mix};
+use model::{Adapter, Manifest, ModelConfig, ModelError, Source, tokenizer::TokenizerError};
+use quant::{Imatrix, Method, Mix};
 use serde::{Serialize, Serializer};
 
+pub use calibration::Calibration;
+use calibration::Guide;
 use merged::Merged;
 
+/// How files are written.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// How GGUF files choose their codes.
+    pub method: Method,
+    /// What [`Method::Search`] measures activations on.
+    pub calibration: Calibration,
+    /// Importance matrices, whose sums are added up; none for an export without.
+    pub imatrix: Vec<PathBuf>,
+    /// Replace files that are there.
+    pub force: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { method: Method::Search, calibration: Calibration::Own, imatrix: Vec::new(), force: false }
+    }
+}
+
 /// Writes what the run directory `run` holds of `round` (or of its newest finished round) into `out`, once for every
-/// format; `method` is how GGUF files are quantized. Without `force` nothing is written if any of the files is already
-/// there.
+/// format. Unless forced, nothing is written if any of the files is already there.
 pub fn export(
     run: &Path,
     round: Option<u32>,
     formats: &[Format],
-    method: Method,
+    options: &Options,
     out: &Path,
-    force: bool,
 ) -> Result<Vec<Exported>, ExportError> {
     let run = RunDirectory::open(run)?;
     let round = finished_round(&run, round)?;
     let experiment = run.experiment();
-    if !force {
+    let base = model::source::of_experiment(experiment)?;
+    if !options.force {
         refuse_existing(formats, out)?;
     }
-    let base = model::source::of_experiment(experiment)?;
     check_digest(experiment, &*base)?;
     let adapter = Adapter::load(&run.round_path(round).join("adapter"), base.config())?;
-    let merged = Merged { base: &*base, adapter: &adapter };
+    let name = format!("{}, round {round}", experiment.name);
+    let job = Job { base: &*base, base_name: base_name(experiment), adapter: &adapter, name, seed: experiment.seed };
+    job.write(formats, options, out)
+}
 
-    let write = |&format: &Format| {
-        let path = format.path(out);
-        let worst_error = match format {
-            Format::HuggingFace => huggingface::write(&merged, &path).map(|()| 0.0)?,
-            Format::Peft => adapter.save(&path, &base_name(experiment)).map(|()| 0.0)?,
-            Format::Gguf(mix) => {
-                fs::create_dir_all(out).map_err(ExportError::io(out))?;
-                gguf::write(&merged, &format!("{}, round {round}", experiment.name), mix, method, &path)?
+/// The same for a model that nobody trained here: a Hugging Face directory or a GGUF file.
+pub fn quantize(model: &Path, formats: &[Format], options: &Options, out: &Path) -> Result<Vec<Exported>, ExportError> {
+    if formats.contains(&Format::Peft) {
+        return Err(ExportError::NoAdapter { model: model.to_owned() });
+    }
+    if !options.force {
+        refuse_existing(formats, out)?;
+    }
+    let base = model::source::open(model)?;
+    let adapter = Adapter::none();
+    let name = model.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let job = Job { base: &*base, base_name: model.display().to_string(), adapter: &adapter, name, seed: 0 };
+    job.write(formats, options, out)
+}
+
+/// A merged model to be written.
+struct Job<'a> {
+    base: &'a dyn Source,
+    base_name: String,
+    adapter: &'a Adapter,
+    name: String,
+    seed: u64,
+}
+
+impl Job<'_> {
+    fn write(&self, formats: &[Format], options: &Options, out: &Path) -> Result<Vec<Exported>, ExportError> {
+        let merged = Merged::new(self.base, self.adapter);
+        let mut wanted: Vec<gguf::Wanted> = Vec::new();
+        for format in formats {
+            if let &Format::Gguf(mix) = format
+                && wanted.iter().all(|file| file.mix != mix)
+            {
+                wanted.push(gguf::Wanted { mix, path: format.path(out) });
             }
+        }
+        let worst_errors = match wanted.is_empty() {
+            true => Vec::new(),
+            false => self.write_gguf(&merged, &wanted, options, out)?,
         };
-        let sizes = format.files(out).into_iter().map(|file| match fs::metadata(&file) {
-            Ok(metadata) => Ok(metadata.len()),
-            Err(source) => Err(ExportError::Io { path: file, source }),
-        });
-        Ok(Exported { format, path, bytes: sizes.sum::<Result<u64, _>>()?, worst_error })
+        let write = |&format: &Format| {
+            let path = format.path(out);
+            let worst_error = match format {
+                Format::HuggingFace => huggingface::write(&merged, &path).map(|()| 0.0)?,
+                Format::Peft => self.adapter.save(&path, &self.base_name).map(|()| 0.0)?,
+                Format::Gguf(mix) => {
+                    let written = wanted.iter().position(|file| file.mix == mix);
+                    worst_errors[written.expect("it was wanted a few lines ago")]
+                }
+            };
+            let sizes = format.files(out).into_iter().map(|file| match fs::metadata(&file) {
+                Ok(metadata) => Ok(metadata.len()),
+                Err(source) => Err(ExportError::Io { path: file, source }),
+            });
+            Ok(Exported { format, path, bytes: sizes.sum::<Result<u64, _>>()?, worst_error })
+        };
+        formats.iter().map(write).collect()
+    }
+
+    fn write_gguf(
+        &self,
+        merged: &Merged<'_>,
+        wanted: &[gguf::Wanted],
+        options: &Options,
+        out: &Path,
+    ) -> Result<Vec<f32>, ExportError> {
+        let imatrix = read_imatrix(&options.imatrix, merged.config())?;
+        let told = imatrix.is_some();
+        // Reference bytes are those of llama-quantize, which knows no more than it is told.
+        let measured = options.method == Method::Search && gguf::any_searched(merged.config(), wanted, told);
+        let mut guide = match measured {
+            true => Guide::new(merged, &options.calibration, imatrix.as_ref(), self.seed)?,
+            false => Guide::told(merged, imatrix.as_ref()),
+        };
+        fs::create_dir_all(out).map_err(ExportError::io(out))?;
+        gguf::write(&self.name, wanted, options.method, &mut guide, told)
+    }
+}
+
+/// The sum of the files, all of whose matrices must be the model's.
+fn read_imatrix(paths: &[PathBuf], config: &ModelConfig) -> Result<Option<Imatrix>, ExportError> {
+    let mut sum: Option<Imatrix> = None;
+    let names = model::source::tensors_of(config);
+    let columns = |name: &str| {
+        let found = names.iter().find(|(known, _)| model::source::gguf_tensor_name(known) == name);
+        found.map(|(_, shape)| shape[shape.len() - 1])
     };
-    formats.iter().map(write).collect()
+    for path in paths {
+        let imatrix = Imatrix::open(path)?;
+        for (name, found) in imatrix.matrices() {
+            if columns(name) != Some(found) {
+                let what = match columns(name) {
+                    Some(expected) => format!("{name} has {found} columns, but the model's has {expected}"),
+                    None => format!("the model has no matrix {name}"),
+                };
+                return Err(ExportError::OtherImatrix { path: path.clone(), what });
+            }
+        }
+        match &mut sum {
+            Some(sum) => sum.merge(&imatrix)?,
+            None => sum = Some(imatrix),
+        }
+    }
+    Ok(sum)
 }
 
 /// A kind of file to write.
@@ -172,6 +281,12 @@ pub enum ExportError {
     /// No GGUF runtime opens such a file.
     #[error("write a gguf file: the tokenizer has {tokens} tokens, but the embedding only {rows} rows")]
     Vocabulary { tokens: usize, rows: usize },
+    #[error("export {} as peft: it is a whole model and has no adapter", model.display())]
+    NoAdapter { model: PathBuf },
+    #[error("use the importance matrix {}: {what}; collect it on this model", path.display())]
+    OtherImatrix { path: PathBuf, what: String },
+    #[error("calibrate on {}: {what}; give another text", path.display())]
+    Text { path: PathBuf, what: String },
     #[error("export {tensor}: cannot {source}")]
     Tensor { tensor: String, source: quant::Error },
     #[error("write {}: {source}; check the path and the disk", path.display())]

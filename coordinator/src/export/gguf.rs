@@ -1,78 +1,102 @@
-//! The merged model as a GGUF file.
+//! The merged model as GGUF files.
 
 use std::num::NonZero;
 use std::panic::resume_unwind;
-use std::path::Path;
+use std::path::PathBuf;
 
-use model::source::{gguf_metadata, gguf_tensor_name, rope_divisors, rotary_heads};
-use model::{ModelConfig, Tokenizer};
+use model::source::{TensorInfo, gguf_metadata, gguf_tensor_name, rope_divisors, rotary_heads};
+use model::{ModelConfig, Source, Tokenizer};
 use quant::gguf::{Header, Writer};
-use quant::{BlockType, Layout, Method, Mix, dequantize, permute_rows, quantize_row};
+use quant::{BlockType, Layout, Method, Mix, dequantize, permute_rows, quantize_row, quantize_row_with_feedback};
 
 use super::ExportError;
-use super::importance::Importance;
-use super::merged::Merged;
+use super::calibration::{Columns, Guide};
 
-/// Writes the file and returns the largest distance between a merged weight and what the file says of it. `name` is shown
-/// by programs that list models.
+/// A file to write, and how.
+pub(super) struct Wanted {
+    pub mix: Mix,
+    pub path: PathBuf,
+}
+
+/// Writes the files side by side, and returns for each the largest distance between a merged weight and what the file says
+/// of it. `name` is shown by programs that list models. Every tensor is read, and measured, once for all files.
 pub(super) fn write(
-    merged: &Merged<'_>,
     name: &str,
-    mix: Mix,
+    files: &[Wanted],
     method: Method,
-    path: &Path,
-) -> Result<f32, ExportError> {
+    guide: &mut Guide<'_>,
+    importance: bool,
+) -> Result<Vec<f32>, ExportError> {
+    let merged = guide.merged();
     let config = merged.config();
-    let mut header = gguf_metadata(config, name);
-    header.set("general.file_type", mix.file_type());
-    set_tokenizer(&mut header, merged.tokenizer(), config.vocabulary)?;
-    let tensors = merged.tensors();
-    for (name, shape) in &tensors {
-        header.add_tensor(&gguf_tensor_name(name), shape, stored_type(mix, config, name, shape))?;
-    }
     let divisors = config.rope_scaling.map(|_| rope_divisors(config));
-    if let Some(divisors) = &divisors {
-        header.add_tensor(ROPE_DIVISORS, &[divisors.len()], BlockType::F32)?;
+    let mut writers = Vec::with_capacity(files.len());
+    for Wanted { mix, path } in files {
+        let mut header = gguf_metadata(config, name);
+        header.set("general.file_type", mix.file_type());
+        set_tokenizer(&mut header, merged.tokenizer(), config.vocabulary)?;
+        for TensorInfo { name, shape, .. } in merged.tensors() {
+            let ty = stored_type(*mix, config, name, shape, importance);
+            header.add_tensor(&gguf_tensor_name(name), shape, ty)?;
+        }
+        if let Some(divisors) = &divisors {
+            header.add_tensor(ROPE_DIVISORS, &[divisors.len()], BlockType::F32)?;
+        }
+        writers.push((*mix, Writer::create(path, header)?, 0f32));
     }
 
-    // Reference bytes are those of llama-quantize, which knows no importance either unless it is told.
-    let searched = method == Method::Search && mix.base().block_elements() > 1;
-    let importance = if searched { Some(Importance::of(merged)?) } else { None };
-    let mut writer = Writer::create(path, header)?;
-    let mut worst_error = 0f32;
-    for (name, shape) in &tensors {
+    for TensorInfo { name, shape, .. } in merged.tensors() {
         let values = merged.tensor(name, shape)?;
         let columns = shape[shape.len() - 1];
-        let importance = importance.as_ref().and_then(|importance| importance.columns(name));
-        let ty = stored_type(mix, config, name, shape);
-        let (bytes, error) = pack(ty, method, &values, columns, importance).map_err(ExportError::tensor(name))?;
-        worst_error = worst_error.max(error);
-        let bytes = match rotary_heads(config, name) {
-            // Rows are whole blocks, so that quantized rows change places like any others; a bias has rows of one value.
-            Some(heads) => permute_rows(&bytes, shape[0], bytes.len() / shape[0], heads),
-            None => Ok(bytes),
-        };
-        let bytes = bytes.map_err(ExportError::tensor(name))?;
-        writer.write_tensor(&gguf_tensor_name(name), &bytes)?;
+        for (mix, writer, worst_error) in &mut writers {
+            let ty = stored_type(*mix, config, name, shape, importance);
+            let known = if searched(ty) { guide.columns(name)? } else { Columns::Nothing };
+            let (bytes, error) = pack(ty, method, &values, columns, &known).map_err(ExportError::tensor(name))?;
+            *worst_error = worst_error.max(error);
+            let bytes = match rotary_heads(config, name) {
+                // Rows are whole blocks, so that quantized rows change places like any others; a bias has rows of one value.
+                Some(heads) => permute_rows(&bytes, shape[0], bytes.len() / shape[0], heads),
+                None => Ok(bytes),
+            };
+            let bytes = bytes.map_err(ExportError::tensor(name))?;
+            writer.write_tensor(&gguf_tensor_name(name), &bytes)?;
+        }
     }
-    if let Some(divisors) = &divisors {
-        writer.write_tensor(ROPE_DIVISORS, &quant::quantize(BlockType::F32, divisors)?)?;
+    let mut worst_errors = Vec::with_capacity(writers.len());
+    for (_, mut writer, worst_error) in writers {
+        if let Some(divisors) = &divisors {
+            writer.write_tensor(ROPE_DIVISORS, &quant::quantize(BlockType::F32, divisors)?)?;
+        }
+        writer.finish()?;
+        worst_errors.push(worst_error);
     }
-    writer.finish()?;
-    Ok(worst_error)
+    Ok(worst_errors)
+}
+
+/// Whether what is known of columns can change the bytes of this type.
+fn searched(ty: BlockType) -> bool {
+    !matches!(ty, BlockType::F32 | BlockType::F16 | BlockType::BF16 | BlockType::Q8_0)
+}
+
+/// Whether any tensor of any of the files has such a type.
+pub(super) fn any_searched(config: &ModelConfig, files: &[Wanted], importance: bool) -> bool {
+    let tensors = model::source::tensors_of(config);
+    let mut types = files
+        .iter()
+        .flat_map(|file| tensors.iter().map(|(name, shape)| stored_type(file.mix, config, name, shape, importance)));
+    types.any(searched)
 }
 
 const ROPE_DIVISORS: &str = "rope_freqs.weight";
 
 /// The type of the tensor with this Hugging Face name.
-pub(super) fn stored_type(mix: Mix, config: &ModelConfig, name: &str, shape: &[usize]) -> BlockType {
+pub(super) fn stored_type(mix: Mix, config: &ModelConfig, name: &str, shape: &[usize], importance: bool) -> BlockType {
     let layout = Layout {
         layers: config.blocks,
         heads: config.heads,
         kv_heads: config.kv_heads,
         tied: config.tied_embeddings,
-        // Nobody has measured it; the mix is the one of a file without.
-        importance: false,
+        importance,
     };
     mix.tensor_type(&layout, &gguf_tensor_name(name), shape)
 }
@@ -83,7 +107,7 @@ fn pack(
     method: Method,
     values: &[f32],
     columns: usize,
-    importance: Option<&[f32]>,
+    known: &Columns<'_>,
 ) -> Result<(Vec<u8>, f32), quant::Error> {
     let Some(row_bytes) = ty.bytes_of(columns) else {
         let reason = format!("rows of {columns} values are not whole blocks of {ty}");
@@ -97,7 +121,11 @@ fn pack(
         let mut unpacked = vec![0.0; columns];
         let mut worst_error = 0f32;
         for (row, bytes) in values.chunks_exact(columns).zip(bytes.chunks_exact_mut(row_bytes)) {
-            quantize_row(ty, method, row, importance, bytes)?;
+            match known {
+                Columns::Feedback(feedback) => quantize_row_with_feedback(ty, row, feedback, bytes)?,
+                Columns::Importance(importance) => quantize_row(ty, method, row, Some(importance), bytes)?,
+                Columns::Nothing => quantize_row(ty, method, row, None, bytes)?,
+            }
             dequantize(ty, bytes, &mut unpacked)?;
             let errors = unpacked.iter().zip(row).map(|(unpacked, value)| (unpacked - value).abs());
             worst_error = errors.fold(worst_error, f32::max);

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use experiment::write_atomically;
+use model::Source;
 use quant::{BlockType, quantize};
 use serde_json::{Value, json};
 
@@ -28,7 +29,7 @@ pub(super) fn write(merged: &Merged<'_>, directory: &Path) -> Result<(), ExportE
 }
 
 fn write_weights(merged: &Merged<'_>, path: &Path) -> Result<(), ExportError> {
-    let tensors = merged.tensors();
+    let tensors = merged.tensors().iter().map(|info| (info.name.clone(), info.shape.clone())).collect::<Vec<_>>();
     let mut writer = SafetensorsWriter::create(path, &tensors)?;
     for (name, shape) in &tensors {
         // Quantizing to f32 copies, and refuses what is not finite.

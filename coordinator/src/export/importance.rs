@@ -7,7 +7,7 @@
 //! Start from [`Importance::of`].
 
 use super::merged::Merged;
-use model::{ModelConfig, ModelError};
+use model::{ModelConfig, ModelError, Source};
 
 /// By block.
 pub(super) struct Importance(Vec<Block>);

@@ -1,26 +1,25 @@
 //! A base model with an adapter merged into it, one tensor at a time.
 
-use model::{Adapter, ModelConfig, ModelError, Source, Tokenizer};
+use std::path::Path;
 
-/// Reads as the base does, but for `alpha/rank · B A` added to every adapted layer. Nothing is kept between two reads.
+use model::source::TensorInfo;
+use model::{Adapter, ModelConfig, ModelError, Source, Tokenizer};
+use quant::BlockType;
+
+/// Reads as the base does, in f32, but for `alpha/rank · B A` added to every adapted layer. Nothing is kept between two
+/// reads.
 pub(super) struct Merged<'a> {
-    pub base: &'a dyn Source,
+    base: &'a dyn Source,
     /// For all blocks of `base`.
-    pub adapter: &'a Adapter,
+    adapter: &'a Adapter,
+    tensors: Vec<TensorInfo>,
 }
 
 impl<'a> Merged<'a> {
-    pub fn config(&self) -> &'a ModelConfig {
-        self.base.config()
-    }
-
-    pub fn tokenizer(&self) -> &'a Tokenizer {
-        self.base.tokenizer()
-    }
-
-    /// Hugging Face names and shapes, in model order.
-    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        model::source::tensors_of(self.config())
+    pub fn new(base: &'a dyn Source, adapter: &'a Adapter) -> Self {
+        let tensors = model::source::tensors_of(base.config()).into_iter();
+        let tensors = tensors.map(|(name, shape)| TensorInfo { name, shape, dtype: BlockType::F32 }).collect();
+        Self { base, adapter, tensors }
     }
 
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
@@ -33,5 +32,28 @@ impl<'a> Merged<'a> {
             }
         }
         Ok(values)
+    }
+}
+
+impl Source for Merged<'_> {
+    fn origin(&self) -> &Path {
+        self.base.origin()
+    }
+
+    fn config(&self) -> &ModelConfig {
+        self.base.config()
+    }
+
+    fn tokenizer(&self) -> &Tokenizer {
+        self.base.tokenizer()
+    }
+
+    fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    fn read(&self, info: &TensorInfo) -> Result<Vec<u8>, ModelError> {
+        let values = self.tensor(&info.name, &info.shape)?;
+        Ok(values.into_iter().flat_map(f32::to_le_bytes).collect())
     }
 }

@@ -1,6 +1,7 @@
 use std::sync::Arc;
 
 use experiment::{Experiment, Factors, Seed};
+use model::source::TensorInfo;
 use model::source::random::RandomModel;
 use model::{AdapterConfig, Family, Llama3Scaling, ModelConfig, Tokenizer};
 use tempfile::TempDir;
@@ -48,7 +49,8 @@ impl Run {
 
     fn export(&self, round: Option<u32>, formats: &[&str], force: bool) -> Result<Vec<Exported>, ExportError> {
         let formats: Vec<Format> = formats.iter().map(|format| format.parse().unwrap()).collect();
-        export(self.directory.path(), round, &formats, Method::Search, &self.out(), force)
+        let options = Options { force, ..Options::default() };
+        export(self.directory.path(), round, &formats, &options, &self.out())
     }
 }
 
@@ -63,11 +65,11 @@ fn trained(config: AdapterConfig, model: &ModelConfig, round: u32) -> Adapter {
 /// of a block to the distance allowed in that block. Returns the largest distance found.
 fn check_weights(found: &dyn Source, merged: &Merged<'_>, bound: impl Fn(&str, &[f32]) -> f32) -> f32 {
     let mut worst = 0f32;
-    for (name, shape) in merged.tensors() {
-        let expected = merged.tensor(&name, &shape).unwrap();
-        let found = found.tensor(&name, &shape).unwrap();
+    for TensorInfo { name, shape, .. } in merged.tensors() {
+        let expected = merged.tensor(name, shape).unwrap();
+        let found = found.tensor(name, shape).unwrap();
         for (block, (found, expected)) in found.chunks(32).zip(expected.chunks(32)).enumerate() {
-            let bound = bound(&name, expected);
+            let bound = bound(name, expected);
             for (found, expected) in found.iter().zip(expected) {
                 let error = (found - expected).abs();
                 assert!(error <= bound, "{name}, block {block}: {found}, merged {expected}, allowed {bound}");
@@ -116,7 +118,7 @@ fn a_gguf_file_in_f32_holds_the_merged_model_exactly() {
     let (base, adapter) = (run.base(), run.adapter(2));
     let found = model::source::open(&exported.path).unwrap();
     assert_eq!(found.config(), base.config());
-    check_weights(&*found, &Merged { base: &*base, adapter: &adapter }, exact);
+    check_weights(&*found, &Merged::new(&*base, &adapter), exact);
     check_tokenizer(found.tokenizer(), base.tokenizer());
 }
 
@@ -130,7 +132,7 @@ fn quantized_weights_err_by_half_a_scale_at_most() {
     let scale = |block: &[f32]| block.iter().fold(0f32, |largest, value| largest.max(value.abs())) / 127.0;
     let [exported] = run.export(None, &["gguf:q8_0"], false).unwrap().try_into().unwrap();
     let found = model::source::open(&exported.path).unwrap();
-    let worst = check_weights(&*found, &Merged { base: &*base, adapter: &adapter }, |name, block| {
+    let worst = check_weights(&*found, &Merged::new(&*base, &adapter), |name, block| {
         if name.ends_with("norm.weight") { 0.0 } else { scale(block) * (0.5 + 1.0 / 16.0) }
     });
     assert!(worst > 0.0);
@@ -145,11 +147,11 @@ fn every_gguf_type_is_read_back_with_the_error_it_reports() {
     let (base, adapter) = (run.base(), run.adapter(2));
     for exported in run.export(None, &formats, false).unwrap() {
         let found = model::source::open(&exported.path).unwrap();
-        let worst = check_weights(&*found, &Merged { base: &*base, adapter: &adapter }, |_, _| f32::INFINITY);
+        let worst = check_weights(&*found, &Merged::new(&*base, &adapter), |_, _| f32::INFINITY);
         assert_eq!(exported.worst_error, worst, "{exported}");
         for info in found.tensors() {
             let Format::Gguf(mix) = exported.format else { unreachable!("the first two formats are left out") };
-            let expected = gguf::stored_type(mix, found.config(), &info.name, &info.shape);
+            let expected = gguf::stored_type(mix, found.config(), &info.name, &info.shape, false);
             assert_eq!(info.dtype, expected, "{} of {exported}", info.name);
         }
     }
@@ -167,7 +169,7 @@ fn every_mix_of_a_wide_model_is_read_back_and_searching_loses_less() {
     let targets = model::adapter::TARGETS.map(str::to_owned).to_vec();
     let adapter = AdapterConfig { rank: 2, alpha: 3.0, dropout: 0.0, targets, factors: Factors::Both };
     let adapter = trained(adapter, &config, 1);
-    let merged = Merged { base: &base, adapter: &adapter };
+    let merged = Merged::new(&base, &adapter);
     let name = "model.layers.1.mlp.up_proj.weight";
     let expected = merged.tensor(name, &[config.ffn, config.width]).unwrap();
     let importance = importance::Importance::of(&merged).unwrap();
@@ -177,7 +179,13 @@ fn every_mix_of_a_wide_model_is_read_back_and_searching_loses_less() {
     for mix in Mix::ALL {
         let losses = [Method::Reference, Method::Search].map(|method| {
             let path = directory.path().join(format!("{mix}-{method:?}.gguf"));
-            let worst = gguf::write(&merged, "wide", mix, method, &path).unwrap();
+            let calibration = Calibration::None;
+            let mut guide = match method {
+                Method::Search => Guide::new(&merged, &calibration, None, 1).unwrap(),
+                Method::Reference => Guide::told(&merged, None),
+            };
+            let wanted = [gguf::Wanted { mix, path: path.clone() }];
+            let [worst] = gguf::write("wide", &wanted, method, &mut guide, false).unwrap()[..] else { unreachable!() };
             let found = model::source::open(&path).unwrap();
             assert_eq!(check_weights(&*found, &merged, |_, _| f32::INFINITY), worst, "{mix}");
             let found = found.tensor(name, &[config.ffn, config.width]).unwrap();
@@ -199,7 +207,7 @@ fn importance_follows_the_norms_and_is_known_for_what_they_feed() {
     let targets = vec!["q_proj".to_owned()];
     let adapter = AdapterConfig { rank: 2, alpha: 3.0, dropout: 0.0, targets, factors: Factors::Both };
     let adapter = trained(adapter, &config, 1);
-    let importance = importance::Importance::of(&Merged { base: &base, adapter: &adapter }).unwrap();
+    let importance = importance::Importance::of(&Merged::new(&base, &adapter)).unwrap();
     for layer in
         ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
     {
@@ -229,7 +237,7 @@ fn a_hugging_face_directory_holds_the_merged_model_exactly() {
     let (base, adapter) = (run.base(), run.adapter(2));
     let found = model::source::open(&exported.path).unwrap();
     assert_eq!(found.config(), base.config());
-    check_weights(&*found, &Merged { base: &*base, adapter: &adapter }, exact);
+    check_weights(&*found, &Merged::new(&*base, &adapter), exact);
     check_tokenizer(found.tokenizer(), base.tokenizer());
 }
 
@@ -247,11 +255,11 @@ fn the_adapter_of_the_asked_round_is_exported_alone() {
 fn merging_adds_the_scaled_product_to_adapted_layers_and_to_nothing_else() {
     let run = Run::new();
     let (base, adapter) = (run.base(), run.adapter(1));
-    let merged = Merged { base: &*base, adapter: &adapter };
+    let merged = Merged::new(&*base, &adapter);
     let scale = adapter.config.alpha / f64::from(adapter.config.rank);
     let mut adapted = 0;
-    for (name, shape) in merged.tensors() {
-        let (before, after) = (base.tensor(&name, &shape).unwrap(), merged.tensor(&name, &shape).unwrap());
+    for TensorInfo { name, shape, .. } in merged.tensors() {
+        let (before, after) = (base.tensor(name, shape).unwrap(), merged.tensor(name, shape).unwrap());
         let layer = name.trim_end_matches(".weight");
         let factor = |factor: &str| {
             let wanted = format!("base_model.model.{layer}.lora_{factor}.weight");
@@ -275,17 +283,22 @@ fn merging_adds_the_scaled_product_to_adapted_layers_and_to_nothing_else() {
     assert_eq!(adapted, base.config().blocks * adapter.config.targets.len());
 }
 
+fn write_gguf(merged: &Merged<'_>, mix: Mix, path: &Path) -> Result<Vec<f32>, ExportError> {
+    let wanted = [gguf::Wanted { mix, path: path.to_owned() }];
+    gguf::write("a model", &wanted, Method::Search, &mut Guide::told(merged, None), false)
+}
+
 /// Writes a model of this shape as GGUF and as a Hugging Face directory and reads both back.
 fn check_shape_survives(config: ModelConfig) {
     let base = RandomModel::of_shape(config.clone(), Tokenizer::bytes(), Seed(5)).unwrap();
     let targets = model::adapter::TARGETS.map(str::to_owned).to_vec();
     let adapter = AdapterConfig { rank: 2, alpha: 3.0, dropout: 0.0, targets, factors: Factors::Both };
     let adapter = trained(adapter, &config, 1);
-    let merged = Merged { base: &base, adapter: &adapter };
+    let merged = Merged::new(&base, &adapter);
 
     let directory = tempfile::tempdir().unwrap();
     let gguf_path = directory.path().join("model.gguf");
-    assert_eq!(gguf::write(&merged, "odd", Mix::F32, Method::Search, &gguf_path).unwrap(), 0.0);
+    assert_eq!(write_gguf(&merged, Mix::F32, &gguf_path).unwrap(), [0.0]);
     huggingface::write(&merged, &directory.path().join("hf")).unwrap();
     for path in [gguf_path, directory.path().join("hf")] {
         let found = model::source::open(&path).unwrap();
@@ -338,7 +351,7 @@ fn a_tokenizer_larger_than_the_embedding_is_refused() {
     let adapter = trained(adapter, &config, 1);
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("model.gguf");
-    let refused = gguf::write(&Merged { base: &base, adapter: &adapter }, "small", Mix::F32, Method::Search, &path);
+    let refused = write_gguf(&Merged::new(&base, &adapter), Mix::F32, &path);
     assert!(matches!(refused, Err(ExportError::Vocabulary { tokens: 259, rows: 258 })), "{refused:?}");
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
 }
@@ -351,7 +364,7 @@ fn a_weight_too_large_for_the_type_is_named_and_leaves_no_file() {
     let base = run.base();
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("model.gguf");
-    let refused = gguf::write(&Merged { base: &*base, adapter: &huge }, "huge", Mix::F16, Method::Search, &path);
+    let refused = write_gguf(&Merged::new(&*base, &huge), Mix::F16, &path);
     let error = refused.unwrap_err().to_string();
     assert!(error.starts_with("export model.layers.0.self_attn.q_proj.weight: cannot use block"), "{error}");
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
@@ -384,7 +397,7 @@ fn only_finished_rounds_are_exported() {
     let fresh = RunDirectory::create(root.path(), run.directory.experiment()).unwrap();
     fresh.begin_round(1).unwrap();
     for round in [None, Some(1)] {
-        let refused = export(fresh.path(), round, &[Format::Peft], Method::Search, &run.out(), false);
+        let refused = export(fresh.path(), round, &[Format::Peft], &Options::default(), &run.out());
         assert!(matches!(refused, Err(ExportError::NoRound { .. })), "{refused:?}");
     }
     assert!(!run.out().exists());

@@ -54,21 +54,21 @@ pub struct Pass {
 
 /// What a block's forward pass leaves for its backward pass.
 pub struct Saved {
-    x: Kept,
+    pub(crate) x: Kept,
     /// Absent where everything else is made again from x.
-    inner: Option<SavedInner>,
+    pub(crate) inner: Option<SavedInner>,
 }
 
-struct SavedInner {
+pub(crate) struct SavedInner {
     attention_factors: Buffer<f32>,
     ffn_factors: Buffer<f32>,
     /// Before norms and rotation of the heads, where they have norms.
     raw_heads: Option<Kept>,
     qkv: Kept,
-    mixed: Kept,
+    pub(crate) mixed: Kept,
     sums: Buffer<f32>,
-    middle: Kept,
-    gate_up: Kept,
+    pub(crate) middle: Kept,
+    pub(crate) gate_up: Kept,
     /// `x Aᵀ` of q, k and v, of o, of gate and up, and of down.
     inners: [Option<Inners>; 4],
 }
@@ -225,6 +225,11 @@ impl Block {
     /// Before attention and before the feed-forward layers.
     pub(crate) fn norms(&self) -> [&RmsNorm; 2] {
         [&self.attention_norm, &self.ffn_norm]
+    }
+
+    /// Channels inside the feed-forward layers.
+    pub(crate) fn ffn(&self) -> usize {
+        self.ffn
     }
 
     /// Parameters of the frozen layers.

@@ -8,6 +8,7 @@
 pub mod blocks;
 mod error;
 pub mod gguf;
+mod imatrix;
 pub mod inference;
 mod mix;
 mod quantizer;
@@ -15,6 +16,7 @@ mod rope_rows;
 
 pub use blocks::{BlockType, dequantize};
 pub use error::Error;
+pub use imatrix::Imatrix;
 pub use mix::{Layout, Mix};
 pub use quantizer::{Feedback, Method, quantize, quantize_row, quantize_row_with_feedback};
 pub use rope_rows::{permute_rows, unpermute_rows};

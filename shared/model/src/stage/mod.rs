@@ -15,6 +15,7 @@ use crate::{Adapter, Gradients, Matrix, ModelConfig, ModelError, Part, Segments,
 pub use device::ComputeDevice;
 use device::Place;
 pub use dropout::Dropout;
+pub use kernels::Inputs;
 use native::NativeStage;
 use tensor::TensorStage;
 
@@ -181,6 +182,30 @@ impl Stage {
             checked.push((x, segments, lora.native()?));
         }
         Ok(stage.forward_together(checked))
+    }
+
+    /// As [`forward`](Self::forward), and `measure` sees what the layers of every block are multiplied with, by the
+    /// block's index in the model.
+    ///
+    /// # Errors
+    /// Also if the stage does not run on our own kernels.
+    pub fn forward_measured(
+        &self,
+        input: Input<'_>,
+        segments: &Segments,
+        lora: &Lora,
+        mut measure: impl FnMut(usize, Inputs),
+    ) -> Result<Matrix, ModelError> {
+        let rows = self.entry(input, segments)?;
+        let first = self.part.blocks.start;
+        match self.with(lora)? {
+            With::Native(stage, lora) => {
+                Ok(stage.forward_measured(rows, segments, lora, &mut |block, inputs| measure(first + block, inputs)))
+            }
+            With::Tensor(..) => {
+                Err(ModelError::Mismatch("only stages of the backend `native` measure their inputs".into()))
+            }
+        }
     }
 
     /// As [`forward`](Self::forward), recorded, so that [`Pending::backward`] can follow.

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use kernels::{
-    Block, BlockAdapter, BlockWeights, Cache, Engine, Frozen, GroupSaved, HEAD_MAX, Head, Keep, LAYERS, Masks, Pair,
-    PairGradients, Pass, Rotation, Saved, Stream,
+    Block, BlockAdapter, BlockWeights, Cache, Engine, Frozen, GroupSaved, HEAD_MAX, Head, Inputs, Keep, LAYERS, Masks,
+    Pair, PairGradients, Pass, Rotation, Saved, Stream,
 };
 use rayon::prelude::*;
 
@@ -242,6 +242,24 @@ impl NativeStage {
         let Inner { engine, config, .. } = &*self.0;
         let (head, weights) = self.head();
         Matrix::new(segments.tokens(), config.vocabulary, head.logits(engine, weights, &residual))
+    }
+
+    pub(super) fn forward_measured(
+        &self,
+        rows: Rows<'_>,
+        segments: &Segments,
+        lora: &Lora,
+        measure: &mut dyn FnMut(usize, Inputs),
+    ) -> Matrix {
+        let Inner { engine, config, blocks, .. } = &*self.0;
+        let pass = Pass::new(engine, &[segments.lengths().to_vec()], rotation(config, segments.lengths(), 0));
+        let mut x = self.entry(rows);
+        for (i, (block, adapter)) in blocks.iter().zip(&lora.0.blocks).enumerate() {
+            let (y, inputs) = block.forward_measured(engine, &pass, x, &[adapter]);
+            measure(i, inputs);
+            x = y;
+        }
+        self.matrix(&x)
     }
 
     pub(super) fn cache(&self) -> Vec<Cache> {

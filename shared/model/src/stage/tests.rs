@@ -230,3 +230,41 @@ fn check_close(found: &[f32], expected: &[f32], tolerance: f32) {
         assert!((f - e).abs() <= tolerance * e.abs().max(1.0), "at {i}: {f} instead of {e}");
     }
 }
+
+#[test]
+fn measured_inputs_multiply_to_the_blocks_output() {
+    let source = tiny_model(BLOCKS);
+    let device = ComputeDevice::new(&experiment::Device::default()).unwrap();
+    let stage = Stage::load(&source, Part { blocks: 1..3, embedding: false, lm_head: false }, &device, None).unwrap();
+    let lora = stage.attach(&Adapter::none()).unwrap();
+    let config = source.config().clone();
+    let segments = Segments::new(vec![5, 3]).unwrap();
+    let x = Matrix::new(8, config.width, (0..8 * config.width).map(|i| (i as f32 * 0.7).sin()).collect());
+    let plain = stage.forward(Input::Activations(x.clone()), &segments, &lora).unwrap();
+    let mut behind = vec![x.values().to_vec()];
+    let measured = stage.forward_measured(Input::Activations(x), &segments, &lora, |block, inputs| {
+        let name = |layer: &str| format!("model.layers.{block}.{layer}.weight");
+        let times = |name: &str, x: &[f32], rows: usize, columns: usize| -> Vec<f32> {
+            let weights = (&source as &dyn Source).tensor(name, &[rows, columns]).unwrap();
+            let dot = |x: &[f32], w: &[f32]| x.iter().zip(w).map(|(x, w)| x * w).sum::<f32>();
+            x.chunks(columns)
+                .flat_map(|x| weights.chunks(columns).map(move |w| dot(x, w)).collect::<Vec<_>>())
+                .collect()
+        };
+        let o = times(&name("self_attn.o_proj"), &inputs.mixed, config.width, config.query_width());
+        let down = times(&name("mlp.down_proj"), &inputs.gated, config.width, config.ffn);
+        let gate = times(&name("mlp.gate_proj"), &inputs.ffn, config.ffn, config.width);
+        let up = times(&name("mlp.up_proj"), &inputs.ffn, config.ffn, config.width);
+        for ((gated, gate), up) in inputs.gated.iter().zip(gate).zip(up) {
+            assert!((gated - gate / (1.0 + (-gate).exp()) * up).abs() < 1e-4);
+        }
+        let before = behind.last().unwrap();
+        behind.push(before.iter().zip(o).zip(down).map(|((x, o), down)| x + o + down).collect());
+        assert_eq!(inputs.attention.len(), 8 * config.width);
+        assert_eq!(block, behind.len() - 1);
+    });
+    assert_eq!(measured.unwrap(), plain);
+    for (found, expected) in behind[2].iter().zip(plain.values()) {
+        assert!((found - expected).abs() < 1e-4, "{found} {expected}");
+    }
+}

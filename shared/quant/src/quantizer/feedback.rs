@@ -39,6 +39,32 @@ impl Feedback {
         Ok(Feedback { costs: costs.iter().map(|cost| (cost / mean) as f32).collect(), moves: invert(&upper, columns) })
     }
 
+    /// Moments of one text with the column importances of another: correlations stay, and each column's mean square becomes
+    /// what `importance` says of it.
+    pub fn with_importance(moments: &[f32], importance: &[f32]) -> Result<Feedback, Error> {
+        let columns = importance.len();
+        if columns.checked_mul(columns) != Some(moments.len()) {
+            return Feedback::new(moments, columns);
+        }
+        let wrong = |v: &f32| !v.is_finite() || *v < 0.0;
+        if let Some(column) = importance.iter().position(wrong) {
+            return Err(Error::Importance { column });
+        }
+        let factor = |column: usize| {
+            let own = moments[column * columns + column];
+            if own > 0.0 { (importance[column] / own).sqrt() } else { 0.0 }
+        };
+        let factors: Vec<f32> = (0..columns).map(factor).collect();
+        let mut scaled: Vec<f32> = moments.to_vec();
+        for (row, values) in scaled.chunks_exact_mut(columns).enumerate() {
+            for (value, factor) in values.iter_mut().zip(&factors) {
+                *value *= factor * factors[row];
+            }
+            values[row] = importance[row];
+        }
+        Feedback::new(&scaled, columns)
+    }
+
     pub fn columns(&self) -> usize {
         self.costs.len()
     }
@@ -170,6 +196,28 @@ mod tests {
         let mut values = [1.0; 64];
         feedback.carry(3, 0.5, &mut values);
         assert_eq!(values, [1.0; 64]);
+    }
+
+    #[test]
+    fn importance_sets_the_mean_squares_and_keeps_the_correlations() {
+        let (moments, row) = moments_and_row();
+        let diagonal: Vec<f32> = (0..64).map(|c| moments[c * 65]).collect();
+        let [same, own] =
+            [Feedback::with_importance(&moments, &diagonal).unwrap(), Feedback::new(&moments, 64).unwrap()];
+        for (same, own) in same.costs.iter().zip(&own.costs) {
+            assert!((same / own - 1.0).abs() < 1e-3, "{same}, {own}");
+        }
+        // A column that does not matter costs nothing but the damping.
+        let mut importance = diagonal;
+        importance[7] = 0.0;
+        let without = Feedback::with_importance(&moments, &importance).unwrap();
+        let mut values = row;
+        let before = values.clone();
+        without.carry(7, 1.0, &mut values);
+        assert_eq!(values, before);
+        let bad = Feedback::with_importance(&moments, &[f32::NAN; 64]);
+        assert!(matches!(bad, Err(Error::Importance { column: 0 })));
+        assert!(matches!(Feedback::with_importance(&moments, &[1.0; 63]), Err(Error::WrongLength { .. })));
     }
 
     #[test]
