@@ -17,7 +17,7 @@ use quant::Method;
 use serde_json::json;
 use time::OffsetDateTime;
 
-use crate::export::{Calibration, ExportError, Exported, Format, Options, export, quantize};
+use crate::export::{Calibration, Checks, ExportError, Exported, Format, Options, export, quantize};
 use crate::fetch::fetch;
 use crate::home::{ADDRESS_DEFAULT, Home, INVITATION_VALID};
 use crate::report::Report;
@@ -197,6 +197,9 @@ struct ExportArguments {
 struct QuantizeArguments {
     /// A Hugging Face directory or a GGUF file
     model: PathBuf,
+    /// A PEFT adapter to merge into it
+    #[arg(long)]
+    adapter: Option<PathBuf>,
     #[command(flatten)]
     files: FileArguments,
 }
@@ -205,8 +208,12 @@ struct QuantizeArguments {
 struct FileArguments {
     /// hf, peft, or gguf: with f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0, iq4_nl,
     /// q3_k_l, q3_k_m, q3_k_s, q2_k, q2_k_s, tq2_0, tq1_0: llama-quantize's mixes of types
-    #[arg(long, value_delimiter = ',', required = true)]
+    #[arg(long, value_delimiter = ',', required_unless_present = "budget")]
     format: Vec<String>,
+    /// Also write model-budget.gguf, of so many bytes at most (60MB, 60MiB, or 25% of its size in f16): types are chosen for
+    /// each tensor, by what errors in it cost
+    #[arg(long, value_name = "SIZE")]
+    budget: Option<String>,
     /// How gguf files choose their codes
     #[arg(long, value_enum, default_value_t = Quantizer::Search)]
     quantizer: Quantizer,
@@ -221,18 +228,33 @@ struct FileArguments {
     /// Replace files that are there
     #[arg(long)]
     force: bool,
+    /// Compare the files' predictions with the model's on this text [default: one of ours]
+    #[arg(long, value_name = "FILE")]
+    check_text: Option<PathBuf>,
+    /// Nats per token that a file's predictions may be off (KL) [default: by format, from 0.00001 for f32 to 3 for q2_k]
+    #[arg(long, value_name = "NATS")]
+    limit_kl: Option<f64>,
+    /// Do not read the files back
+    #[arg(long, conflicts_with_all = ["check_text", "limit_kl"])]
+    no_check: bool,
     #[arg(long)]
     json: bool,
 }
 
 impl FileArguments {
-    fn options(&self) -> Options {
+    fn options(&self) -> Result<Options, ExportError> {
         let calibration = match self.calibrate.as_str() {
             "self" => Calibration::Own,
             "none" => Calibration::None,
             path => Calibration::Text(path.into()),
         };
-        Options { method: self.quantizer.into(), calibration, imatrix: self.imatrix.clone(), force: self.force }
+        let check = match self.no_check {
+            true => Checks::Skip,
+            false => Checks::With { text: self.check_text.clone(), limit_nats: self.limit_kl },
+        };
+        let (method, imatrix) = (self.quantizer.into(), self.imatrix.clone());
+        let budget = self.budget.as_deref().map(str::parse).transpose()?;
+        Ok(Options { method, calibration, imatrix, force: self.force, check, budget })
     }
 
     fn write(
@@ -240,14 +262,15 @@ impl FileArguments {
         write: impl FnOnce(&[Format], &Options) -> Result<Vec<Exported>, ExportError>,
     ) -> anyhow::Result<()> {
         let formats = self.format.iter().map(|format| format.parse()).collect::<Result<Vec<Format>, _>>();
-        let exported = formats.and_then(|formats| write(&formats, &self.options()));
-        for exported in exported.map_err(failed)? {
+        let exported = formats.and_then(|formats| write(&formats, &self.options()?));
+        let exported = exported.map_err(failed)?;
+        for exported in &exported {
             match self.json {
-                true => print(serde_json::to_string(&exported)?)?,
+                true => print(serde_json::to_string(exported)?)?,
                 false => print(exported)?,
             }
         }
-        Ok(())
+        exported.iter().try_for_each(Exported::verdict).map_err(failed)
     }
 }
 
@@ -323,8 +346,8 @@ impl Command {
             Self::Export(ExportArguments { run, files, round }) => {
                 files.write(|formats, options| export(&run, round, formats, options, &files.out))
             }
-            Self::Quantize(QuantizeArguments { model, files }) => {
-                files.write(|formats, options| quantize(&model, formats, options, &files.out))
+            Self::Quantize(QuantizeArguments { model, adapter, files }) => {
+                files.write(|formats, options| quantize(&model, adapter.as_deref(), formats, options, &files.out))
             }
         }
     }

@@ -5,7 +5,9 @@
 //! goes from disk to disk tensor by tensor and is never held whole, but to write a text. It trains nothing.
 //! Start from [`export`].
 
+mod budget;
 mod calibration;
+mod check;
 mod gguf;
 mod huggingface;
 mod importance;
@@ -24,8 +26,10 @@ use model::{Adapter, Manifest, ModelConfig, ModelError, Source, tokenizer::Token
 use quant::{Imatrix, Method, Mix};
 use serde::{Serialize, Serializer};
 
+pub use budget::Budget;
 pub use calibration::Calibration;
 use calibration::Guide;
+pub use check::Check;
 use merged::Merged;
 
 /// How files are written.
@@ -39,11 +43,35 @@ pub struct Options {
     pub imatrix: Vec<PathBuf>,
     /// Replace files that are there.
     pub force: bool,
+    pub check: Checks,
+    /// Also write a GGUF file of so many bytes at most, whose types are chosen tensor by tensor.
+    pub budget: Option<Budget>,
+}
+
+/// What happens once the files are written.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub enum Checks {
+    Skip,
+    /// Every file is read back, and its predictions are compared with the merged model's, on our own text.
+    #[default]
+    Own,
+    /// The same, on a text file, or with another limit than the format's.
+    With {
+        text: Option<PathBuf>,
+        limit_nats: Option<f64>,
+    },
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { method: Method::Search, calibration: Calibration::Own, imatrix: Vec::new(), force: false }
+        Self {
+            method: Method::Search,
+            calibration: Calibration::Own,
+            imatrix: Vec::new(),
+            force: false,
+            check: Checks::Own,
+            budget: None,
+        }
     }
 }
 
@@ -61,7 +89,7 @@ pub fn export(
     let experiment = run.experiment();
     let base = model::source::of_experiment(experiment)?;
     if !options.force {
-        refuse_existing(formats, out)?;
+        refuse_existing(formats, options, out)?;
     }
     check_digest(experiment, &*base)?;
     let adapter = Adapter::load(&run.round_path(round).join("adapter"), base.config())?;
@@ -71,15 +99,24 @@ pub fn export(
 }
 
 /// The same for a model that nobody trained here: a Hugging Face directory or a GGUF file.
-pub fn quantize(model: &Path, formats: &[Format], options: &Options, out: &Path) -> Result<Vec<Exported>, ExportError> {
-    if formats.contains(&Format::Peft) {
+pub fn quantize(
+    model: &Path,
+    adapter: Option<&Path>,
+    formats: &[Format],
+    options: &Options,
+    out: &Path,
+) -> Result<Vec<Exported>, ExportError> {
+    if adapter.is_none() && formats.contains(&Format::Peft) {
         return Err(ExportError::NoAdapter { model: model.to_owned() });
     }
     if !options.force {
-        refuse_existing(formats, out)?;
+        refuse_existing(formats, options, out)?;
     }
     let base = model::source::open(model)?;
-    let adapter = Adapter::none();
+    let adapter = match adapter {
+        Some(directory) => Adapter::load(directory, base.config())?,
+        None => Adapter::none(),
+    };
     let name = model.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let job = Job { base: &*base, base_name: model.display().to_string(), adapter: &adapter, name, seed: 0 };
     job.write(formats, options, out)
@@ -97,12 +134,20 @@ struct Job<'a> {
 impl Job<'_> {
     fn write(&self, formats: &[Format], options: &Options, out: &Path) -> Result<Vec<Exported>, ExportError> {
         let merged = Merged::new(self.base, self.adapter);
+        let mut formats: Vec<Format> = formats.to_vec();
+        formats.extend(options.budget.map(|_| Format::Budget));
         let mut wanted: Vec<gguf::Wanted> = Vec::new();
-        for format in formats {
-            if let &Format::Gguf(mix) = format
-                && wanted.iter().all(|file| file.mix != mix)
-            {
-                wanted.push(gguf::Wanted { mix, path: format.path(out) });
+        for format in &formats {
+            let choice = match (format, options.budget) {
+                (&Format::Gguf(mix), _) => gguf::TypeChoice::Mix(mix),
+                (Format::Budget, Some(budget)) => {
+                    gguf::TypeChoice::Each(budget::choose(&merged, &self.name, budget, self.seed)?)
+                }
+                _ => continue,
+            };
+            let path = format.path(out);
+            if wanted.iter().all(|file| file.path != path) {
+                wanted.push(gguf::Wanted { choice, path });
             }
         }
         let worst_errors = match wanted.is_empty() {
@@ -114,8 +159,8 @@ impl Job<'_> {
             let worst_error = match format {
                 Format::HuggingFace => huggingface::write(&merged, &path).map(|()| 0.0)?,
                 Format::Peft => self.adapter.save(&path, &self.base_name).map(|()| 0.0)?,
-                Format::Gguf(mix) => {
-                    let written = wanted.iter().position(|file| file.mix == mix);
+                Format::Gguf(_) | Format::Budget => {
+                    let written = wanted.iter().position(|file| file.path == path);
                     worst_errors[written.expect("it was wanted a few lines ago")]
                 }
             };
@@ -123,9 +168,38 @@ impl Job<'_> {
                 Ok(metadata) => Ok(metadata.len()),
                 Err(source) => Err(ExportError::Io { path: file, source }),
             });
-            Ok(Exported { format, path, bytes: sizes.sum::<Result<u64, _>>()?, worst_error })
+            Ok(Exported { format, path, bytes: sizes.sum::<Result<u64, _>>()?, worst_error, check: None })
         };
-        formats.iter().map(write).collect()
+        let mut exported = formats.iter().map(write).collect::<Result<Vec<_>, ExportError>>()?;
+        self.check(&merged, &mut exported, &options.check)?;
+        Ok(exported)
+    }
+
+    /// Reads back what was written.
+    fn check(&self, merged: &Merged<'_>, exported: &mut [Exported], checks: &Checks) -> Result<(), ExportError> {
+        let (text, limit_nats) = match checks {
+            Checks::Skip => return Ok(()),
+            Checks::Own => (None, None),
+            Checks::With { text, limit_nats } => (text.as_deref(), *limit_nats),
+        };
+        for adapter in exported.iter().filter(|exported| exported.format == Format::Peft) {
+            if Adapter::load(&adapter.path, self.base.config())? != *self.adapter {
+                return Err(ExportError::NotReadBack { path: adapter.path.clone(), what: "the adapter" });
+            }
+        }
+        let models: Vec<&mut Exported> = exported.iter_mut().filter(|file| file.format != Format::Peft).collect();
+        let limit = |format: Format| limit_nats.unwrap_or(format.limit_nats());
+        let expected: Vec<_> = models
+            .iter()
+            .map(|file| check::Expected { path: file.path.clone(), limit_nats: limit(file.format) })
+            .collect();
+        if expected.is_empty() {
+            return Ok(());
+        }
+        for (file, check) in models.into_iter().zip(check::check(merged, &expected, text)?) {
+            file.check = Some(check);
+        }
+        Ok(())
     }
 
     fn write_gguf(
@@ -184,6 +258,8 @@ pub enum Format {
     Peft,
     /// `model-<mix>.gguf`: the merged model, as llama.cpp reads it.
     Gguf(Mix),
+    /// `model-budget.gguf`: the same, in types that [`Options::budget`] allows; not a format to ask for by name.
+    Budget,
 }
 
 impl Format {
@@ -198,12 +274,31 @@ impl Format {
         all
     };
 
+    /// The KL that a file of this format may lose per token before something must be wrong with it, or with the format for
+    /// this model: several times what the format costs a small model.
+    pub fn limit_nats(self) -> f64 {
+        match self {
+            Self::HuggingFace | Self::Peft | Self::Gguf(Mix::F32) => 1e-5,
+            Self::Budget => 3.0,
+            Self::Gguf(mix) => match mix {
+                Mix::F32 | Mix::F16 | Mix::BF16 => 0.01,
+                Mix::Q8_0 => 0.05,
+                Mix::Q6_K => 0.1,
+                Mix::Q5_K_M | Mix::Q5_K_S | Mix::Q5_1 | Mix::Q5_0 => 0.3,
+                Mix::Q4_K_M | Mix::Q4_K_S | Mix::Q4_1 | Mix::Q4_0 | Mix::IQ4_NL => 0.8,
+                Mix::Q3_K_L | Mix::Q3_K_M | Mix::Q3_K_S => 1.5,
+                Mix::Q2_K | Mix::Q2_K_S | Mix::TQ2_0 | Mix::TQ1_0 => 3.0,
+            },
+        }
+    }
+
     /// The file, or the directory of the files.
     fn path(self, out: &Path) -> PathBuf {
         match self {
             Self::HuggingFace => out.join("hf"),
             Self::Peft => out.join("peft"),
             Self::Gguf(mix) => out.join(format!("model-{}.gguf", mix.name().to_lowercase())),
+            Self::Budget => out.join("model-budget.gguf"),
         }
     }
 
@@ -212,7 +307,7 @@ impl Format {
         match self {
             Self::HuggingFace => huggingface::FILES.map(|file| path.join(file)).to_vec(),
             Self::Peft => [peft::CONFIG_FILE, peft::WEIGHTS_FILE].map(|file| path.join(file)).to_vec(),
-            Self::Gguf(_) => vec![path],
+            Self::Gguf(_) | Self::Budget => vec![path],
         }
     }
 }
@@ -223,6 +318,7 @@ impl fmt::Display for Format {
             Self::HuggingFace => f.write_str("hf"),
             Self::Peft => f.write_str("peft"),
             Self::Gguf(mix) => write!(f, "gguf:{}", mix.name().to_lowercase()),
+            Self::Budget => f.write_str("gguf:budget"),
         }
     }
 }
@@ -252,12 +348,33 @@ pub struct Exported {
     pub bytes: u64,
     /// The largest distance between a weight as it is read back and as it was merged; 0 for f32.
     pub worst_error: f32,
+    /// How well its predictions are those of the merged model; nothing for an adapter, or where nobody asked.
+    pub check: Option<Check>,
+}
+
+impl Exported {
+    /// # Errors
+    /// If the check found that the file loses more than its limit.
+    pub fn verdict(&self) -> Result<(), ExportError> {
+        match &self.check {
+            Some(check) if !check.passed() => Err(ExportError::TooLossy {
+                path: self.path.clone(),
+                kl_nats: check.kl_nats,
+                limit_nats: check.limit_nats,
+            }),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl fmt::Display for Exported {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { format, path, bytes, worst_error } = self;
-        write!(f, "{format}: {}, {bytes} bytes, worst error {worst_error}", path.display())
+        let Self { format, path, bytes, worst_error, check } = self;
+        write!(f, "{format}: {}, {bytes} bytes, worst error {worst_error}", path.display())?;
+        match check {
+            Some(check) => write!(f, "\n  {check}"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -283,10 +400,23 @@ pub enum ExportError {
     Vocabulary { tokens: usize, rows: usize },
     #[error("export {} as peft: it is a whole model and has no adapter", model.display())]
     NoAdapter { model: PathBuf },
+    #[error(
+        "keep to the budget `{found}`: give a size such as 60MB or 60MiB, or a part of the size in f16 such as 25%"
+    )]
+    Budget { found: String },
+    #[error("keep to a budget of {bytes_max} bytes: the smallest choice of types takes {bytes_min}; allow that much")]
+    SmallBudget { bytes_max: u64, bytes_min: u64 },
     #[error("use the importance matrix {}: {what}; collect it on this model", path.display())]
     OtherImatrix { path: PathBuf, what: String },
     #[error("calibrate on {}: {what}; give another text", path.display())]
     Text { path: PathBuf, what: String },
+    #[error("read back {}: {what} differs from what was written; export again, and report this", path.display())]
+    NotReadBack { path: PathBuf, what: &'static str },
+    #[error(
+        "trust {}: its predictions are {kl_nats:.4} nats per token (KL) from the merged model's, beyond the limit of \
+         {limit_nats}; take a wider format, or allow it with --limit-kl", path.display()
+    )]
+    TooLossy { path: PathBuf, kl_nats: f64, limit_nats: f64 },
     #[error("export {tensor}: cannot {source}")]
     Tensor { tensor: String, source: quant::Error },
     #[error("write {}: {source}; check the path and the disk", path.display())]
@@ -323,8 +453,9 @@ fn finished_round(run: &RunDirectory, asked: Option<u32>) -> Result<u32, ExportE
     }
 }
 
-fn refuse_existing(formats: &[Format], out: &Path) -> Result<(), ExportError> {
-    for path in formats.iter().flat_map(|format| format.files(out)) {
+fn refuse_existing(formats: &[Format], options: &Options, out: &Path) -> Result<(), ExportError> {
+    let budget = options.budget.map(|_| &Format::Budget);
+    for path in formats.iter().chain(budget).flat_map(|format| format.files(out)) {
         if path.try_exists().map_err(ExportError::io(&path))? {
             return Err(ExportError::Exists { path });
         }

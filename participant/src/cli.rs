@@ -18,6 +18,7 @@ use serde_json::json;
 use tokio::sync::watch;
 
 use crate::bench_infer::{self, Workload};
+use crate::calibrate::CalibrateArguments;
 use crate::data::read_records;
 use crate::device_choice::DeviceChoice;
 use crate::device_log::{Canary, FactoryDevice, write_files};
@@ -66,6 +67,11 @@ enum Command {
     /// Loss and perplexity per token of a model on a file
     #[command(after_help = "Example:\n  participant evaluate --model exports/hf --data held-out.jsonl")]
     Evaluate(EvaluateArguments),
+    /// Measure which columns of a model's matrices matter for some data: an importance matrix, for `coordinator export`
+    #[command(
+        after_help = "Example:\n  participant calibrate --model exports/hf --data press-1.jsonl --out press-1.imatrix.gguf"
+    )]
+    Calibrate(CalibrateArguments),
     /// Write the logits of prompts to a safetensors file, to compare with other runtimes
     #[command(
         after_help = "Example:\n  participant logits --model exports/hf --prompts prompts.jsonl --out logits.safetensors"
@@ -382,6 +388,10 @@ impl Command {
             Self::Swarm(arguments) => swarm(arguments, stop).await,
             Self::Generate(arguments) => off_the_runtime(|| generate(arguments)),
             Self::Evaluate(arguments) => off_the_runtime(|| evaluate(arguments)),
+            Self::Calibrate(arguments) => {
+                let (out, tokens) = off_the_runtime(|| arguments.run())?;
+                print(format_args!("{}: measured on {tokens} tokens", out.display()))
+            }
             Self::Logits(arguments) => off_the_runtime(|| logits(arguments)),
             Self::InitAdapter(InitAdapterArguments { experiment, out }) => {
                 let experiment = Experiment::from_file(&experiment).context("failed to start")?;

@@ -7,6 +7,7 @@
 
 pub mod bench_infer;
 pub mod body_link;
+pub mod calibrate;
 pub mod cli;
 pub mod data;
 pub mod dataset;

@@ -10,12 +10,43 @@ use quant::gguf::{Header, Writer};
 use quant::{BlockType, Layout, Method, Mix, dequantize, permute_rows, quantize_row, quantize_row_with_feedback};
 
 use super::ExportError;
+use super::budget::Types;
 use super::calibration::{Columns, Guide};
+use super::merged::Merged;
 
 /// A file to write, and how.
 pub(super) struct Wanted {
-    pub mix: Mix,
+    pub choice: TypeChoice,
     pub path: PathBuf,
+}
+
+/// How the types of a file's tensors are chosen.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum TypeChoice {
+    Mix(Mix),
+    /// By name.
+    Each(Types),
+}
+
+impl TypeChoice {
+    fn stored_type(&self, config: &ModelConfig, name: &str, shape: &[usize], importance: bool) -> BlockType {
+        match self {
+            Self::Mix(mix) => stored_type(*mix, config, name, shape, importance),
+            Self::Each(types) => types.get(name).copied().unwrap_or(BlockType::F32),
+        }
+    }
+
+    /// ggml's number for a mix of this base type; for a choice of our own, the number of its most frequent type's.
+    fn file_type(&self) -> u32 {
+        match self {
+            Self::Mix(mix) => mix.file_type(),
+            Self::Each(types) => {
+                let count = |ty: BlockType| types.values().filter(|found| **found == ty).count();
+                let mixes = Mix::ALL.into_iter().filter(|mix| mix.base() != BlockType::F32);
+                mixes.max_by_key(|mix| count(mix.base())).unwrap_or(Mix::F16).file_type()
+            }
+        }
+    }
 }
 
 /// Writes the files side by side, and returns for each the largest distance between a merged weight and what the file says
@@ -31,25 +62,15 @@ pub(super) fn write(
     let config = merged.config();
     let divisors = config.rope_scaling.map(|_| rope_divisors(config));
     let mut writers = Vec::with_capacity(files.len());
-    for Wanted { mix, path } in files {
-        let mut header = gguf_metadata(config, name);
-        header.set("general.file_type", mix.file_type());
-        set_tokenizer(&mut header, merged.tokenizer(), config.vocabulary)?;
-        for TensorInfo { name, shape, .. } in merged.tensors() {
-            let ty = stored_type(*mix, config, name, shape, importance);
-            header.add_tensor(&gguf_tensor_name(name), shape, ty)?;
-        }
-        if let Some(divisors) = &divisors {
-            header.add_tensor(ROPE_DIVISORS, &[divisors.len()], BlockType::F32)?;
-        }
-        writers.push((*mix, Writer::create(path, header)?, 0f32));
+    for Wanted { choice, path } in files {
+        writers.push((choice, Writer::create(path, header(merged, name, choice, importance)?)?, 0f32));
     }
 
     for TensorInfo { name, shape, .. } in merged.tensors() {
         let values = merged.tensor(name, shape)?;
         let columns = shape[shape.len() - 1];
-        for (mix, writer, worst_error) in &mut writers {
-            let ty = stored_type(*mix, config, name, shape, importance);
+        for (choice, writer, worst_error) in &mut writers {
+            let ty = choice.stored_type(config, name, shape, importance);
             let known = if searched(ty) { guide.columns(name)? } else { Columns::Nothing };
             let (bytes, error) = pack(ty, method, &values, columns, &known).map_err(ExportError::tensor(name))?;
             *worst_error = worst_error.max(error);
@@ -73,6 +94,31 @@ pub(super) fn write(
     Ok(worst_errors)
 }
 
+fn header(merged: &Merged<'_>, name: &str, choice: &TypeChoice, importance: bool) -> Result<Header, ExportError> {
+    let config = merged.config();
+    let mut header = gguf_metadata(config, name);
+    header.set("general.file_type", choice.file_type());
+    set_tokenizer(&mut header, merged.tokenizer(), config.vocabulary)?;
+    for TensorInfo { name, shape, .. } in merged.tensors() {
+        let ty = choice.stored_type(config, name, shape, importance);
+        header.add_tensor(&gguf_tensor_name(name), shape, ty)?;
+    }
+    if config.rope_scaling.is_some() {
+        header.add_tensor(ROPE_DIVISORS, &[rope_divisors(config).len()], BlockType::F32)?;
+    }
+    Ok(header)
+}
+
+/// Bytes of everything but the model's tensors, and of the whole file in F16. `name` is part of both.
+pub(super) fn sizes(merged: &Merged<'_>, name: &str) -> Result<[u64; 2], ExportError> {
+    let f16 = header(merged, name, &TypeChoice::Mix(Mix::F16), false)?;
+    let all = f16.file_bytes();
+    let ours = |tensor: &&quant::gguf::TensorInfo| tensor.name != ROPE_DIVISORS;
+    let padded = |tensor: &quant::gguf::TensorInfo| tensor.bytes.next_multiple_of(quant::gguf::ALIGNMENT);
+    let tensors: u64 = f16.tensors().iter().filter(ours).map(padded).sum();
+    Ok([all - tensors, all])
+}
+
 /// Whether what is known of columns can change the bytes of this type.
 fn searched(ty: BlockType) -> bool {
     !matches!(ty, BlockType::F32 | BlockType::F16 | BlockType::BF16 | BlockType::Q8_0)
@@ -83,7 +129,7 @@ pub(super) fn any_searched(config: &ModelConfig, files: &[Wanted], importance: b
     let tensors = model::source::tensors_of(config);
     let mut types = files
         .iter()
-        .flat_map(|file| tensors.iter().map(|(name, shape)| stored_type(file.mix, config, name, shape, importance)));
+        .flat_map(|file| tensors.iter().map(|(name, shape)| file.choice.stored_type(config, name, shape, importance)));
     types.any(searched)
 }
 

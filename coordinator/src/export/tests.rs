@@ -184,7 +184,7 @@ fn every_mix_of_a_wide_model_is_read_back_and_searching_loses_less() {
                 Method::Search => Guide::new(&merged, &calibration, None, 1).unwrap(),
                 Method::Reference => Guide::told(&merged, None),
             };
-            let wanted = [gguf::Wanted { mix, path: path.clone() }];
+            let wanted = [gguf::Wanted { choice: gguf::TypeChoice::Mix(mix), path: path.clone() }];
             let [worst] = gguf::write("wide", &wanted, method, &mut guide, false).unwrap()[..] else { unreachable!() };
             let found = model::source::open(&path).unwrap();
             assert_eq!(check_weights(&*found, &merged, |_, _| f32::INFINITY), worst, "{mix}");
@@ -284,7 +284,7 @@ fn merging_adds_the_scaled_product_to_adapted_layers_and_to_nothing_else() {
 }
 
 fn write_gguf(merged: &Merged<'_>, mix: Mix, path: &Path) -> Result<Vec<f32>, ExportError> {
-    let wanted = [gguf::Wanted { mix, path: path.to_owned() }];
+    let wanted = [gguf::Wanted { choice: gguf::TypeChoice::Mix(mix), path: path.to_owned() }];
     gguf::write("a model", &wanted, Method::Search, &mut Guide::told(merged, None), false)
 }
 
@@ -428,8 +428,123 @@ fn a_result_is_printed_on_one_line_and_as_json() {
         path: PathBuf::from("out/model-q8_0.gguf"),
         bytes: 1234,
         worst_error: 0.5,
+        check: None,
     };
     assert_eq!(exported.to_string(), "gguf:q8_0: out/model-q8_0.gguf, 1234 bytes, worst error 0.5");
-    let json = r#"{"format":"gguf:q8_0","path":"out/model-q8_0.gguf","bytes":1234,"worst_error":0.5}"#;
+    let json = r#"{"format":"gguf:q8_0","path":"out/model-q8_0.gguf","bytes":1234,"worst_error":0.5,"check":null}"#;
     assert_eq!(serde_json::to_string(&exported).unwrap(), json);
+}
+
+#[test]
+fn every_export_is_read_back_and_a_limit_that_it_exceeds_is_an_error() {
+    let run = Run::new();
+    let exported = run.export(None, &["hf", "peft", "gguf:f32", "gguf:q4_0"], false).unwrap();
+    let [hf, peft, f32, q4_0] = &exported[..] else { unreachable!() };
+    assert_eq!(peft.check, None);
+    for exact in [hf, f32] {
+        let check = exact.check.as_ref().unwrap();
+        assert!(check.kl_nats.abs() < 1e-9 && check.same_top == 1.0 && check.tokens > 500, "{check}");
+        assert_eq!(check.perplexity, check.merged_perplexity);
+    }
+    let check = q4_0.check.as_ref().unwrap();
+    assert!(check.kl_nats > 1e-7 && check.passed(), "{check}");
+    assert_eq!(check.bytes.iter().map(|(_, bytes)| bytes).sum::<u64>(), q4_0.bytes);
+    assert!(q4_0.to_string().contains("\n  KL 0.") && q4_0.to_string().contains("embedding 0."), "{q4_0}");
+    q4_0.verdict().unwrap();
+
+    let options =
+        Options { force: true, check: Checks::With { text: None, limit_nats: Some(1e-8) }, ..Options::default() };
+    let strict = export(run.directory.path(), None, &[Format::Gguf(Mix::Q4_0)], &options, &run.out()).unwrap();
+    let error = strict[0].verdict().unwrap_err().to_string();
+    assert!(
+        error.contains("model-q4_0.gguf") && error.contains("0.00000001") && error.contains("--limit-kl"),
+        "{error}"
+    );
+}
+
+/// The distance of the outputs of a layer's rounded weights from those of its true ones, on a text.
+fn output_loss(found: &dyn Source, merged: &Merged<'_>, name: &str, text: &[Vec<u32>]) -> f64 {
+    let (block, input) = model::LayerInput::of_tensor(name).unwrap();
+    let shape = &merged.tensors().iter().find(|info| info.name == name).unwrap().shape;
+    let mut walk = model::Walk::begin(merged, text).unwrap();
+    while walk.block() < block {
+        walk.moments().unwrap();
+    }
+    let moments = walk.moments().unwrap();
+    let (moments, columns) = (moments.of(input), shape[1]);
+    let (expected, found) = (merged.tensor(name, shape).unwrap(), found.tensor(name, shape).unwrap());
+    let rows = expected.chunks(columns).zip(found.chunks(columns)).map(|(expected, found)| {
+        let off: Vec<f64> = expected.iter().zip(found).map(|(x, y)| f64::from(y - x)).collect();
+        let products = moments.iter().enumerate().map(|(i, m)| off[i / columns] * f64::from(*m) * off[i % columns]);
+        products.sum::<f64>()
+    });
+    rows.sum()
+}
+
+#[test]
+fn measured_activations_lose_less_in_the_layers_outputs_than_the_reference() {
+    let config = wide_shape();
+    let base = RandomModel::of_shape(config, Tokenizer::bytes(), Seed(5)).unwrap();
+    let adapter = Adapter::none();
+    let merged = Merged::new(&base, &adapter);
+    let text = calibration::own_text(&merged, [3, 40], Seed(77)).unwrap();
+    assert_eq!(text.iter().map(Vec::len).collect::<Vec<_>>(), [40; 3]);
+    let directory = tempfile::tempdir().unwrap();
+    let wanted =
+        |name: &str| [gguf::Wanted { choice: gguf::TypeChoice::Mix(Mix::Q4_0), path: directory.path().join(name) }];
+    let mut told = Guide::told(&merged, None);
+    gguf::write("m", &wanted("reference"), Method::Reference, &mut told, false).unwrap();
+    let mut own = Guide::new(&merged, &Calibration::Own, None, 1).unwrap();
+    gguf::write("m", &wanted("own.gguf"), Method::Search, &mut own, false).unwrap();
+    fs::rename(directory.path().join("reference"), directory.path().join("reference.gguf")).unwrap();
+    for layer in ["0.self_attn.q_proj", "0.self_attn.o_proj", "1.mlp.up_proj", "1.mlp.down_proj"] {
+        let name = format!("model.layers.{layer}.weight");
+        let [reference, own] = ["reference.gguf", "own.gguf"].map(|file| {
+            let found = model::source::open(&directory.path().join(file)).unwrap();
+            output_loss(&*found, &merged, &name, &text)
+        });
+        assert!(own < 0.9 * reference, "{name}: {own}, ggml {reference}");
+    }
+}
+
+#[test]
+fn an_importance_matrix_of_another_model_is_refused() {
+    let run = Run::new();
+    let path = run.root.path().join("imatrix.gguf");
+    for (name, columns, expected) in
+        [("blk.0.attn_q.weight", 3, "has 3 columns"), ("blk.9.attn_q.weight", 64, "no matrix")]
+    {
+        let mut imatrix = Imatrix::default();
+        imatrix.add(name, &vec![1.0; columns], 1.0).unwrap();
+        imatrix.write(&path).unwrap();
+        let options = Options { imatrix: vec![path.clone()], ..Options::default() };
+        let refused = export(run.directory.path(), None, &[Format::Gguf(Mix::Q4_0)], &options, &run.out());
+        let error = refused.unwrap_err().to_string();
+        assert!(error.contains(expected) && error.contains("imatrix.gguf"), "{error}");
+    }
+}
+
+#[test]
+fn a_budget_is_kept_to_and_spent_where_it_saves_most() {
+    let config = wide_shape();
+    let base = RandomModel::of_shape(config, Tokenizer::bytes(), Seed(5)).unwrap();
+    let adapter = Adapter::none();
+    let merged = Merged::new(&base, &adapter);
+    let [metadata, f16] = gguf::sizes(&merged, "m").unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let mut divergences = Vec::new();
+    for percent in [25.0, 40.0, 100.0] {
+        let types = budget::choose(&merged, "m", Budget::Percent(percent), 1).unwrap();
+        let path = directory.path().join(format!("{percent}.gguf"));
+        let wanted = [gguf::Wanted { choice: gguf::TypeChoice::Each(types), path: path.clone() }];
+        let mut guide = Guide::new(&merged, &Calibration::None, None, 1).unwrap();
+        gguf::write("m", &wanted, Method::Search, &mut guide, false).unwrap();
+        let (bytes, most) = (fs::metadata(&path).unwrap().len() as f64, f16 as f64 * percent / 100.0);
+        assert!(bytes <= most && bytes > 0.9 * most, "{percent} %: {bytes} of {most}");
+        let expected = [check::Expected { path, limit_nats: 1.0 }];
+        divergences.push(check::check(&merged, &expected, None).unwrap()[0].kl_nats);
+    }
+    assert!(divergences.is_sorted_by(|a, b| a > b), "{divergences:?}");
+    let small = budget::choose(&merged, "m", Budget::Bytes(metadata + 1), 1).unwrap_err().to_string();
+    assert!(small.contains("allow that much"), "{small}");
 }

@@ -13,6 +13,7 @@ mod attention;
 pub mod bandwidth;
 mod block;
 mod buffer;
+mod counting;
 mod decode;
 mod engine;
 mod frozen;
@@ -34,6 +35,7 @@ mod tile;
 
 pub use adapter::{BlockAdapter, LAYERS, Masks, Pair, PairGradients};
 pub use block::{Block, BlockGradients, BlockWeights, GroupSaved, Keep, Pass, Saved, Stream};
+pub use counting::{Allocations, CountingAllocator};
 pub use decode::Cache;
 pub use engine::Engine;
 pub use frozen::{Frozen, WeightType};

@@ -15,6 +15,7 @@ pub struct Walk<'a> {
     /// The residual stream before `block`, for some sequences each.
     passes: Vec<(Segments, Matrix)>,
     block: usize,
+    adapter: Adapter,
 }
 
 /// Tokens that go through a block together; activations of more would not fit into caches anyway.
@@ -26,6 +27,11 @@ pub struct LmHead(Stage);
 impl<'a> Walk<'a> {
     /// Each of `sequences` attends to itself alone.
     pub fn begin(source: &'a dyn Source, sequences: &[Vec<u32>]) -> Result<Self, ModelError> {
+        Self::with_adapter(source, Adapter::none(), sequences)
+    }
+
+    /// The same with an adapter for all blocks.
+    pub fn with_adapter(source: &'a dyn Source, adapter: Adapter, sequences: &[Vec<u32>]) -> Result<Self, ModelError> {
         let device = Device { backend: Backend::Native, weights: WeightType::F32, ..Default::default() };
         let device = ComputeDevice::new(&device)?;
         let embedding = Stage::load(source, Part { blocks: 0..0, embedding: true, lm_head: false }, &device, None)?;
@@ -44,7 +50,7 @@ impl<'a> Walk<'a> {
             let residual = embedding.forward(Input::Tokens(&some.concat()), &segments, &lora)?;
             passes.push((segments, residual));
         }
-        Ok(Self { source, device, passes, block: 0 })
+        Ok(Self { source, device, passes, block: 0, adapter })
     }
 
     /// Takes the text through the next block; `measure` sees what its layers are multiplied with.
@@ -54,8 +60,9 @@ impl<'a> Walk<'a> {
     pub fn step(&mut self, mut measure: impl FnMut(Inputs)) -> Result<(), ModelError> {
         assert!(self.block < self.source.config().blocks, "a step behind the last block");
         let part = Part { blocks: self.block..self.block + 1, embedding: false, lm_head: false };
+        let adapter = self.adapter.part(part.blocks.clone());
         let stage = Stage::load(self.source, part, &self.device, None)?;
-        let lora = stage.attach(&Adapter::none())?;
+        let lora = stage.attach(&adapter)?;
         for (segments, residual) in &mut self.passes {
             let before = std::mem::replace(residual, Matrix::new(0, 0, Vec::new()));
             let before = Input::Activations(before);

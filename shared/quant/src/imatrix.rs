@@ -27,15 +27,25 @@ const COUNTS: &str = ".counts";
 
 impl Imatrix {
     pub fn open(path: &Path) -> Result<Imatrix, Error> {
-        let reader = Reader::open(path)?;
-        let refused = |reason: String| Error::Malformed { path: path.to_owned(), reason };
+        Imatrix::read(&Reader::open(path)?)
+    }
+
+    /// A file that is in memory; `name` stands for it in errors.
+    pub fn of_bytes(name: &str, bytes: Vec<u8>) -> Result<Imatrix, Error> {
+        Imatrix::read(&Reader::of_bytes(name, bytes)?)
+    }
+
+    fn read(reader: &Reader) -> Result<Imatrix, Error> {
+        let refused = |reason: String| Error::Malformed { path: reader.path().to_owned(), reason };
         let kind: Option<&str> = reader.optional("general.type")?;
         if kind != Some("imatrix") {
             let found = kind.map_or("no general.type".to_owned(), |kind| format!("general.type `{kind}`"));
             return Err(refused(format!("it is no importance matrix: it has {found}, not `imatrix`")));
         }
         let datasets = match reader.header().value("imatrix.datasets") {
-            Some(crate::gguf::Value::Array(crate::gguf::Array::String(names))) => names.clone(),
+            Some(crate::gguf::Value::Array(crate::gguf::Array::String(names))) => {
+                names.iter().map(|name| name.to_string()).collect()
+            }
             _ => Vec::new(),
         };
         let mut imatrix = Imatrix { sums: BTreeMap::new(), datasets };

@@ -1,7 +1,8 @@
 //! Everything before the data section: metadata and tensor infos, parsed and encoded.
 //!
 //! [`parse`] takes any bytes and either returns a header whose parts agree with each other and with the file's length,
-//! or says what is wrong. [`Header::encode`] is its inverse. No count from the input is ever used to reserve memory.
+//! or says what is wrong. [`Header::encode`] is its inverse. Memory is reserved for no more
+//! elements than the bytes that are left can hold.
 
 use super::{
     ALIGNMENT, ARRAY_ELEMENTS_MAX, Array, HEADER_BYTES_MAX, KEY_BYTES_MAX, KEYS_MAX, STRING_BYTES_MAX, TENSORS_MAX,
@@ -58,6 +59,11 @@ impl Header {
         self.tensors.find(name)
     }
 
+    /// Of a file with this header.
+    pub fn file_bytes(&self) -> u64 {
+        (self.encode().len() as u64).saturating_add(self.tensors.padded_bytes())
+    }
+
     pub(super) fn table(&self) -> &TensorTable {
         &self.tensors
     }
@@ -101,6 +107,9 @@ pub(super) fn parse(path: &Path, input: impl Read, file_bytes: u64) -> Result<(H
     }
     let tensors = source.count("tensors", TENSORS_MAX)?;
     let keys = source.count("metadata keys", KEYS_MAX)?;
+    // The padding of the last may be missing.
+    let tensor_bytes = (tensors * TENSOR_BYTES_MIN).saturating_sub(PADDING_MIN);
+    source.check_left(format_args!("the last of {tensors} tensors"), tensor_bytes)?;
 
     let mut metadata = BTreeMap::new();
     for index in 0..keys {
@@ -125,6 +134,8 @@ pub(super) fn parse(path: &Path, input: impl Read, file_bytes: u64) -> Result<(H
     let Some(mut table) = TensorTable::new(alignment) else {
         return Err(source.malformed(format!("`general.alignment` {alignment} is not a power of two from 8 up")));
     };
+    source.check_left(format_args!("the last of {tensors} tensors"), tensor_bytes)?;
+    table.reserve(tensors as usize);
     for index in 0..tensors {
         source.tensor(index, &mut table)?;
     }
@@ -261,9 +272,13 @@ impl<R: Read> Source<'_, R> {
         }
     }
 
-    fn strings(&mut self, inside: Arguments<'_>, count: u64) -> Result<Vec<String>, Error> {
+    fn strings(&mut self, inside: Arguments<'_>, count: u64) -> Result<Vec<Box<str>>, Error> {
         self.check_left(inside, count.saturating_mul(8))?; // Even empty strings have a length.
-        (0..count).map(|_| self.string(inside, STRING_BYTES_MAX)).collect()
+        let mut strings = Vec::with_capacity(count as usize); // Twice the bytes that are left, just checked.
+        for _ in 0..count {
+            strings.push(self.string(inside, STRING_BYTES_MAX)?.into_boxed_str());
+        }
+        Ok(strings)
     }
 
     fn name(&mut self, inside: Arguments<'_>, limit: u64) -> Result<String, Error> {
@@ -325,6 +340,10 @@ impl<R: Read> Source<'_, R> {
         Error::Io { path: self.path.to_owned(), source }
     }
 }
+
+/// A name of one character, one dimension, type and offset, and padded data: what a tensor costs a file at least.
+const TENSOR_BYTES_MIN: u64 = 8 + 1 + 4 + 8 + 4 + 8 + PADDING_MIN;
+const PADDING_MIN: u64 = 8;
 
 const MAGIC: [u8; 4] = *b"GGUF";
 const VERSION: u32 = 3;

@@ -13,9 +13,15 @@ use std::{
 #[derive(Debug)]
 pub struct Reader {
     path: PathBuf,
-    file: File,
+    data: Data,
     header: Header,
     data_start: u64,
+}
+
+#[derive(Debug)]
+enum Data {
+    File(File),
+    Memory(Vec<u8>),
 }
 
 impl Reader {
@@ -26,7 +32,14 @@ impl Reader {
         let file = File::open(path).map_err(io)?;
         let file_bytes = file.metadata().map_err(io)?.len();
         let (header, data_start) = header::parse(path, BufReader::new(&file), file_bytes)?;
-        Ok(Reader { path: path.to_owned(), file, header, data_start })
+        Ok(Reader { path: path.to_owned(), data: Data::File(file), header, data_start })
+    }
+
+    /// A file that is in memory; `name` stands for it in errors.
+    pub fn of_bytes(name: &str, bytes: Vec<u8>) -> Result<Reader, Error> {
+        let path = PathBuf::from(name);
+        let (header, data_start) = header::parse(&path, bytes.as_slice(), bytes.len() as u64)?;
+        Ok(Reader { path, data: Data::Memory(bytes), header, data_start })
     }
 
     pub fn path(&self) -> &Path {
@@ -117,7 +130,12 @@ impl Reader {
         // The sum cannot wrap: `open` has compared it with the length of the file.
         let start = self.data_start + info.offset;
         let mut bytes = vec![0; byte_len];
-        read_exact_at(&self.file, &mut bytes, start).map_err(|source| Error::Io { path: self.path.clone(), source })?;
+        match &self.data {
+            Data::File(file) => read_exact_at(file, &mut bytes, start)
+                .map_err(|source| Error::Io { path: self.path.clone(), source })?,
+            // `parse` has compared the end with the length of the file.
+            Data::Memory(all) => bytes.copy_from_slice(&all[start as usize..][..byte_len]),
+        }
         Ok((ty, bytes))
     }
 }

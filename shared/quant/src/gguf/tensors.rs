@@ -92,6 +92,11 @@ impl TensorTable {
         sound.then(|| TensorTable { alignment, infos: Vec::new(), by_name: BTreeMap::new(), next_offset: 0 })
     }
 
+    /// Makes room for so many tensors; the caller has found that the file has bytes for them.
+    pub(super) fn reserve(&mut self, tensors: usize) {
+        self.infos.reserve_exact(tensors);
+    }
+
     /// Places a tensor behind the others, or says why no file can hold it.
     pub(super) fn push(&mut self, name: &str, shape: &[usize], ty: TensorType) -> Result<&TensorInfo, String> {
         if !is_name(name) || name.len() > NAME_BYTES_MAX {

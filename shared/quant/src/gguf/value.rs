@@ -30,13 +30,14 @@ pub enum Array {
     I32(Vec<i32>),
     F32(Vec<f32>),
     Bool(Vec<bool>),
-    String(Vec<String>),
+    /// Boxed, which takes no more than twice the bytes of a file of empty strings.
+    String(Vec<Box<str>>),
     U64(Vec<u64>),
     I64(Vec<i64>),
     F64(Vec<f64>),
 }
 
-/// What a metadata key can be read as: a number, `bool`, `&str`, or a slice such as `&[i32]` or `&[String]`.
+/// What a metadata key can be read as: a number, `bool`, `&str`, or a slice such as `&[i32]` or `&[Box<str>]`.
 pub trait FromValue<'a>: Sized {
     const EXPECTED: &'static str;
 
@@ -118,10 +119,37 @@ conversions! {
     I32 i32, "i32", "array of i32";
     F32 f32, "f32", "array of f32";
     Bool bool, "bool", "array of bool";
-    String String, "string", "array of string";
     U64 u64, "u64", "array of u64";
     I64 i64, "i64", "array of i64";
     F64 f64, "f64", "array of f64";
+}
+
+impl From<String> for Value {
+    fn from(value: String) -> Value {
+        Value::String(value)
+    }
+}
+
+impl From<Vec<String>> for Value {
+    fn from(elements: Vec<String>) -> Value {
+        Value::Array(Array::String(elements.into_iter().map(String::into_boxed_str).collect()))
+    }
+}
+
+impl FromValue<'_> for String {
+    const EXPECTED: &'static str = "string";
+
+    fn from_value(value: &Value) -> Option<String> {
+        if let Value::String(value) = value { Some(value.clone()) } else { None }
+    }
+}
+
+impl<'a> FromValue<'a> for &'a [Box<str>] {
+    const EXPECTED: &'static str = "array of string";
+
+    fn from_value(value: &'a Value) -> Option<&'a [Box<str>]> {
+        if let Value::Array(Array::String(elements)) = value { Some(elements) } else { None }
+    }
 }
 
 impl From<&str> for Value {

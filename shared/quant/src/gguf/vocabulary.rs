@@ -5,7 +5,6 @@
 
 use super::Reader;
 use crate::Error;
-use std::collections::HashSet;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Vocabulary {
@@ -14,13 +13,13 @@ pub struct Vocabulary {
     /// Names the rule that splits text before merging.
     pub pre: Option<String>,
     /// Distinct, one per row of the embedding.
-    pub tokens: Vec<String>,
+    pub tokens: Vec<Box<str>>,
     /// As long as `tokens`; all normal where the file says nothing.
     pub token_types: Vec<TokenType>,
     /// As long as `tokens` and finite; all zero where the file says nothing.
     pub scores: Vec<f32>,
-    /// In order of rank.
-    pub merges: Vec<(String, String)>,
+    /// In order of rank, each two pieces with a space between them.
+    pub merges: Vec<Box<str>>,
     pub bos: Option<u32>,
     pub eos: Option<u32>,
     pub eot: Option<u32>,
@@ -45,8 +44,8 @@ pub enum TokenType {
 
 impl Vocabulary {
     pub(super) fn read(reader: &Reader) -> Result<Vocabulary, Error> {
-        let tokens = reader.required::<&[String]>("tokenizer.ggml.tokens")?.to_vec();
-        check_tokens(reader, &tokens)?;
+        let tokens = reader.required::<&[Box<str>]>("tokenizer.ggml.tokens")?;
+        check_tokens(reader, tokens)?;
         let special = |name: &str| -> Result<Option<u32>, Error> {
             let key = format!("tokenizer.ggml.{name}_token_id");
             let id = reader.optional::<u32>(&key)?;
@@ -72,7 +71,7 @@ impl Vocabulary {
             add_eos: reader.optional("tokenizer.ggml.add_eos_token")?,
             add_space_prefix: reader.optional("tokenizer.ggml.add_space_prefix")?,
             chat_template: reader.optional("tokenizer.chat_template")?,
-            tokens,
+            tokens: tokens.to_vec(),
         })
     }
 }
@@ -84,9 +83,11 @@ impl TokenType {
     }
 }
 
-fn check_tokens(reader: &Reader, tokens: &[String]) -> Result<(), Error> {
-    let mut seen = HashSet::new();
-    if let Some(id) = tokens.iter().position(|token| !seen.insert(token.as_str())) {
+fn check_tokens(reader: &Reader, tokens: &[Box<str>]) -> Result<(), Error> {
+    let mut sorted: Vec<u32> = (0..tokens.len() as u32).collect();
+    sorted.sort_unstable_by_key(|&id| (&tokens[id as usize], id));
+    let repeats = sorted.windows(2).filter(|pair| tokens[pair[0] as usize] == tokens[pair[1] as usize]);
+    if let Some(id) = repeats.map(|pair| pair[1]).min() {
         return Err(reader.malformed(format!("`tokenizer.ggml.tokens` repeats an earlier token at id {id}")));
     }
     match reader.tensor("token_embd.weight") {
@@ -123,14 +124,13 @@ fn check_parallel(reader: &Reader, key: &str, found: usize, tokens: usize) -> Re
     Err(reader.malformed(format!("`{key}` has {found} elements, but there are {tokens} tokens")))
 }
 
-fn merges(reader: &Reader) -> Result<Vec<(String, String)>, Error> {
+fn merges(reader: &Reader) -> Result<Vec<Box<str>>, Error> {
     let key = "tokenizer.ggml.merges";
-    let merges = reader.optional::<&[String]>(key)?.unwrap_or_default();
-    let pair = |(rank, merge): (usize, &String)| match merge.split_once(' ') {
-        Some((left, right)) if !left.is_empty() && !right.is_empty() && !right.contains(' ') => {
-            Ok((left.to_owned(), right.to_owned()))
-        }
-        _ => Err(reader.malformed(format!("`{key}` is not two pieces and a space at rank {rank}"))),
-    };
-    merges.iter().enumerate().map(pair).collect()
+    let merges = reader.optional::<&[Box<str>]>(key)?.unwrap_or_default();
+    let sound =
+        |merge: &str| merge.split_once(' ').is_some_and(|(a, b)| !a.is_empty() && !b.is_empty() && !b.contains(' '));
+    match merges.iter().position(|merge| !sound(merge)) {
+        Some(rank) => Err(reader.malformed(format!("`{key}` is not two pieces and a space at rank {rank}"))),
+        None => Ok(merges.to_vec()),
+    }
 }

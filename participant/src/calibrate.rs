@@ -1,0 +1,91 @@
+//! Which columns of a model's matrices matter for this device's data: an importance matrix.
+//!
+//! What leaves the device, if its owner hands the file on, are sums over all tokens of all records, one number for each
+//! channel; the coordinator adds those of several devices up.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use experiment::Columns;
+use model::source::gguf_tensor_name;
+use model::{Adapter, LayerInput, Walk};
+use quant::Imatrix;
+
+use crate::ParticipantError;
+use crate::data::{encode_records, read_records};
+use crate::encoder::Encoder;
+
+#[derive(Args)]
+pub struct CalibrateArguments {
+    /// A Hugging Face directory or a GGUF file
+    #[arg(long)]
+    model: PathBuf,
+    /// A PEFT adapter for it
+    #[arg(long)]
+    adapter: Option<PathBuf>,
+    #[arg(long)]
+    data: PathBuf,
+    /// The importance matrix, as llama-imatrix writes it
+    #[arg(long)]
+    out: PathBuf,
+    /// Longer records are cut
+    #[arg(long, default_value_t = 512)]
+    sequence_tokens_max: u32,
+    /// Records behind these tokens are left out; sums hardly change any more
+    #[arg(long, default_value_t = 65_536)]
+    tokens_max: usize,
+}
+
+impl CalibrateArguments {
+    /// Writes the file, and returns its path and the tokens that it was measured on.
+    pub fn run(&self) -> Result<(&Path, usize), ParticipantError> {
+        let source = model::source::open(&self.model)?;
+        let adapter = match &self.adapter {
+            Some(directory) => Adapter::load(directory, source.config())?,
+            None => Adapter::none(),
+        };
+        let records = read_records(&self.data, &Columns::default())?;
+        let sequences = encode_records(&records, &Encoder(source.tokenizer()), self.sequence_tokens_max)?;
+        let mut tokens = 0;
+        let sequences = sequences.iter().map(|sequence| sequence.tokens().to_vec()).take_while(|sequence| {
+            let room = tokens < self.tokens_max;
+            tokens += sequence.len();
+            room
+        });
+        let sequences: Vec<Vec<u32>> = sequences.collect();
+        let walk = Walk::with_adapter(&*source, adapter, &sequences)?;
+        // The name of the device's file stays with the device.
+        let mut imatrix = measure(walk)?;
+        imatrix.datasets.push("a device's records".to_owned());
+        imatrix.write(&self.out).map_err(|error| ParticipantError::Usage(format!("failed to {error}")))?;
+        Ok((&self.out, sequences.iter().map(Vec::len).sum()))
+    }
+}
+
+/// Takes a text through a model.
+fn measure(mut walk: Walk<'_>) -> Result<Imatrix, ParticipantError> {
+    let mut imatrix = Imatrix::default();
+    for block in 0..walk.config().blocks {
+        let columns = LayerInput::ALL.map(|input| input.columns(walk.config()));
+        let mut sums = columns.map(|columns| vec![0f32; columns]);
+        let mut tokens = 0;
+        walk.step(|inputs| {
+            for (input, sums) in LayerInput::ALL.into_iter().zip(&mut sums) {
+                let x = input.of(&inputs);
+                for row in x.chunks_exact(sums.len()) {
+                    sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x * x);
+                }
+            }
+            tokens += inputs.attention.len() / columns[0];
+        })?;
+        for (input, sums) in LayerInput::ALL.into_iter().zip(&sums) {
+            for layer in input.layers() {
+                let name = gguf_tensor_name(&format!("model.layers.{block}.{layer}.weight"));
+                imatrix
+                    .add(&name, sums, tokens as f32)
+                    .map_err(|error| ParticipantError::Usage(format!("{name}: failed to {error}")))?;
+            }
+        }
+    }
+    Ok(imatrix)
+}
