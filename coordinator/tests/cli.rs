@@ -126,6 +126,33 @@ fn what_no_run_holds_is_not_shown_and_not_exported() {
 }
 
 #[test]
+fn what_cannot_be_quantized_as_asked_is_named() {
+    let desk = Desk::new();
+    desk.check_works("export runs/smoke --format gguf:q8_0 --out exports");
+    desk.write("short.txt", "too short");
+    let model = "quantize exports/model-q8_0.gguf --out out";
+    let cases: [(&str, &[&str]); 9] = [
+        ("quantize none --format gguf:q4_0 --out out", &["none", "check the path"]),
+        (&format!("{model} --format peft"), &["has no adapter"]),
+        (&format!("{model} --format gguf:f16 --adapter none"), &["none/adapter_config.json", "check the path"]),
+        (&format!("{model} --budget 60"), &["`60`", "60MB"]),
+        (&format!("{model} --budget 10KB"), &["10000 bytes", "allow that much"]),
+        (&format!("{model} --format gguf:q4_0 --calibrate none.txt"), &["none.txt", "check the path"]),
+        (&format!("{model} --format gguf:q4_0 --calibrate short.txt"), &["short.txt", "fewer than 16 tokens"]),
+        (&format!("{model} --format gguf:q4_0 --imatrix exports/model-q8_0.gguf"), &["model-q8_0.gguf", "importance"]),
+        (&format!("{model} --format gguf:q4_0 --imatrix none.gguf"), &["none.gguf"]),
+    ];
+    for (arguments, expected) in cases {
+        desk.check_fails(arguments, expected);
+    }
+    assert!(!desk.path("out").exists());
+    let lossy = format!("{model} --format gguf:q4_0 --limit-kl 0.000000001");
+    desk.check_fails(&lossy, &["out/model-q4_0.gguf", "beyond the limit", "--limit-kl"]);
+    desk.check_works("quantize exports/model-q8_0.gguf --format gguf:q4_0 --budget 60% --out kept");
+    assert!(desk.path("kept/model-q4_0.gguf").exists() && desk.path("kept/model-budget.gguf").exists());
+}
+
+#[test]
 fn an_unknown_model_lists_the_catalogue() {
     let expected = ["the model \"gpt-5\"", "the catalogue has", "smollm2-135m-instruct", "Apache-2.0"];
     Desk::new().check_fails("fetch gpt-5", &expected);

@@ -36,7 +36,22 @@ fn data_that_cannot_be_read_is_named_with_its_line() {
     for (file, expected) in cases {
         desk.check_fails(&format!("train smoke.toml --out out --data {file}"), expected);
         desk.check_fails(&format!("evaluate --model hf --data {file}"), expected);
+        desk.check_fails(&format!("calibrate --model hf --out matrix.gguf --data {file}"), expected);
     }
+    assert!(!desk.path("matrix.gguf").exists());
+}
+
+#[test]
+fn an_importance_matrix_is_sums_alone() {
+    let desk = Desk::new();
+    desk.check_works("calibrate --model hf --data data.jsonl --out matrix.gguf");
+    let matrix = quant::Imatrix::open(&desk.path("matrix.gguf")).unwrap();
+    assert_eq!(matrix.matrices().count(), 4 * 7);
+    let columns = matrix.columns("blk.0.attn_q.weight").unwrap();
+    // Gains of a random model are one, and a norm makes the mean square one.
+    assert!((columns.iter().sum::<f32>() / columns.len() as f32 - 1.0).abs() < 1e-2);
+    let bytes = fs::read(desk.path("matrix.gguf")).unwrap();
+    assert!(!bytes.windows(10).any(|window| window == b"data.jsonl"), "the data's file name left the device");
 }
 
 #[test]

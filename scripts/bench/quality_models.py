@@ -118,7 +118,7 @@ def wide(out, seconds):
     while (done := (time.monotonic() - begun) / seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - 0.9 * done)
-        starts = torch.randint(len(data) - CONTEXT - 1, (8,))
+        starts = torch.randint(len(data) - CONTEXT - 1, (4,))
         value = loss(torch.stack([data[start : start + CONTEXT + 1] for start in starts]))
         optimizer.zero_grad()
         value.backward()

@@ -115,7 +115,7 @@ impl Reader {
         let length = usize::try_from(length)
             .map_err(|_| self.malformed(format!("tensor `{name}` does not fit in this machine's memory")))?;
         bytes.resize(length, 0);
-        read_exact_at(&self.file, bytes, start).map_err(|source| Error::Io { path: self.path.clone(), source })
+        self.read_at(start, bytes)
     }
 
     fn read_blocks(&self, name: &str) -> Result<(BlockType, Vec<u8>), Error> {
@@ -130,13 +130,21 @@ impl Reader {
         // The sum cannot wrap: `open` has compared it with the length of the file.
         let start = self.data_start + info.offset;
         let mut bytes = vec![0; byte_len];
-        match &self.data {
-            Data::File(file) => read_exact_at(file, &mut bytes, start)
-                .map_err(|source| Error::Io { path: self.path.clone(), source })?,
-            // `parse` has compared the end with the length of the file.
-            Data::Memory(all) => bytes.copy_from_slice(&all[start as usize..][..byte_len]),
-        }
+        self.read_at(start, &mut bytes)?;
         Ok((ty, bytes))
+    }
+
+    /// The caller has found that the data reaches so far.
+    fn read_at(&self, start: u64, to: &mut [u8]) -> Result<(), Error> {
+        match &self.data {
+            Data::File(file) => {
+                read_exact_at(file, to, start).map_err(|source| Error::Io { path: self.path.clone(), source })
+            }
+            Data::Memory(all) => {
+                to.copy_from_slice(&all[start as usize..][..to.len()]);
+                Ok(())
+            }
+        }
     }
 }
 
