@@ -220,7 +220,8 @@ struct FileArguments {
     /// What the search measures activations on: text that the model writes (`self`), a text file, or `none`
     #[arg(long, default_value = "self", value_name = "self|none|FILE")]
     calibrate: String,
-    /// Importance matrices in GGUF, as llama-imatrix and `participant calibrate` write them; several are added up
+    /// Importance matrices in GGUF, as llama-imatrix and `participant calibrate` write them; several are added up, and
+    /// `federated` stands for all of the devices' in RUN/imatrix/
     #[arg(long, value_delimiter = ',', value_name = "FILE")]
     imatrix: Vec<PathBuf>,
     #[arg(long)]

@@ -39,7 +39,8 @@ pub struct Options {
     pub method: Method,
     /// What [`Method::Search`] measures activations on.
     pub calibration: Calibration,
-    /// Importance matrices, whose sums are added up; none for an export without.
+    /// Importance matrices, whose sums are added up; none for an export without. The single path `federated` stands for all
+    /// files in the run's directory `imatrix/`.
     pub imatrix: Vec<PathBuf>,
     /// Replace files that are there.
     pub force: bool,
@@ -94,8 +95,32 @@ pub fn export(
     check_digest(experiment, &*base)?;
     let adapter = Adapter::load(&run.round_path(round).join("adapter"), base.config())?;
     let name = format!("{}, round {round}", experiment.name);
+    let mut options = options.clone();
+    if options.imatrix == [Path::new(FEDERATED)] {
+        options.imatrix = federated_imatrix(&run)?;
+    }
     let job = Job { base: &*base, base_name: base_name(experiment), adapter: &adapter, name, seed: experiment.seed };
-    job.write(formats, options, out)
+    job.write(formats, &options, out)
+}
+
+/// In place of importance matrices: those in the run directory.
+const FEDERATED: &str = "federated";
+
+/// The devices' files, in order of their names.
+fn federated_imatrix(run: &RunDirectory) -> Result<Vec<PathBuf>, ExportError> {
+    let directory = run.path().join("imatrix");
+    let entries = match fs::read_dir(&directory) {
+        Ok(entries) => entries.collect::<Result<Vec<_>, _>>().map_err(ExportError::io(&directory))?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(ExportError::io(&directory)(error)),
+    };
+    let mut files: Vec<PathBuf> = entries.into_iter().map(|entry| entry.path()).collect();
+    files.retain(|file| file.extension().is_some_and(|extension| extension == "gguf"));
+    files.sort();
+    if files.is_empty() {
+        return Err(ExportError::NoImatrix { directory });
+    }
+    Ok(files)
 }
 
 /// The same for a model that nobody trained here: a Hugging Face directory or a GGUF file.
@@ -406,6 +431,11 @@ pub enum ExportError {
     Budget { found: String },
     #[error("keep to a budget of {bytes_max} bytes: the smallest choice of types takes {bytes_min}; allow that much")]
     SmallBudget { bytes_max: u64, bytes_min: u64 },
+    #[error(
+        "use the devices' importance matrices: {} holds none; put there what `participant calibrate` writes on each device",
+        directory.display()
+    )]
+    NoImatrix { directory: PathBuf },
     #[error("use the importance matrix {}: {what}; collect it on this model", path.display())]
     OtherImatrix { path: PathBuf, what: String },
     #[error("calibrate on {}: {what}; give another text", path.display())]

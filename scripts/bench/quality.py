@@ -59,19 +59,14 @@ class Model:
 
     def own_texts(self, chunks):
         """Samples of the model itself, in f32: it was trained on no text that is at hand."""
-        for path, seeds, tokens in [
-            (self.text, range(1000, 1000 + chunks + 2), 250),
-            (self.calibration, range(2000, 2030), 250),
-        ]:
-            if path.exists() and path.read_text().count("\n\n\n") >= len(seeds):
+        self.text = self.path.with_suffix(f".{chunks}.txt")
+        for path, seeds in [(self.text, range(1000, 1000 + chunks + 2)), (self.calibration, range(2000, 2030))]:
+            if path.exists():
                 continue
             figures.told(f"   {path.name}: {self.name} writes {len(seeds)} texts")
-            texts = [
-                run("participant", "generate", "--model", self.path, "--prompt", "", "--raw", "--max-tokens", tokens,
-                    "--temperature", 1, "--seed", seed).stdout.strip()
-                for seed in seeds
-            ]  # fmt: skip
-            path.write_text("".join(text + "\n\n\n" for text in texts))
+            command = ["participant", "generate", "--model", self.path, "--prompt", "", "--raw", "--max-tokens", 250,
+                       "--temperature", 1, "--seed"]  # fmt: skip
+            path.write_text("\n".join(run(*command, seed).stdout.strip() for seed in seeds) + "\n")
 
     def repository_texts(self, keep):
         """To measure: this repository's prose. To calibrate: what the adapter was trained on."""

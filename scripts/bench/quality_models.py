@@ -41,7 +41,7 @@ def stories(data, out):
     for name, stacked in by_block.items():
         tensors |= {f"blk.{i}.{name}": stacked[i] for i in range(blocks)}
     types = [2, 3, 3] + [6] * 256 + [1] * (vocabulary - 259)
-    write(out, (width, ffn, blocks, heads, kv_heads, context, 1e-5), tensors, "llama", tokens, types, scores=scores, bos=1, eos=2)
+    write(out, (width, ffn, blocks, heads, kv_heads, context, 1e-5), tensors, tokens, types, scores)
 
 
 def tokenizer(data, at, count):
@@ -73,12 +73,14 @@ def wide(out, seconds):
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     held_out = [file for i, file in enumerate(files) if i % 10 == 3]
     text = b"".join(file.read_bytes() for file in files if file not in held_out)
-    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    # Token 259 is the space, which SentencePiece writes as another letter; other bytes follow three special tokens.
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long() + 3
+    data[data == 3 + ord(" ")] = 259
 
     def parameter(*shape, std=0.02):
         return torch.nn.Parameter(torch.randn(*shape) * std)
 
-    embedding, final_norm = parameter(257, WIDTH), torch.nn.Parameter(torch.ones(WIDTH))
+    embedding, final_norm = parameter(260, WIDTH), torch.nn.Parameter(torch.ones(WIDTH))
     shapes = {"attn_q": (WIDTH, WIDTH), "attn_k": (WIDTH, WIDTH), "attn_v": (WIDTH, WIDTH), "attn_output": (WIDTH, WIDTH)}
     shapes |= {"ffn_gate": (FFN, WIDTH), "ffn_up": (FFN, WIDTH), "ffn_down": (WIDTH, FFN)}
     blocks = [
@@ -119,7 +121,9 @@ def wide(out, seconds):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - 0.9 * done)
         starts = torch.randint(len(data) - CONTEXT - 1, (4,))
-        value = loss(torch.stack([data[start : start + CONTEXT + 1] for start in starts]))
+        windows = torch.stack([data[start : start + CONTEXT + 1] for start in starts])
+        windows[:, 0] = 1
+        value = loss(windows)
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -131,21 +135,16 @@ def wide(out, seconds):
     tensors = {"token_embd": embedding, "output_norm": final_norm}
     tensors |= {f"blk.{i}.{name}": p for i, block in enumerate(blocks) for name, p in block.items()}
     tensors = {name: p.detach().numpy() for name, p in tensors.items()}
-    tokens = [letter.encode() for letter in byte_letters()] + [b"<|endoftext|>"]
-    write(out, (WIDTH, FFN, BLOCKS, HEADS, HEADS, CONTEXT, 1e-5), tensors, "gpt2", tokens, [1] * 256 + [3], bos=256, eos=256)
+    tokens = [b"<unk>", b"<s>", b"</s>"] + [b"<0x%02X>" % byte for byte in range(256)] + ["\u2581".encode()]
+    shape = (WIDTH, FFN, BLOCKS, HEADS, HEADS, CONTEXT, 1e-5)
+    write(out, shape, tensors, tokens, [2, 3, 3] + [6] * 256 + [1], [0.0] * 260)
     plain = [file.read_text("utf-8", "ignore") for file in held_out]
     Path(out).with_suffix(".txt").write_text("".join(plain)[:24_000])
     Path(out).with_suffix(".calibration.txt").write_text(text[:40_000].decode("utf-8", "ignore"))
 
 
-def byte_letters():
-    """GPT-2's letters for the 256 bytes."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = iter(range(256, 512))
-    return [chr(byte) if byte in shown else chr(next(hidden)) for byte in range(256)]
-
-
-def write(out, shape, tensors, model, tokens, types, bos, eos, scores=None):
+def write(out, shape, tensors, tokens, types, scores):
+    """A file with a SentencePiece vocabulary; gguf's writer leaves empty lists out, which byte-level ones would need."""
     width, ffn, blocks, heads, kv_heads, context, epsilon = shape
     file = gguf.GGUFWriter(out, "llama")
     file.add_context_length(context)
@@ -157,17 +156,15 @@ def write(out, shape, tensors, model, tokens, types, bos, eos, scores=None):
     file.add_layer_norm_rms_eps(epsilon)
     file.add_rope_dimension_count(width // heads)
     file.add_vocab_size(len(tokens))
-    file.add_tokenizer_model(model)
+    file.add_tokenizer_model("llama")
     file.add_token_list(tokens)
     file.add_token_types(types)
-    if scores:
-        file.add_token_scores(scores)
-    else:
-        file.add_tokenizer_pre("gpt-2")
-        file.add_token_merges([])
-    file.add_bos_token_id(bos)
-    file.add_eos_token_id(eos)
-    file.add_add_bos_token(model == "llama")
+    file.add_token_scores(scores)
+    file.add_bos_token_id(1)
+    file.add_eos_token_id(2)
+    file.add_unk_token_id(0)
+    file.add_add_bos_token(True)
+    file.add_add_space_prefix(False)
     for name, values in tensors.items():
         file.add_tensor(f"{name}.weight", np.ascontiguousarray(values, np.float32))
     file.write_header_to_file()

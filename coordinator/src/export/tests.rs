@@ -548,3 +548,33 @@ fn a_budget_is_kept_to_and_spent_where_it_saves_most() {
     let small = budget::choose(&merged, "m", Budget::Bytes(metadata + 1), 1).unwrap_err().to_string();
     assert!(small.contains("allow that much"), "{small}");
 }
+
+#[test]
+fn the_devices_matrices_add_up() {
+    let run = Run::new();
+    let federated =
+        Options { imatrix: vec!["federated".into()], check: Checks::Skip, force: true, ..Options::default() };
+    let formats = [Format::Gguf(Mix::Q4_0)];
+    let written = |options: &Options| {
+        let [exported] = export(run.directory.path(), None, &formats, options, &run.out())?.try_into().unwrap();
+        Ok::<_, ExportError>(fs::read(exported.path).unwrap())
+    };
+    let none = written(&federated).unwrap_err().to_string();
+    assert!(none.contains("imatrix holds none") && none.contains("participant calibrate"), "{none}");
+
+    let (devices, name) = (run.directory.path().join("imatrix"), "blk.0.attn_q.weight");
+    fs::create_dir(&devices).unwrap();
+    let mut sum = Imatrix::default();
+    for device in 0..3 {
+        let squares: Vec<f32> = (0..64).map(|i| ((i * 7 + device * 5) % 11) as f32).collect();
+        let mut one = Imatrix::default();
+        one.add(name, &squares, 1.0 + device as f32).unwrap();
+        one.write(&devices.join(format!("{device}.gguf"))).unwrap();
+        sum.merge(&one).unwrap();
+    }
+    let path = run.root.path().join("sum.gguf");
+    sum.write(&path).unwrap();
+    let together = written(&federated).unwrap();
+    assert_eq!(together, written(&Options { imatrix: vec![path], ..federated.clone() }).unwrap());
+    assert_ne!(together, written(&Options { imatrix: Vec::new(), ..federated }).unwrap());
+}
