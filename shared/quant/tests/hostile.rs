@@ -77,7 +77,8 @@ fn read(bytes: Vec<u8>) -> Result<(), Error> {
 /// Sound files for a fuzzer to begin with.
 fn write_seeds(directory: &Path, small: &[u8]) {
     std::fs::write(directory.join("model"), small).unwrap();
-    let mut imatrix = Imatrix { datasets: vec!["d".to_owned()], ..Default::default() };
+    let mut imatrix = Imatrix::default();
+    imatrix.datasets.push("d".to_owned());
     imatrix.add("blk.0.attn_q.weight", &[1.0, 2.0], 3.0).unwrap();
     imatrix.write(&directory.join("imatrix")).unwrap();
 }
