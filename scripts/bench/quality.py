@@ -1,6 +1,6 @@
 """quality.sh's measurements: quantizes each model with both programs and has llama-perplexity compare all files with F32.
 
-    quality.py --llama DIR --keep DIR [--quick] [--only FIGURE]
+    quality.py --llama DIR --keep DIR [--quick] [--only FIGURE] [--model NAME]
 
 Needs coordinator and participant on the PATH, and gguf, numpy and safetensors. Records figures as scripts/check/figures.py
 does. A loss is the mean KL divergence of a file's predictions from those of F32, in nats per token.
@@ -32,6 +32,7 @@ def main():
     parser.add_argument("--keep", required=True, type=Path)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only")
+    parser.add_argument("--model", help="the only one to measure figure 2 on: stories15M, wide, or SmolLM2+LoRA")
     arguments = parser.parse_args()
     bench = Bench(arguments.llama, arguments.keep / "files")
     keep = arguments.keep
@@ -39,7 +40,7 @@ def main():
     stories.own_texts(chunks=10 if arguments.quick else 40)
     wide = Model("wide", keep / "wide.gguf", 256)
     models = [stories, wide]
-    if not arguments.quick:
+    if not arguments.quick and arguments.model in (None, "SmolLM2+LoRA"):
         smol = Model("SmolLM2+LoRA", keep / "smollm2.gguf", 512)
         smol.repository_texts(keep)
         models.append(smol)
@@ -48,6 +49,8 @@ def main():
         opens_everywhere(bench, stories if arguments.quick else wide, mixes)
     if arguments.only in (None, "2"):
         for model in models:
+            if arguments.model not in (None, model.name):
+                continue
             loses_less(bench, model, mixes, arguments.quick)
 
 
