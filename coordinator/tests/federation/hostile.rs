@@ -67,7 +67,7 @@ fn frame(header: &TensorHeader, values: &[f32]) -> Vec<u8> {
 
 /// A guard against hanging, and no measure of anything.
 async fn within_a_minute<T>(what: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(60), what).await.expect("somebody waits for ever")
+    tokio::time::timeout(Duration::from_secs(600), what).await.expect("somebody waits for ever")
 }
 
 fn check_closed(error: &NetError, expected: CloseCode, complaint: &str) {

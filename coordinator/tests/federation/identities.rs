@@ -44,7 +44,7 @@ struct Teller(UnboundedSender<Happened>);
 
 /// A guard against hanging, and no measure of anything.
 async fn within_a_minute<T>(what: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(60), what).await.expect("somebody waits for ever")
+    tokio::time::timeout(Duration::from_secs(600), what).await.expect("somebody waits for ever")
 }
 
 fn check_refused(ended: Result<String, ParticipantError>, complaint: &str) {
