@@ -457,7 +457,7 @@ fn who_rejoins_trains_again_from_the_next_start() {
             (4, update("bert", 1), vec![accept("bert", 1)]),
             // Who has delivered may come and go.
             (5, departed("bert"), vec![]),
-            (6, joined("bert"), vec![]),
+            (6, joined("bert"), vec![resume("bert", 1)]),
             (7, update("bert", 1), vec![refuse("bert", 1, Refusal::Duplicate)]),
             (8, update("cleo", 1), vec![accept("cleo", 1), aggregate(1, "bert cleo"), start(2, "anna bert cleo")]),
         ],

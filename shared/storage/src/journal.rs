@@ -15,6 +15,9 @@ const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 44;
 const RECORD_HEADER_BYTES: usize = 8;
 
+/// A journal to go on with, and its records so far.
+pub type Opened = (Journal, Vec<Vec<u8>>);
+
 pub struct Journal {
     disk: Disk,
     path: PathBuf,
@@ -45,7 +48,7 @@ impl Journal {
 
     /// The journal at `path` and its whole records, if there is one of this `identity`. What follows the last whole record
     /// was being written at a crash, or is damaged: it is cut off.
-    pub fn open(disk: &Disk, path: &Path, identity: &Identity) -> Result<Option<(Self, Vec<Vec<u8>>)>, StorageError> {
+    pub fn open(disk: &Disk, path: &Path, identity: &Identity) -> Result<Option<Opened>, StorageError> {
         let (file, bytes) = match disk.open(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             opened => opened.map_err(StorageError::read(path))?,

@@ -13,7 +13,7 @@ mod pack;
 pub use disk::{Disk, Fault, Operation};
 pub use error::StorageError;
 pub use generations::{Generation, Generations};
-pub use journal::{Journal, RECORD_BYTES_MAX};
+pub use journal::{Journal, Opened, RECORD_BYTES_MAX};
 pub use pack::{pack, unpack};
 
 /// What a file belongs to: a journal or a snapshot of anything else is not read.
