@@ -42,7 +42,8 @@ fn hostile_files_are_refused_or_read_whole_within_twice_their_size() {
             Ok(()) => valid += 1,
             Err(error) => {
                 let message = error.to_string();
-                assert!(message.contains("memory.gguf") && message.len() < 1000, "mutation {seed}: {message}");
+                // The longest legal name of a key is 1,024 letters.
+                assert!(message.contains("memory.gguf") && message.len() < 1300, "mutation {seed}: {message}");
             }
         }
     }

@@ -283,7 +283,11 @@ impl<R: Read> Source<'_, R> {
 
     fn name(&mut self, inside: Arguments<'_>, limit: u64) -> Result<String, Error> {
         let name = self.string(inside, limit)?;
-        if is_name(&name) { Ok(name) } else { Err(self.malformed(format!("{inside} is not visible ASCII: {name:?}"))) }
+        if is_name(&name) {
+            return Ok(name);
+        }
+        let beginning: String = name.chars().take(40).collect();
+        Err(self.malformed(format!("{inside} is not visible ASCII: {beginning:?}")))
     }
 
     fn string(&mut self, inside: Arguments<'_>, limit: u64) -> Result<String, Error> {
