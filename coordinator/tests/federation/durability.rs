@@ -8,6 +8,7 @@ use coordinator::journal::Settings;
 use model::Adapter;
 use participant::session::Keep;
 use storage::{Disk, Fault, Operation};
+use tokio::task::JoinSet;
 
 use crate::world::{World, run_to_the_end};
 
@@ -31,20 +32,22 @@ fn failing_disk(at: usize, errno: i32, torn: bool, count: Arc<AtomicUsize>) -> D
 async fn run_over(world: &World, settings: &Settings, keep: impl Fn(&str) -> Keep) -> usize {
     for stops in 0..20 {
         let coordinator = world.coordinator_with(settings.clone());
-        let mut joined = Vec::new();
+        let mut devices = JoinSet::new();
         for name in TWO {
             let (mut participant, _) = world.participant(name);
             participant.keep = Some(keep(name));
-            joined.push(coordinator.join(participant).await);
+            let joined = coordinator.join(participant).await;
+            devices.spawn(async move { usize::from(joined.await.unwrap().1.is_err()) });
+        }
+        let mut stopped = 0;
+        while stopped == 0
+            && let Some(device) = devices.join_next().await
+        {
+            stopped += device.unwrap();
         }
         // A device that its own disk has stopped leaves the others waiting for it.
-        let (ended, stopped) = tokio::join!(coordinator.end(), async {
-            let mut stopped = 0;
-            for joined in joined {
-                stopped += usize::from(joined.await.unwrap().1.is_err());
-            }
-            stopped
-        });
+        let ended = if stopped > 0 { coordinator.stop().await } else { coordinator.end().await };
+        while devices.join_next().await.is_some() {}
         if let (Ok(_), 0) = (ended, stopped) {
             return stops;
         }

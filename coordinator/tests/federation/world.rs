@@ -178,7 +178,8 @@ impl Coordinator {
     }
 
     pub async fn stop(self) -> Result<Ended, RunError> {
-        self.stop.send(()).unwrap();
+        // It may have ended by itself.
+        let _ = self.stop.send(());
         self.ended.await.unwrap()
     }
 }
