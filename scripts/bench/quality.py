@@ -180,6 +180,7 @@ def opens_everywhere(bench, model, mixes):
 
 def perplexity(model, path, base):
     """By our program, over the very tokens that llama-perplexity scored: the second half of each window."""
+    import gguf
     import numpy as np
     from safetensors.numpy import load_file
 
@@ -188,6 +189,11 @@ def perplexity(model, path, base):
     tokens = np.frombuffer(head, np.int32, context * chunks, 20).reshape(chunks, context)
     prompts, logits = path.with_suffix(".jsonl"), path.with_suffix(".logits")
     nats, count = 0.0, 0
+    # Where a text begins with a token of its own, each window's first one is replaced by it, though the file says otherwise.
+    fields = gguf.GGUFReader(model.path).fields
+    if "tokenizer.ggml.add_bos_token" in fields and fields["tokenizer.ggml.add_bos_token"].contents():
+        tokens = tokens.copy()
+        tokens[:, 0] = fields["tokenizer.ggml.bos_token_id"].contents()
     for window in tokens:
         prompts.write_text(json.dumps({"tokens": window.tolist()}) + "\n")
         run("participant", "logits", "--model", path, "--prompts", prompts, "--out", logits)
