@@ -25,7 +25,7 @@ export CARGO_PROFILE_DEV_OPT_LEVEL=2 CARGO_PROFILE_DEV_DEBUG=line-tables-only
 check() {
     local name=$1 paths=$2 log=$work/${1%% *}.log status=0
     say "== $name"
-    "${@:3}" -p kernels --lib --test kernels --no-fail-fast -- --show-output "${filter[@]}" > "$log" 2>&1 || status=$?
+    "${@:3}" -p kernels --lib --test kernels --test allocations --no-fail-fast -- --show-output "${filter[@]}" > "$log" 2>&1 || status=$?
     [ $status = 0 ] || tail -n 60 "$log" >&2
     python3 scripts/check/kernels.py "$name" "$log" "$status" "$paths"
 }

@@ -61,7 +61,7 @@ fn all_logits(session: &mut Session, tokens: &[u32]) -> Vec<Vec<f32>> {
 fn batches_single_tokens_paths_and_threads_agree() {
     let shapes: &[(usize, usize, usize)] =
         if cfg!(miri) { &[(2, 1, 6)] } else { &[(6, 2, 6), (4, 4, 16), (3, 1, 48), (2, 1, 80)] };
-    let lengths: &[usize] = if cfg!(miri) { &[19] } else { &[1, 17, 150] };
+    let lengths: &[usize] = if cfg!(miri) { &[3] } else { &[1, 17, 150] };
     for &(heads, kv_heads, head_size) in shapes {
         let decoder = decoder(heads, kv_heads, head_size, 2);
         for &length in lengths {
@@ -69,7 +69,7 @@ fn batches_single_tokens_paths_and_threads_agree() {
             let mut expected: Option<Vec<Vec<f32>>> = None;
             for path in Path::available() {
                 let mut of_path = None;
-                for threads in [1, 2, 3] {
+                for threads in if cfg!(miri) { 1..=2 } else { 1..=3 } {
                     let engine = Engine::new(path, threads, false);
                     let mut session = Session::new(&engine, &decoder, length);
                     let batch = all_logits(&mut session, &tokens);

@@ -7,7 +7,7 @@ use crate::simd::Simd;
 
 #[test]
 fn halves_are_what_their_bits_say() {
-    for half in 0..=u16::MAX {
+    for half in (0..=u16::MAX).step_by(if cfg!(miri) { 97 } else { 1 }) {
         let (sign, exponent, fraction) = (half >> 15, i32::from(half >> 10 & 31), f64::from(half & 0x3ff) / 1024.0);
         let magnitude = match exponent {
             0 => fraction * 2f64.powi(-14),
