@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use experiment::{Experiment, Seed};
-use model::source::gguf_metadata;
+use model::source::{gguf_metadata, gguf_tensor_name};
 use model::{Adapter, AdapterConfig};
+use quant::BlockType;
 use quant::gguf::Writer;
 use safetensors::{Dtype, tensor::TensorView};
 use tempfile::TempDir;
@@ -125,6 +126,29 @@ fn a_damaged_model_is_named_with_what_is_wrong() {
     for (model, expected) in cases {
         desk.check_fails(&format!("generate --model {model} --prompt hi"), expected);
         desk.check_fails(&format!("evaluate --model {model} --data data.jsonl"), expected);
+    }
+}
+
+#[test]
+fn the_integer_engine_measures_a_quantized_file_and_refuses_what_it_cannot_run() {
+    let desk = Desk::new();
+    desk.weights("weights.gguf");
+    let measured = desk.check_works("bench infer --model weights.gguf --prompt-tokens 9 --tokens 4 --rounds 1 --json");
+    let measured: serde_json::Value = serde_json::from_str(&measured).unwrap();
+    for key in ["load_ms", "prompt_tokens_per_s", "decode_tokens_per_s", "bandwidth_share"] {
+        assert!(measured[key].as_f64().unwrap() > 0.0, "{key}: {measured}");
+    }
+    desk.write("tensorless.gguf", desk.gguf());
+    desk.save_adapter("adapter", SMOKE);
+    let cases: [(&str, &[&str]); 5] = [
+        ("bench infer --model tensorless.gguf", &["tensorless.gguf", "no tensor `token_embd.weight`"]),
+        ("bench infer --model nowhere.gguf", &["nowhere.gguf", "No such file"]),
+        ("bench infer --model weights.gguf --tokens 9999", &["9999 tokens", "context of 2048"]),
+        ("generate --model hf --prompt hi --engine integer", &["hf is a directory", "takes a GGUF file"]),
+        ("generate --model hf --prompt hi --engine integer --adapter adapter", &["no adapter", "--engine float"]),
+    ];
+    for (arguments, expected) in cases {
+        desk.check_fails(arguments, expected);
     }
 }
 
@@ -253,6 +277,27 @@ impl Desk {
         let path = self.path("header.gguf");
         Writer::create(&path, gguf_metadata(source.config(), "smoke")).unwrap().finish().unwrap();
         fs::read(path).unwrap()
+    }
+
+    /// The model's weights, quantized where rows are whole blocks, without a tokenizer.
+    fn weights(&self, name: &str) {
+        let source = model::source::of_experiment(&smoke(SMOKE)).unwrap();
+        let mut header = gguf_metadata(source.config(), "smoke");
+        let ty = |shape: &[usize]| match shape {
+            [_, columns] if columns.is_multiple_of(32) => BlockType::Q8_0,
+            [_, _] => BlockType::F16,
+            _ => BlockType::F32,
+        };
+        for info in source.tensors() {
+            header.add_tensor(&gguf_tensor_name(&info.name), &info.shape, ty(&info.shape)).unwrap();
+        }
+        let mut writer = Writer::create(&self.path(name), header).unwrap();
+        for info in source.tensors() {
+            let values = source.tensor(&info.name, &info.shape).unwrap();
+            let bytes = quant::quantize(ty(&info.shape), &values).unwrap();
+            writer.write_tensor(&gguf_tensor_name(&info.name), &bytes).unwrap();
+        }
+        writer.finish().unwrap();
     }
 
     fn save_adapter(&self, name: &str, experiment: &str) {
