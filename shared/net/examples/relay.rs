@@ -156,14 +156,12 @@ impl Relay {
     }
 
     /// Decides what becomes of a datagram, and sends it, now or later.
-    async fn disturb<F: Future<Output = ()> + Send>(
+    async fn disturb<F: Future<Output = ()> + Send + 'static>(
         self: &Arc<Self>,
         direction: usize,
         mut datagram: Vec<u8>,
         send: impl Fn(Arc<Self>, Vec<u8>) -> F + Send + 'static + Clone,
-    ) where
-        F: 'static,
-    {
+    ) {
         let Faults { loss, duplicate, reorder, flip, delay_ms: [least, most], blackout_s, .. } = self.faults.clone();
         let at = self.begun.elapsed().as_secs_f64();
         if blackout_s.is_some_and(|[from, length]| (from..from + length).contains(&at)) {
