@@ -7,7 +7,7 @@ import time
 
 from federation import Site, calm, figures
 
-ROUNDS, STEPS = 60, 20
+ROUNDS, STEPS = 30, 20
 SMALL, LARGE = "8m", "256m"
 GOES_ON_S = 5
 
