@@ -2,9 +2,9 @@
 //!
 //! Jobs of several participants interleave; the [`Barrier`] and each member's own count of steps say which may run. What
 //! is waiting is computed together, in one pass over the base, each micro-batch with its own adapter: nobody waits for
-//! others to come, and nobody's result depends on who was there. The
-//! thread never sees a socket or a clock that decides anything (it measures how long it computes, no more). A job that
-//! belongs to a round that is over is answered [`BodyError::Stale`].
+//! others to come, and nobody's result depends on who was there. The thread never sees a socket or a clock that decides
+//! anything (it measures how long it computes, no more). A job that belongs to a round that is over is answered
+//! [`BodyError::Stale`].
 //!
 //! A commit is in the [`Journal`] before it is answered. A member that has lost its connection goes on with the step that
 //! it has not committed, and may repeat the one before, of which it may not have had the answer: it gets the same again,

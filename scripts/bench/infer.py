@@ -18,18 +18,12 @@ import tempfile
 from pathlib import Path
 
 import figures
+from greedy import PROMPTS
 
 TYPES = ("q4_0", "q4_1", "q8_0", "q4_k_m", "q6_k", "tq2_0")
 POSITIONS = 2000
 # Characters of a piece of text: some 450 tokens.
 PIECE = 1800
-PROMPTS = (
-    "The capital of France is",
-    "Water boils at a temperature of",
-    "The three primary colors are",
-    "The opposite of hot is",
-    "A coordinator is someone who",
-)
 
 
 def main():
