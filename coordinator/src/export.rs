@@ -454,7 +454,7 @@ pub enum ExportError {
     #[error(transparent)]
     Run(#[from] experiment::Error),
     /// The base model or the round's adapter.
-    #[error(transparent)]
+    #[error("use the model: {0}")]
     Model(#[from] ModelError),
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
