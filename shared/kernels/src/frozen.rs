@@ -6,6 +6,9 @@
 
 use crate::simd::{LANES_MAX, Simd, from_bf16, to_bf16};
 
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
 /// How the numbers of a frozen matrix are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WeightType {
@@ -97,6 +100,30 @@ impl Frozen {
                     products::<S, _>(&Int8(numbers.as_ptr(), scales.as_ptr()), rows, self.columns, x, to);
                 }
             }
+        }
+    }
+
+    /// Asks for share `i` of `shares` of a panel's cache lines.
+    ///
+    /// # Safety
+    /// The CPU has `S`; the panel lies within this matrix.
+    #[inline(always)]
+    pub(crate) unsafe fn prefetch<S: Simd>(&self, panel: &Panel, i: usize, shares: usize) {
+        let (start, bytes): (*const u8, usize) = match &self.numbers {
+            Numbers::F32(numbers) => (numbers.as_ptr().cast(), 4),
+            Numbers::Bf16(numbers) => (numbers.as_ptr().cast(), 2),
+            Numbers::Int8(numbers, _) => (numbers.as_ptr().cast(), 1),
+        };
+        let (row, rows, column, columns) = match panel.transposed {
+            true => (panel.column, panel.columns, panel.from, panel.depth),
+            false => (panel.from, panel.depth, panel.column, panel.columns),
+        };
+        // A row's last line holds its last number, wherever its first one begins.
+        let lines = (columns * bytes).div_ceil(LINE) + 1;
+        for line in i * rows * lines / shares..(i + 1) * rows * lines / shares {
+            let at = ((line % lines) * LINE).min(columns * bytes - 1);
+            // SAFETY: the address is within the matrix.
+            unsafe { S::prefetch(start.add(((row + line / lines) * self.columns + column) * bytes + at)) }
         }
     }
 

@@ -112,6 +112,7 @@ pub(crate) fn product(engine: &Engine, blocking: &Blocking, to: &mut [f32], stri
         all: &'a [Columns<'a>],
         /// Which of `all`, its column, and the number of columns.
         panels: Vec<(usize, usize, usize)>,
+        threads: usize,
     }
     impl Task for Panels<'_> {
         const KERNEL: &'static str = "product";
@@ -127,12 +128,18 @@ pub(crate) fn product(engine: &Engine, blocking: &Blocking, to: &mut [f32], stri
                 Plus::Itself => self.to.0.cast_const(),
                 Plus::Rows(rows) => rows.as_ptr(),
             };
-            for term in &set.terms {
+            // Threads take turns more often than not, so this one's next task will be about here.
+            let after = self.panels.get(i + self.threads).map(|&(which, column, columns)| {
+                let term = &self.all[which].terms[0];
+                (term, column, columns)
+            });
+            for (t, term) in set.terms.iter().enumerate() {
+                let next = set.terms.get(t + 1).map(|term| (term, column, columns)).or(after);
                 // SAFETY: `product` has checked that all sizes agree; this task alone writes these columns.
                 unsafe {
                     let to = self.to.0;
                     let place = Place { at: set.at + column, column, columns, vectors, to, stride: self.stride };
-                    term.add::<S>(self.blocking, &place, panel.start(), plus);
+                    term.add::<S>(self.blocking, &place, panel.start(), plus, next);
                 }
                 plus = self.to.0;
             }
@@ -165,7 +172,8 @@ pub(crate) fn product(engine: &Engine, blocking: &Blocking, to: &mut [f32], stri
         panels.extend((0..set.columns).step_by(width).map(|column| (which, column, width.min(set.columns - column))));
     }
     let tasks = panels.len();
-    engine.parallel(tasks, &Panels { blocking, to: Shared(to.as_mut_ptr()), stride, all, panels });
+    let threads = engine.threads();
+    engine.parallel(tasks, &Panels { blocking, to: Shared(to.as_mut_ptr()), stride, all, panels, threads });
 }
 
 struct PanelWidth;
@@ -190,39 +198,69 @@ struct Place {
 }
 
 impl Term<'_> {
+    /// Steps that the terms' sum has, a pair of bf16 being one, and steps of each of the panels that it is taken in.
+    fn steps(&self) -> (usize, usize) {
+        let depth = self.length.div_ceil(self.per_step());
+        (depth, depth.div_ceil(depth.div_ceil(DEPTH_MAX)))
+    }
+
+    fn per_step(&self) -> usize {
+        if self.x.pairs { 2 } else { 1 }
+    }
+
+    /// The panel that begins with a step.
+    fn panel(&self, from: usize, column: usize, columns: usize, lanes: usize) -> Panel {
+        let (depth, part) = self.steps();
+        let from_number = from * self.per_step();
+        Panel {
+            transposed: self.transposed,
+            column,
+            columns,
+            from: self.from + from_number,
+            depth: (part.min(depth - from) * self.per_step()).min(self.length - from_number),
+            vectors: columns.div_ceil(lanes),
+            pairs: self.x.pairs,
+        }
+    }
+
+    /// While one panel is multiplied, the weights of the next one are fetched: those that `next` begins with, a term and
+    /// its columns, behind the last one of this term.
+    ///
     /// # Safety
     /// The CPU has `S`; the sizes agree; nobody else writes these columns; `panel` has room for `DEPTH_MAX` steps.
     #[inline(always)]
-    unsafe fn add<S: Simd>(&self, blocking: &Blocking, place: &Place, panel: *mut f32, mut plus: *const f32) {
-        let pairs = self.x.pairs;
-        let per_step = if pairs { 2 } else { 1 };
-        let (before, depth) = (self.column / per_step, self.length.div_ceil(per_step));
-        let parts = depth.div_ceil(DEPTH_MAX);
-        let part = depth.div_ceil(parts);
+    unsafe fn add<S: Simd>(
+        &self,
+        blocking: &Blocking,
+        place: &Place,
+        panel: *mut f32,
+        mut plus: *const f32,
+        next: Option<(&Self, usize, usize)>,
+    ) {
+        let before = self.column / self.per_step();
+        let (depth, part) = self.steps();
+        let &Place { column, columns, vectors, .. } = place;
+        let width = vectors * S::LANES;
         let mut from = 0;
         while from < depth {
             let steps = part.min(depth - from);
             let last = from + steps == depth;
-            let &Place { column, columns, vectors, .. } = place;
-            let width = vectors * S::LANES;
-            let wanted = Panel {
-                transposed: self.transposed,
-                column,
-                columns,
-                from: self.from + from * per_step,
-                depth: (steps * per_step).min(self.length - from * per_step),
-                vectors,
-                pairs,
+            let ahead = match last {
+                false => Some((self.weights, self.panel(from + steps, column, columns, S::LANES))),
+                true => next.map(|(term, column, columns)| (term.weights, term.panel(0, column, columns, S::LANES))),
             };
-            // SAFETY: the panel lies within the weights; x has `depth` steps in every block; the caller's promises.
+            // SAFETY: the panels lie within the weights; x has `depth` steps in every block; the caller's promises.
             unsafe {
-                self.weights.pack::<S>(&wanted, panel);
+                self.weights.pack::<S>(&self.panel(from, column, columns, S::LANES), panel);
                 for (g, group) in blocking.groups.iter().enumerate() {
                     let low_rank = match &self.low_rank {
                         Some(low_rank) if last => low_rank.factors[g].map(|factor| (low_rank, factor)),
                         _ => None,
                     };
                     for i in group.blocks.clone() {
+                        if let Some((weights, panel)) = &ahead {
+                            weights.prefetch::<S>(panel, i, blocking.blocks.len());
+                        }
                         let block = blocking.blocks[i];
                         let (x, apart) = self.x.at::<S>(i, before + from);
                         let mut tile = Tile::new(steps, x, apart, panel, width);
@@ -234,7 +272,7 @@ impl Term<'_> {
                         if !plus.is_null() {
                             tile.plus = plus.add(at);
                         }
-                        match pairs {
+                        match self.x.pairs {
                             true => S::tile::<true>(vectors, &tile),
                             false => S::tile::<false>(vectors, &tile),
                         }

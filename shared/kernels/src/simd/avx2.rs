@@ -194,6 +194,12 @@ impl Simd for Avx2 {
         unreachable!("this path has no bf16 products")
     }
     #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        // SAFETY: a hint touches no memory.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+
+    #[inline(always)]
     unsafe fn tile<const PAIRS: bool>(vectors: usize, t: &Tile) {
         // SAFETY: as above.
         unsafe {

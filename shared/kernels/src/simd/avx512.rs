@@ -216,6 +216,12 @@ macro_rules! avx512 {
                 }
             }
             #[inline(always)]
+            unsafe fn prefetch(at: *const u8) {
+                // SAFETY: a hint touches no memory.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+            }
+
+            #[inline(always)]
             unsafe fn tile<const PAIRS: bool>(vectors: usize, t: &Tile) {
                 // SAFETY: as above.
                 unsafe {

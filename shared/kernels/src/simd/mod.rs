@@ -80,6 +80,8 @@ pub(crate) trait Simd: Copy {
     }
 
     unsafe fn tile<const PAIRS: bool>(vectors: usize, tile: &Tile);
+    /// A hint that the cache line at this address will be read soon. Any address will do: nothing is accessed.
+    unsafe fn prefetch(_at: *const u8) {}
 }
 
 /// `e^v` with a relative error below 2e-7 (Cephes' polynomial); 0 and not a denormal below −87.3, capped at 88.
