@@ -1,6 +1,7 @@
 """train.sh's measurements: every contender in a process of its own, in turn, several rounds of them all.
 
-    train.py --participant PROGRAM --python PYTHON --model PATH --torch-model DIR --mkl LIBRARY [--quick] [--json]
+    train.py --participant PROGRAM --python PYTHON --model PATH --torch-model DIR --mkl LIBRARY
+        [--quick] [--only SHAPE] [--json]
 
 Prints the machine, a table (to the error stream with --json, where only figures belong on the output), and records
 figures as scripts/check/figures.py does. A sample is the median step of one process; a number in the table is the median
@@ -44,6 +45,7 @@ def main():
     for name in ("--participant", "--python", "--model", "--torch-model", "--mkl"):
         parser.add_argument(name, required=True)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", help="threads:batch:targets, such as 1:8x256:all")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     machine = Machine()
@@ -53,6 +55,10 @@ def main():
 
     everyone = contenders(arguments, machine)
     shapes, rounds = (QUICK, 3) if arguments.quick else (FULL, 5)
+    if arguments.only:
+        shapes = [shape for shape in FULL if ":".join(map(str, shape[:3])) == arguments.only]
+        if not shapes:
+            parser.error(f"--only {arguments.only}: there are " + ", ".join(":".join(map(str, s[:3])) for s in FULL))
     results = {}
     for shape in shapes:
         threads, batch, lora, _ = shape

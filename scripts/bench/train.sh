@@ -2,15 +2,16 @@
 # Measures a training step against PyTorch with PEFT, on identical shapes and weights: SmolLM2-135M, all blocks, LM head
 # and loss, LoRA of rank 8, forward and backward and AdamW.
 #
-#   scripts/bench/train.sh [--json] [--quick]
+#   scripts/bench/train.sh [--json] [--quick] [--only THREADS:BATCH:TARGETS]
 #
 #   1  speed against PyTorch in f32 as installed, with MKL's fast path forced, in bf16, and held to AVX2
 #   2  share of this machine's measured peak of matrix products
 #   3  peak memory against PyTorch's
 #
 # Contenders take turns, each measurement a process of its own, five rounds: two hours on two cores; nothing else should
-# run meanwhile. --quick: one shape, three rounds, under five minutes after the build. PyTorch goes into the virtual
-# environment of scripts/check/model.sh, .venv-check/.
+# run meanwhile. --quick: one shape, three rounds, under five minutes after the build. --only: one of the eight shapes,
+# such as 2:8x256:all or 1:4x128:q_proj,v_proj. PyTorch goes into the virtual environment of scripts/check/model.sh,
+# .venv-check/.
 
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -39,4 +40,4 @@ PYTHONPATH=scripts/check .venv-check/bin/python -c \
 say "== steps"
 PYTHONPATH=scripts/check python3 scripts/bench/train.py --participant target/release/participant \
     --python .venv-check/bin/python --model "$model" --torch-model "$work/model" --mkl "$work/mkl.so" \
-    ${quick:+--quick} $json
+    ${quick:+--quick} ${only:+--only "$only"} $json
