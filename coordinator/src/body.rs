@@ -15,13 +15,14 @@ mod snapshot;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use experiment::{BodyAdapters, Experiment, Seed, SplitMode, Strategy};
 use model::adapter::gradients::clip_factor;
 use model::stage::{Dropout, Input, Lora, Pending, Recording};
 use model::{AdamW, Adapter, Gradients, Matrix, ModelError, Segments, Stage};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 
 use crate::barrier::{ApplyStep, Barrier, BarrierError, Turn};
 use crate::journal::{Entry, Journal, Record, Work};
@@ -178,7 +179,7 @@ impl BodyHandle {
             computing: Duration::ZERO,
             idle: Duration::ZERO,
         };
-        std::thread::Builder::new().name("body".into()).spawn(move || worker.run(queue))?;
+        offload::start("body", worker.run(queue))?;
         Ok(Self { jobs })
     }
 
@@ -318,15 +319,15 @@ struct Member {
 }
 
 impl Worker {
-    fn run(mut self, mut queue: mpsc::Receiver<Job>) {
+    async fn run(mut self, mut queue: mpsc::Receiver<Job>) {
         loop {
             let waited = Instant::now();
-            let Some(job) = queue.blocking_recv() else { return };
+            let Some(job) = queue.recv().await else { return };
             self.idle += waited.elapsed();
             let computed = Instant::now();
-            self.perform(job);
+            self.perform(job).await;
             while let Ok(job) = queue.try_recv() {
-                self.perform(job);
+                self.perform(job).await;
             }
             self.compute();
             self.computing += computed.elapsed();
@@ -334,18 +335,18 @@ impl Worker {
     }
 
     /// A reply nobody waits for belongs to a stream that is gone: dropping it is right.
-    fn perform(&mut self, job: Job) {
+    async fn perform(&mut self, job: Job) {
         match job {
             Job::Forward(job) => self.forward(job),
             Job::Backward(job) => self.backward(job),
             Job::Change(change) => {
                 self.compute();
-                self.change(change);
+                self.change(change).await;
             }
         }
     }
 
-    fn change(&mut self, change: Change) {
+    async fn change(&mut self, change: Change) {
         match change {
             Change::Open { key, members, first_step, adapter } => {
                 if let Err(error) = self.open(key, members, first_step, adapter) {
@@ -358,10 +359,10 @@ impl Worker {
                     Err(error) => drop(reply.send(Err(error))),
                     Ok(Some(entry)) => {
                         self.journaled_bytes += entry.bytes();
-                        self.journal.append_blocking(entry, move || drop(reply.send(Ok(()))));
-                        self.snapshot_if_due();
+                        self.journal.append(entry, move || drop(reply.send(Ok(())))).await;
+                        self.snapshot_if_due().await;
                     }
-                    Ok(None) => self.journal.flush_blocking(move || drop(reply.send(Ok(())))),
+                    Ok(None) => self.journal.flush(move || drop(reply.send(Ok(())))).await,
                 }
                 self.retry_waiting();
             }
@@ -369,7 +370,7 @@ impl Worker {
             Change::Resume { participant, session, reply } => drop(reply.send(self.resume(&participant, session))),
             Change::Remove { participant } => {
                 let record = Record::Removed { participant: participant.to_string() };
-                self.journal.append_blocking(Entry::new(record), || {});
+                self.journal.append(Entry::new(record), || {}).await;
                 self.remove(&participant);
                 self.retry_waiting();
             }
@@ -385,10 +386,10 @@ impl Worker {
         }
     }
 
-    fn snapshot_if_due(&mut self) {
+    async fn snapshot_if_due(&mut self) {
         if self.journaled_bytes > self.journal.snapshot_bytes() {
             if let Some(snapshot) = self.snapshot() {
-                self.journal.append_blocking(snapshot, || {});
+                self.journal.append(snapshot, || {}).await;
             }
             self.journaled_bytes = 0;
         }

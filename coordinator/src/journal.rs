@@ -9,12 +9,15 @@
 mod recovery;
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use storage::{Disk, Identity, StorageError};
+use time::OffsetDateTime;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 
 pub use recovery::{OpenAttempt, Recovered, Update, Work};
 
@@ -106,7 +109,7 @@ pub enum Health {
 /// The queue to the writing thread.
 #[derive(Clone)]
 pub struct Journal {
-    snapshot_bytes: usize,
+    settings: Settings,
     jobs: mpsc::Sender<Job>,
     health: watch::Receiver<Health>,
 }
@@ -133,10 +136,10 @@ impl Journal {
     pub fn start(place: Place, open: Option<Segment>) -> std::io::Result<Self> {
         let (jobs, queue) = mpsc::channel(QUEUE_RECORDS);
         let (tell, health) = watch::channel(Health::Good);
-        let snapshot_bytes = place.settings.snapshot_bytes;
+        let settings = place.settings.clone();
         let writer = Writer { place, open, tell };
-        std::thread::Builder::new().name("journal".into()).spawn(move || writer.run(queue))?;
-        Ok(Self { snapshot_bytes, jobs, health })
+        offload::start("journal", writer.run(queue))?;
+        Ok(Self { settings, jobs, health })
     }
 
     pub fn health(&self) -> watch::Receiver<Health> {
@@ -144,7 +147,12 @@ impl Journal {
     }
 
     pub fn snapshot_bytes(&self) -> usize {
-        self.snapshot_bytes
+        self.settings.snapshot_bytes
+    }
+
+    /// The time of day.
+    pub fn unix_ms(&self) -> u64 {
+        ((self.settings.clock)().unix_timestamp_nanos() / 1_000_000) as u64
     }
 
     pub async fn begin(&self, round: u32) {
@@ -156,34 +164,33 @@ impl Journal {
         self.tell(Job::Append { entry, done: Box::new(done) }).await;
     }
 
-    /// As [`append`](Self::append), from a thread that may block.
-    pub fn append_blocking(&self, entry: Entry, done: impl FnOnce() + Send + 'static) {
-        // It fails where the thread has ended; `done` is dropped with the job.
-        let _ = self.jobs.blocking_send(Job::Append { entry, done: Box::new(done) });
-    }
-
     /// Calls `done` once everything that was appended before is on disk.
-    pub fn flush_blocking(&self, done: impl FnOnce() + Send + 'static) {
-        let _ = self.jobs.blocking_send(Job::Flush { done: Box::new(done) });
+    pub async fn flush(&self, done: impl FnOnce() + Send + 'static) {
+        self.tell(Job::Flush { done: Box::new(done) }).await;
     }
 
+    /// It fails where the writer has ended; what was to be called is dropped with the job.
     async fn tell(&self, job: Job) {
         let _ = self.jobs.send(job).await;
     }
 }
 
-/// How a journal is kept.
+pub type Clock = Arc<dyn Fn() -> OffsetDateTime + Send + Sync>;
+
+/// How a journal is kept, and on what machine.
 #[derive(Clone)]
 pub struct Settings {
     /// Tests let it fail.
     pub disk: Disk,
+    /// The time of day, for people to read and to tell one start from another: nothing waits by it. Tests let it jump.
+    pub clock: Clock,
     /// Behind so many bytes of commits, the body's state takes their place.
     pub snapshot_bytes: usize,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { disk: Disk::default(), snapshot_bytes: 64 << 20 }
+        Self { disk: Disk::default(), clock: Arc::new(OffsetDateTime::now_utc), snapshot_bytes: 64 << 20 }
     }
 }
 
@@ -311,10 +318,10 @@ struct Writer {
 }
 
 impl Writer {
-    fn run(mut self, mut queue: mpsc::Receiver<Job>) {
+    async fn run(mut self, mut queue: mpsc::Receiver<Job>) {
         let mut jobs = Vec::new();
-        while queue.blocking_recv_many(&mut jobs, BATCH_RECORDS) > 0 {
-            match self.perform(jobs.drain(..), &queue) {
+        while queue.recv_many(&mut jobs, BATCH_RECORDS).await > 0 {
+            match self.perform(std::mem::take(&mut jobs), &queue).await {
                 Ok(done) => done.into_iter().for_each(|done| done()),
                 Err(error) => {
                     tracing::error!(%error, "the journal cannot be written any more");
@@ -326,11 +333,7 @@ impl Writer {
     }
 
     /// Returns whom to tell, once all of it is on disk.
-    fn perform(
-        &mut self,
-        jobs: impl Iterator<Item = Job>,
-        queue: &mpsc::Receiver<Job>,
-    ) -> Result<Vec<Done>, StorageError> {
+    async fn perform(&mut self, jobs: Vec<Job>, queue: &mpsc::Receiver<Job>) -> Result<Vec<Done>, StorageError> {
         let begun = Instant::now();
         let mut told = Vec::new();
         let (mut is_written, mut bytes) = (false, 0);
@@ -341,7 +344,7 @@ impl Writer {
                         // What the journal before it holds is on disk before it is left.
                         self.sync()?;
                         let place = self.place.clone();
-                        let journal = self.until_written(queue, |_| place.create(round, 0))?;
+                        let journal = self.until_written(queue, |_| place.create(round, 0)).await?;
                         self.open = Some(Segment { round, number: 0, journal, carried: Vec::new() });
                         self.place.remove_old(round, 0);
                     }
@@ -351,11 +354,12 @@ impl Writer {
                     bytes += payload.len();
                     if matches!(entry.record, Record::Body { .. }) {
                         self.sync()?;
-                        self.begin_segment(queue, &payload)?;
+                        self.begin_segment(queue, &payload).await?;
                     } else {
                         self.until_written(queue, |open| {
                             open.as_mut().map_or(Ok(()), |open| open.journal.append(&payload))
-                        })?;
+                        })
+                        .await?;
                         if let Some(open) = &mut self.open {
                             open.carry(&entry, payload);
                         }
@@ -378,16 +382,17 @@ impl Writer {
     }
 
     /// Goes on in another file, which begins with the body's state. The one before is kept.
-    fn begin_segment(&mut self, queue: &mpsc::Receiver<Job>, body: &[u8]) -> Result<(), StorageError> {
+    async fn begin_segment(&mut self, queue: &mpsc::Receiver<Job>, body: &[u8]) -> Result<(), StorageError> {
         let Some(Segment { round, number, carried, .. }) = &self.open else { return Ok(()) };
         let (round, number, carried) = (*round, number + 1, carried.clone());
         let place = self.place.clone();
         // Until the state is in it, a crash leaves a segment that does not count.
-        let journal = self.until_written(queue, |_| {
+        let write = |_: &mut Option<Segment>| {
             let mut journal = place.create(round, number)?;
             carried.iter().map(Vec::as_slice).chain([body]).try_for_each(|record| journal.append(record))?;
             Ok(journal)
-        })?;
+        };
+        let journal = self.until_written(queue, write).await?;
         self.open = Some(Segment { round, number, journal, carried });
         self.sync()?;
         self.place.remove_old(round, number);
@@ -395,7 +400,7 @@ impl Writer {
     }
 
     /// Tries again until the disk takes it, unless nobody waits any more or it never will.
-    fn until_written<T>(
+    async fn until_written<T>(
         &mut self,
         queue: &mpsc::Receiver<Job>,
         mut write: impl FnMut(&mut Option<Segment>) -> Result<T, StorageError>,
@@ -412,7 +417,7 @@ impl Writer {
                         *health = Health::Degraded(error.to_string());
                         is_new
                     });
-                    std::thread::sleep(RETRY);
+                    tokio::time::sleep(RETRY).await;
                 }
                 Err(error) => return Err(error),
             }

@@ -155,7 +155,7 @@ impl Run {
     ) -> Result<Ended, RunError> {
         let device = ComputeDevice::new(&experiment.device)?;
         experiment.check_blocks(source.config().blocks as u32)?;
-        let manifest = tokio::task::block_in_place(|| Manifest::of(&*source))?;
+        let manifest = offload::in_place(|| Manifest::of(&*source))?;
         if let Some(expected) = experiment.model.sha256.clone().filter(|sha256| *sha256 != hex(&manifest.digest())) {
             return Err(RunError::OtherModel { expected, found: hex(&manifest.digest()) });
         }
@@ -181,11 +181,12 @@ impl Run {
             None => (None, Recovered::of(finished + 1, Vec::new())),
         };
         let journal = Journal::start(place, open).map_err(RunError::Thread)?;
+        let unix_ms = journal.unix_ms();
         let body = match &body_blocks {
             None => None,
             Some(blocks) => {
                 let part = model::Part { blocks: blocks.clone(), embedding: false, lm_head: false };
-                let stage = tokio::task::block_in_place(|| Stage::load(&*source, part, &device, None))?;
+                let stage = offload::in_place(|| Stage::load(&*source, part, &device, None))?;
                 let started = BodyHandle::start(experiment.clone(), stage, optimizers, journal.clone());
                 Some(started.map_err(RunError::Thread)?)
             }
@@ -203,7 +204,7 @@ impl Run {
             published: RwLock::new(None),
             incoming,
             // Sessions of a run that was started again must differ from those before.
-            sessions: AtomicU64::new(unix_ms()),
+            sessions: AtomicU64::new(unix_ms),
         });
         let (federation, seed) = (experiment.federation.clone(), Seed(experiment.seed));
         let rounds = match &recovered.open {
@@ -275,8 +276,4 @@ fn body_blocks(experiment: &Experiment, blocks: usize) -> Option<std::ops::Range
 fn transport(experiment: &Experiment, source: &dyn Source) -> Transport {
     let tensor_bytes_max = u64::from(experiment.training.batch_tokens) * source.config().width as u64 * 4;
     Transport { limits: TransportLimits { tensor_bytes_max, in_flight: 2 }, congestion: Congestion::Cubic }
-}
-
-fn unix_ms() -> u64 {
-    (OffsetDateTime::now_utc().unix_timestamp_nanos() / 1_000_000) as u64
 }

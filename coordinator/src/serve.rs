@@ -226,7 +226,7 @@ async fn enrol(connection: &Connection, shared: &Arc<Shared>) -> Result<(), Serv
     receive.end().await?;
     let (redeemer, of) = (shared.clone(), name.clone());
     let redeem = move || redeemer.home.redeem(&of, fingerprint, &csr_der, OffsetDateTime::now_utc());
-    let redeemed = tokio::task::spawn_blocking(redeem).await;
+    let redeemed = offload::beside(redeem).await;
     let chain_pem = match redeemed {
         Ok(Ok(chain_pem)) => chain_pem,
         // Paths of the home are for the log alone.
@@ -332,6 +332,55 @@ impl Session<'_> {
         let mut is_ready = false;
         loop {
             tokio::select! {
+                // What the peer can make ready without end comes last.
+                biased;
+                joined = async { joining.as_mut().expect("guarded").await }, if joining.is_some() => {
+                    joining = None;
+                    if let Ok(Err(reason)) = joined {
+                        let code = CloseCode::NotAuthorized;
+                        send.message(&FromCoordinator::Refused { code: code.code(), reason: reason.clone() }).await?;
+                        return Err(ServeError::Close(code, reason));
+                    }
+                }
+                message = to_send.recv() => {
+                    let Some(ToParticipant { message, committed }) = message else { return Ok(()) };
+                    let last = matches!(message, FromCoordinator::Finish { .. });
+                    if let FromCoordinator::StartRound { round, attempt, first_step, local_steps, evaluate, .. } = message {
+                        let steps = first_step..first_step.saturating_add(local_steps);
+                        locked(&self.witness).gave(RoundKey { round, attempt }, steps, evaluate);
+                    }
+                    if let FromCoordinator::ResumeRound {
+                        round, attempt, first_step, local_steps, evaluate, reported, ..
+                    } = message {
+                        let steps = first_step..first_step.saturating_add(local_steps);
+                        let mut witness = locked(&self.witness);
+                        witness.gave_again(RoundKey { round, attempt }, steps, evaluate, committed, reported);
+                    }
+                    send.message(&message).await?;
+                    if last {
+                        send.finish();
+                        return Ok(send.delivered().await?);
+                    }
+                }
+                Some(served) = streams.join_next() => match served {
+                    // The participant gave this stream up; it has its reasons, and the connection lives.
+                    Ok(Err(ServeError::Net(NetError::Reset { .. }))) => {}
+                    Ok(served) => served?,
+                    Err(error) => return Err(ServeError::Close(CloseCode::Internal, error.to_string())),
+                },
+                stream = self.connection.accept() => {
+                    let (stream_send, stream_receive) = stream?;
+                    let stream = Stream {
+                        session: self.id,
+                        participant: self.participant.clone(),
+                        shared: self.shared.clone(),
+                        witness: self.witness.clone(),
+                        send: stream_send,
+                        receive: stream_receive,
+                        finished: false,
+                    };
+                    streams.spawn(stream.serve());
+                }
                 message = receive.message::<FromParticipant>() => match message? {
                     // It would supersede itself.
                     FromParticipant::Ready { .. } if is_ready => return Err(misbehaved("a second ready".into())),
@@ -362,53 +411,6 @@ impl Session<'_> {
                         self.tell(Incoming::Said { participant, session, message }).await?;
                     }
                 },
-                joined = async { joining.as_mut().expect("guarded").await }, if joining.is_some() => {
-                    joining = None;
-                    if let Ok(Err(reason)) = joined {
-                        let code = CloseCode::NotAuthorized;
-                        send.message(&FromCoordinator::Refused { code: code.code(), reason: reason.clone() }).await?;
-                        return Err(ServeError::Close(code, reason));
-                    }
-                }
-                message = to_send.recv() => {
-                    let Some(ToParticipant { message, committed }) = message else { return Ok(()) };
-                    let last = matches!(message, FromCoordinator::Finish { .. });
-                    if let FromCoordinator::StartRound { round, attempt, first_step, local_steps, evaluate, .. } = message {
-                        let steps = first_step..first_step.saturating_add(local_steps);
-                        locked(&self.witness).gave(RoundKey { round, attempt }, steps, evaluate);
-                    }
-                    if let FromCoordinator::ResumeRound {
-                        round, attempt, first_step, local_steps, evaluate, reported, ..
-                    } = message {
-                        let steps = first_step..first_step.saturating_add(local_steps);
-                        let mut witness = locked(&self.witness);
-                        witness.gave_again(RoundKey { round, attempt }, steps, evaluate, committed, reported);
-                    }
-                    send.message(&message).await?;
-                    if last {
-                        send.finish();
-                        return Ok(send.delivered().await?);
-                    }
-                }
-                stream = self.connection.accept() => {
-                    let (stream_send, stream_receive) = stream?;
-                    let stream = Stream {
-                        session: self.id,
-                        participant: self.participant.clone(),
-                        shared: self.shared.clone(),
-                        witness: self.witness.clone(),
-                        send: stream_send,
-                        receive: stream_receive,
-                        finished: false,
-                    };
-                    streams.spawn(stream.serve());
-                }
-                Some(served) = streams.join_next() => match served {
-                    // The participant gave this stream up; it has its reasons, and the connection lives.
-                    Ok(Err(ServeError::Net(NetError::Reset { .. }))) => {}
-                    Ok(served) => served?,
-                    Err(error) => return Err(ServeError::Close(CloseCode::Internal, error.to_string())),
-                }
             }
         }
     }
@@ -695,7 +697,7 @@ impl Stream {
         self.receive.end().await?;
         self.send.prioritize(StreamKind::Bulk);
         let shared = self.shared.clone();
-        let read = tokio::task::spawn_blocking(move || shared.blobs.read(&sha256, &*shared.source)).await;
+        let read = offload::beside(move || shared.blobs.read(&sha256, &*shared.source)).await;
         let internal = |error: String| {
             tracing::error!(%error, "a part of the model cannot be read");
             ServeError::Close(CloseCode::Internal, "the coordinator cannot read the model".into())

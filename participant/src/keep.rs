@@ -9,12 +9,14 @@
 //! before that step is committed, so that a device that is killed repeats one step at most.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use storage::{Disk, Generation, Generations, Identity, StorageError, pack, unpack};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use crate::ParticipantError;
 
@@ -68,10 +70,12 @@ pub struct StartHeader {
     pub optimizer_steps: Vec<u64>,
 }
 
+type Saved = (Generations, Result<(), StorageError>);
+
 /// Generations that a task may be writing just now.
 enum Slot {
     Idle(Generations),
-    Writing(JoinHandle<(Generations, Result<(), StorageError>)>),
+    Writing(JoinHandle<Option<Saved>>),
     /// A write has failed for good.
     Broken,
 }
@@ -107,7 +111,7 @@ impl Slot {
     async fn write(&mut self, payload: Vec<u8>) -> Result<(), ParticipantError> {
         self.settled().await?;
         if let Self::Idle(generations) = std::mem::replace(self, Self::Broken) {
-            *self = Self::Writing(tokio::task::spawn_blocking(move || save(generations, &payload)));
+            *self = Self::Writing(tokio::spawn(save(generations, payload)));
         }
         Ok(())
     }
@@ -117,39 +121,47 @@ impl Slot {
             Self::Idle(_) => return Ok(()),
             Self::Broken => {}
             Self::Writing(writing) => match writing.await {
-                Ok((generations, Ok(()))) => {
+                Ok(Some((generations, Ok(())))) => {
                     *self = Self::Idle(generations);
                     return Ok(());
                 }
-                Ok((_, Err(error))) => {
+                Ok(Some((_, Err(error)))) => {
                     *self = Self::Broken;
                     return Err(error.into());
                 }
-                Err(_) => *self = Self::Broken,
+                Ok(None) | Err(_) => *self = Self::Broken,
             },
         }
         Err(ParticipantError::Usage("this device's state could not be written; start again".into()))
     }
 }
 
-/// Tries until the disk takes it; nothing is committed meanwhile. A failed fsync is not tried again.
-fn save(mut generations: Generations, payload: &[u8]) -> (Generations, Result<(), StorageError>) {
-    let (mut is_degraded, begun) = (false, Instant::now());
+/// Tries until the disk takes it; nothing is committed meanwhile. A failed fsync is not tried again. None where the write
+/// was given up with its process.
+async fn save(mut generations: Generations, payload: Vec<u8>) -> Option<Saved> {
+    let (mut is_degraded, begun, payload) = (false, Instant::now(), Arc::new(payload));
     loop {
-        match generations.save(payload) {
+        let again = payload.clone();
+        let write = move || {
+            let saved = generations.save(&again);
+            (generations, saved)
+        };
+        let saved;
+        (generations, saved) = offload::beside(write).await.ok()?;
+        match saved {
             Err(error) if error.may_pass() => {
                 if !is_degraded {
                     tracing::warn!(%error, "storage degraded; nothing is lost, the device waits for its disk");
                 }
                 is_degraded = true;
-                std::thread::sleep(RETRY);
+                tokio::time::sleep(RETRY).await;
             }
             saved => {
                 tracing::debug!(bytes = payload.len(), took_ms = begun.elapsed().as_secs_f64() * 1e3, "kept");
                 if is_degraded {
                     tracing::info!("the storage is good again");
                 }
-                return (generations, saved.map(drop));
+                return Some((generations, saved.map(drop)));
             }
         }
     }

@@ -62,7 +62,7 @@ async fn fetch(
     blob: &Blob,
     bar: &ProgressBar,
 ) -> Result<(), ParticipantError> {
-    let Some(mut writer) = tokio::task::block_in_place(|| store.resume(blob))? else {
+    let Some(mut writer) = offload::in_place(|| store.resume(blob))? else {
         bar.inc(blob.bytes);
         return Ok(());
     };
@@ -85,5 +85,5 @@ async fn fetch(
         left -= chunk.len() as u64;
     }
     receive.end().await?;
-    Ok(tokio::task::block_in_place(|| writer.finish())?)
+    Ok(offload::in_place(|| writer.finish())?)
 }

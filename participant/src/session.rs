@@ -106,6 +106,7 @@ impl Participant {
     ) -> Result<String, ParticipantError> {
         let (mut send, mut receive) = connection.open(StreamKind::Control).await?;
         tokio::select! {
+            biased;
             ended = self.take_part(connection, &mut send, &mut receive) => return ended,
             () = stopped => {}
         }
@@ -275,9 +276,9 @@ impl Participant {
             let mut stages = self.stages.of_model(model_digest);
             Trainer::new(experiment.clone(), &self.name, &*source, cut, &device, data, &mut stages)
         };
-        let mut trainer = tokio::task::block_in_place(load)?;
+        let mut trainer = offload::in_place(load)?;
         if let Some(Keep { directory, disk }) = &self.keep {
-            tokio::task::block_in_place(|| trainer.keep_in(disk, directory, model_digest))?;
+            offload::in_place(|| trainer.keep_in(disk, directory, model_digest))?;
         }
         let (adapter, width) = (trainer.adapter(), source.config().width);
         self.prepared = Some(Prepared { experiment, model_digest, cut, trainer, width, adapter });

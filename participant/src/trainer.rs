@@ -5,12 +5,13 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use experiment::{Experiment, Seed, SplitMode, Strategy};
 use model::adapter::gradients::clip_factor;
 use model::stage::{Dropout, Input, Lora, Loss};
 use model::{AdamW, Adapter, AdapterConfig, ComputeDevice, Cut, Gradients, Matrix, Part, Segments, Source, Stage};
+use tokio::time::Instant;
 
 use crate::ParticipantError;
 use crate::body_link::BodyLink;
@@ -399,5 +400,5 @@ fn segments_of(batch: &MicroBatch) -> Result<Segments, ParticipantError> {
 
 /// Runs tensor work where it does not hold up the network.
 fn compute<T>(work: impl FnOnce() -> T) -> T {
-    tokio::task::block_in_place(work)
+    offload::in_place(work)
 }

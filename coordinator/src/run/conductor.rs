@@ -5,16 +5,17 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use experiment::{MetricsLog, Row, RunDirectory, hex};
 use model::Adapter;
 use net::Connection;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use wire::{CloseCode, FromCoordinator, FromParticipant, Outcome, RefusalReason, UpdateReply};
 
-use super::{COMPLETED, Ended, RunError, SOFTWARE, Watcher, body_blocks, ledger, unix_ms};
+use super::{COMPLETED, Ended, RunError, SOFTWARE, Watcher, body_blocks, ledger};
 use crate::aggregate::{Aggregator, Member};
 use crate::body::{Closed, RoundKey, Standing};
 use crate::checkpoint::Checkpoint;
@@ -156,7 +157,7 @@ impl Conductor {
         let experiment = self.shared.experiment.clone();
         let model_digest = hex(&self.shared.manifest.digest());
         let row = Row::Run {
-            time_unix_ms: unix_ms(),
+            time_unix_ms: self.shared.journal.unix_ms(),
             experiment_digest: hex(&experiment.digest()),
             model_digest: model_digest.clone(),
             software: SOFTWARE.into(),
@@ -188,6 +189,7 @@ impl Conductor {
             std::future::pending().await
         };
         let ended = tokio::select! {
+            biased;
             ended = self.until_finished(&mut peers, &mut connections, &mut events, stop) => ended,
             never = stopping => never,
         };
@@ -224,28 +226,31 @@ impl Conductor {
             let now_ms = self.now_ms();
             let deadline = self.rounds.next_deadline_ms().map(|at| Duration::from_millis(at.saturating_sub(now_ms)));
             let (actions, judged) = tokio::select! {
-                Some(connection) = connections.recv() => {
-                    self.admit(connection, peers);
-                    continue;
-                }
-                // A peer's task that has ended has said so; it is only collected here.
-                Some(_) = peers.join_next() => continue,
-                incoming = events.recv() => match self.receive(incoming.expect("the run holds a sender"))? {
-                    Some(received) => received,
-                    None => continue,
-                },
-                () = tokio::time::sleep(deadline.unwrap_or(Duration::MAX)), if deadline.is_some() => {
-                    (self.handle(Event::Ticked), None)
-                }
-                Ok(()) = health.changed() => continue,
-                () = tokio::time::sleep(STORAGE_RETRY), if !self.unwritten.is_empty() => {
-                    self.write_rows()?;
-                    continue;
-                }
+                // What becomes ready seldom comes first, so that nobody who says much keeps anything else from happening.
+                biased;
                 Ok(_) = stop.wait_for(|stop| *stop), if !stopped => {
                     stopped = true;
                     (self.handle(Event::StopRequested), None)
                 }
+                Ok(()) = health.changed() => continue,
+                () = tokio::time::sleep(deadline.unwrap_or(Duration::MAX)), if deadline.is_some() => {
+                    (self.handle(Event::Ticked), None)
+                }
+                () = tokio::time::sleep(STORAGE_RETRY), if !self.unwritten.is_empty() => {
+                    self.write_rows()?;
+                    continue;
+                }
+                // A peer's task that has ended has said so; it is only collected here.
+                Some(_) = peers.join_next() => continue,
+                // A connection has cost its handshake, which takes longer than this.
+                Some(connection) = connections.recv() => {
+                    self.admit(connection, peers);
+                    continue;
+                }
+                incoming = events.recv() => match self.receive(incoming.expect("the run holds a sender")).await? {
+                    Some(received) => received,
+                    None => continue,
+                },
             };
             if let Some(reason) = self.perform(actions, judged).await? {
                 return Ok(reason);
@@ -270,7 +275,7 @@ impl Conductor {
     }
 
     /// Takes note of what a connection says, and asks the machine what to do about it.
-    fn receive(&mut self, incoming: Incoming) -> Result<Option<Reaction>, RunError> {
+    async fn receive(&mut self, incoming: Incoming) -> Result<Option<Reaction>, RunError> {
         match incoming {
             Incoming::Joined { participant, session, minor, connection, messages, answer } => {
                 // The machine refuses by an action; asking it first keeps the newcomer out of the tables until then.
@@ -320,10 +325,7 @@ impl Conductor {
                 if let Ok(adapter) = &adapter
                     && self.is_accepted(&participant, key, (tokens, loss_nats), adapter)
                 {
-                    let journal = self.shared.journal.clone();
-                    tokio::task::block_in_place(|| {
-                        journal.flush_blocking(move || drop(answer.send(UpdateReply::Accepted)));
-                    });
+                    self.shared.journal.flush(move || drop(answer.send(UpdateReply::Accepted))).await;
                     return Ok(None);
                 }
                 let name = participant.clone();
@@ -645,7 +647,7 @@ impl Conductor {
             members.push(Member { weight: contribution.tokens as f64, adapter });
         }
         let aggregated =
-            tokio::task::block_in_place(|| self.aggregator.aggregate(&self.adapter, &members, shared_body))?;
+            offload::in_place(|| self.aggregator.aggregate(&self.adapter, &members, shared_body))?;
         self.adapter = Arc::new(aggregated.adapter);
         self.keep_until_written(round).await?;
         self.finished = round;
@@ -689,6 +691,7 @@ impl Conductor {
                     self.trouble = Some(error.to_string());
                     self.note_storage()?;
                     tokio::select! {
+                        biased;
                         () = tokio::time::sleep(STORAGE_RETRY) => {}
                         // Nothing is lost: the journal has what the round is made of.
                         Ok(_) = stop.wait_for(|stop| *stop) => return Err(error),
@@ -714,7 +717,7 @@ impl Conductor {
         let checkpoint = Checkpoint { adapter: Adapter::clone(&self.adapter), optimizers, strategy };
         let base = self.shared.source.origin().display().to_string();
         let directory = self.directory.begin_round(round)?;
-        tokio::task::block_in_place(|| checkpoint.save(&directory, &base))?;
+        offload::in_place(|| checkpoint.save(&directory, &base))?;
         Ok(self.directory.finish_round(round)?)
     }
 
@@ -846,7 +849,7 @@ impl Conductor {
             step: slowest,
             steps: federation.local_steps,
             participants: self.participants.values().cloned().collect(),
-            updated_unix_ms: unix_ms(),
+            updated_unix_ms: self.shared.journal.unix_ms(),
         };
         match status.write(&self.directory) {
             // What cannot be shown is no reason to stop.

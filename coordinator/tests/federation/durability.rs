@@ -89,7 +89,8 @@ async fn check_coordinator(change: fn(&str) -> String, stride: usize) {
         let world = World::new(change);
         let (errno, torn) = [(EIO, false), (ENOSPC, true)][at % 2];
         let count = Arc::new(AtomicUsize::new(0));
-        let settings = Settings { disk: failing_disk(at, errno, torn, count.clone()), snapshot_bytes: SNAPSHOT_BYTES };
+        let disk = failing_disk(at, errno, torn, count.clone());
+        let settings = Settings { disk, snapshot_bytes: SNAPSHOT_BYTES, ..Settings::default() };
         stops += run_over(&world, &settings, |name| kept(&world, name, Disk::default())).await;
         assert_eq!(world.adapter(2), expected, "operation {at}");
         if count.load(SeqCst) <= at {
