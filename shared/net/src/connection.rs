@@ -5,7 +5,7 @@ use std::{net::SocketAddr, sync::Arc};
 use wire::CloseCode;
 
 use crate::{
-    LedgerSnapshot, NetError, RecvStream, SendStream, Tap, TransportStats,
+    Cable, LedgerSnapshot, NetError, Network, RecvStream, SendStream, Tap, TransportStats,
     identity::{PeerIdentity, fingerprint, key_digest},
     ledger::Ledger,
     memory,
@@ -52,11 +52,18 @@ impl Connection {
 
     fn paired(first: PeerIdentity, second: PeerIdentity, tap: Option<Tap>) -> (Self, Self) {
         let (first_end, second_end) = memory::pair(tap);
-        let end = |end, peer: PeerIdentity| {
-            let key = fingerprint(peer.uri().as_bytes());
-            Self::new(Link::Memory(end), peer, key)
-        };
-        (end(first_end, second), end(second_end, first))
+        (Self::in_memory(first_end, second), Self::in_memory(second_end, first))
+    }
+
+    /// As [`Connection::pair`], with a network between the ends, and a cable that can be cut.
+    pub fn pair_over(first: PeerIdentity, second: PeerIdentity, network: Arc<dyn Network>) -> (Self, Self, Cable) {
+        let (first_end, second_end, cable) = memory::pair_over(None, Some(network));
+        (Self::in_memory(first_end, second), Self::in_memory(second_end, first), cable)
+    }
+
+    fn in_memory(end: Arc<memory::End>, peer: PeerIdentity) -> Self {
+        let key = fingerprint(peer.uri().as_bytes());
+        Self::new(Link::Memory(end), peer, key)
     }
 
     /// The connection after its handshake, with the peer that its certificate names.

@@ -25,6 +25,6 @@ pub use error::NetError;
 pub use identity::{Identity, IdentityError, PeerIdentity, PeerName};
 pub use invitation::{Invitation, InvitationError};
 pub use ledger::LedgerSnapshot;
-pub use memory::Tap;
+pub use memory::{Cable, Network, Side, Tap};
 pub use overhead::{DirectionStats, TransportStats};
 pub use stream::{RecvStream, SendStream};

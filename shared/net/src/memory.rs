@@ -1,7 +1,8 @@
 //! A connection without a network: two ends in one process, one bounded pipe per stream and direction.
 //!
 //! It behaves as QUIC does where the program can tell: streams end, reset and stop one by one, closing ends them all with a code and a reason,
-//! and an unread stream holds its writer back. It has no delay, loses nothing and reads no clock.
+//! and an unread stream holds its writer back. It has no delay, loses nothing and reads no clock; unless there is a [`Network`] between the
+//! ends, which delays what is sent, and a [`Cable`] that can be cut.
 
 use std::{
     io,
@@ -9,11 +10,14 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
+    time::Duration,
 };
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
+    runtime::Handle,
     sync::{Mutex, mpsc, watch},
+    time::sleep,
 };
 use wire::CloseCode;
 
@@ -22,6 +26,21 @@ use crate::NetError;
 /// Sees every byte that either end writes, in the order of each stream.
 pub type Tap = Arc<dyn Fn(&[u8]) + Send + Sync>;
 
+/// What lies between two ends, for simulations. Streams stay in order, each by itself; nothing else does.
+pub trait Network: Send + Sync {
+    /// How long `bytes`, an end of a stream or a closing (of 0 bytes) are under way from this end.
+    fn delay(&self, from: Side, bytes: usize) -> Duration;
+}
+
+/// The connection's cable, to be cut.
+#[derive(Clone)]
+pub struct Cable {
+    closings: [Arc<Closings>; 2],
+    state: Arc<watch::Sender<Cut>>,
+}
+
+/// Pieces of what is sent cross a [`Network`] one by one.
+const PIECE_BYTES: usize = 4096;
 const PIPE_BYTES: usize = 256 * 1024;
 const STREAMS_WAITING: usize = 64;
 
@@ -30,9 +49,29 @@ pub(crate) struct End {
     side: Side,
     to_peer: mpsc::Sender<Stream>,
     from_peer: Mutex<mpsc::Receiver<Stream>>,
-    closing: Arc<watch::Sender<Option<Closing>>>,
+    closing: Arc<Closings>,
+    closing_there: Arc<Closings>,
     tap: Option<Tap>,
+    way: Option<Way>,
 }
+
+/// Through a network.
+#[derive(Clone)]
+struct Way {
+    network: Arc<dyn Network>,
+    state: Arc<watch::Sender<Cut>>,
+}
+
+/// Whether anything arrives any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cut {
+    No,
+    Yes,
+    /// Both ends know.
+    Noticed,
+}
+
+type Closings = watch::Sender<Option<Closing>>;
 
 pub(crate) struct Writer {
     end: Arc<End>,
@@ -45,16 +84,15 @@ pub(crate) struct Reader {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Side {
+pub enum Side {
     First,
     Second,
 }
 
 #[derive(Debug, Clone)]
-struct Closing {
-    by: Side,
-    code: CloseCode,
-    reason: String,
+enum Closing {
+    By { side: Side, code: CloseCode, reason: String },
+    Lost,
 }
 
 /// A stream on its way to the other end.
@@ -80,27 +118,116 @@ struct Signals {
     /// A close code plus one; 0 while there is none.
     reset: AtomicU64,
     stopped: AtomicU64,
+    /// Whether the other end has all of it.
+    arrived: watch::Sender<bool>,
 }
 
 pub(crate) fn pair(tap: Option<Tap>) -> (Arc<End>, Arc<End>) {
+    let (first, second, _) = pair_over(tap, None);
+    (first, second)
+}
+
+pub(crate) fn pair_over(tap: Option<Tap>, network: Option<Arc<dyn Network>>) -> (Arc<End>, Arc<End>, Cable) {
     let (to_second, from_first) = mpsc::channel(STREAMS_WAITING);
     let (to_first, from_second) = mpsc::channel(STREAMS_WAITING);
-    let closing = Arc::new(watch::Sender::new(None));
-    let end = |side, to_peer, from_peer| {
-        Arc::new(End { side, to_peer, from_peer: Mutex::new(from_peer), closing: closing.clone(), tap: tap.clone() })
+    let closings = [(); 2].map(|()| Arc::new(watch::Sender::new(None)));
+    let state = Arc::new(watch::Sender::new(Cut::No));
+    let end = |side, to_peer, from_peer, [closing, closing_there]: [&Arc<Closings>; 2]| {
+        let way = network.clone().map(|network| Way { network, state: state.clone() });
+        let (closing, closing_there) = (closing.clone(), closing_there.clone());
+        Arc::new(End { side, to_peer, from_peer: Mutex::new(from_peer), closing, closing_there, tap: tap.clone(), way })
     };
-    (end(Side::First, to_second, from_second), end(Side::Second, to_first, from_first))
+    let [first, second] = &closings;
+    let ends = (
+        end(Side::First, to_second, from_second, [first, second]),
+        end(Side::Second, to_first, from_first, [second, first]),
+    );
+    (ends.0, ends.1, Cable { closings, state })
+}
+
+impl Cable {
+    /// From now on nothing arrives any more; each end finds out after a while of its own. Before the ends are dropped, which
+    /// would close the connection.
+    pub fn cut(&self, first_notices: Duration, second_notices: Duration) {
+        let is_first = self.state.send_if_modified(|state| std::mem::replace(state, Cut::Yes) == Cut::No);
+        if !is_first {
+            return;
+        }
+        let Self { closings: [first, second], state } = self.clone();
+        tokio::spawn(async move {
+            let notice = async |after, end: &Closings| {
+                sleep(after).await;
+                set(end, Closing::Lost);
+            };
+            tokio::join!(notice(first_notices, &first), notice(second_notices, &second));
+            let _ = state.send(Cut::Noticed);
+        });
+    }
+}
+
+fn set(closings: &Closings, closing: Closing) -> bool {
+    closings.send_if_modified(|known| {
+        let is_first = known.is_none();
+        known.get_or_insert(closing);
+        is_first
+    })
+}
+
+impl Way {
+    /// None where the cable is cut first, or has been.
+    async fn unless_cut<T>(&self, what: impl Future<Output = T>) -> Option<T> {
+        let mut state = self.state.subscribe();
+        tokio::select! {
+            biased;
+            // The sender lives in `self`, so that waiting cannot fail.
+            _ = state.wait_for(|state| *state != Cut::No) => None,
+            done = what => Some(done),
+        }
+    }
+
+    /// What hangs on a cable that was cut is held until both ends know.
+    async fn hold<T>(&self, held: T) {
+        let _ = self.state.subscribe().wait_for(|state| *state == Cut::Noticed).await;
+        drop(held);
+    }
+
+    async fn carry(self, from: Side, mut sent: DuplexStream, mut arriving: DuplexStream, signals: Arc<Signals>) {
+        let mut piece = [0; PIECE_BYTES];
+        loop {
+            let crossed = async {
+                let read = sent.read(&mut piece).await.unwrap_or(0);
+                sleep(self.network.delay(from, read)).await;
+                if read == 0 {
+                    let _ = signals.arrived.send(true);
+                    return false;
+                }
+                // Who reads no more has said so.
+                arriving.write_all(&piece[..read]).await.is_ok()
+            };
+            match self.unless_cut(crossed).await {
+                Some(true) => {}
+                Some(false) => return,
+                None => return self.hold((sent, arriving)).await,
+            }
+        }
+    }
 }
 
 impl End {
     pub(crate) async fn open(self: &Arc<Self>) -> Result<(Writer, Reader), NetError> {
-        let (our_write, their_read) = direction();
-        let (their_write, our_read) = direction();
-        tokio::select! {
-            biased;
-            error = self.closed() => return Err(error),
-            sent = self.to_peer.send(Stream { write: their_write, read: their_read }) => {
-                sent.map_err(|_| self.vanished())?;
+        let there = if self.side == Side::First { Side::Second } else { Side::First };
+        let (our_write, their_read) = direction(self.side, self.way.as_ref());
+        let (their_write, our_read) = direction(there, self.way.as_ref());
+        let stream = Stream { write: their_write, read: their_read };
+        if let Some(way) = self.way.clone().filter(|way| *way.state.borrow() != Cut::No) {
+            tokio::spawn(async move { way.hold(stream).await });
+        } else {
+            tokio::select! {
+                biased;
+                error = self.closed() => return Err(error),
+                sent = self.to_peer.send(stream) => {
+                    sent.map_err(|_| self.vanished())?;
+                }
             }
         }
         Ok((Writer { end: self.clone(), half: our_write }, Reader { end: self.clone(), half: our_read }))
@@ -118,11 +245,22 @@ impl End {
 
     /// The first closing counts, as in QUIC.
     pub(crate) fn close(&self, code: CloseCode, reason: &str) {
-        self.closing.send_if_modified(|closing| {
-            let first = closing.is_none();
-            closing.get_or_insert_with(|| Closing { by: self.side, code, reason: reason.to_owned() });
-            first
-        });
+        let closing = Closing::By { side: self.side, code, reason: reason.to_owned() };
+        if !set(&self.closing, closing.clone()) {
+            return;
+        }
+        match (&self.way, Handle::try_current()) {
+            (Some(way), Ok(runtime)) => {
+                let (way, side, there) = (way.clone(), self.side, self.closing_there.clone());
+                runtime.spawn(async move {
+                    let crossed = sleep(way.network.delay(side, 0));
+                    if way.unless_cut(crossed).await.is_some() {
+                        set(&there, closing);
+                    }
+                });
+            }
+            _ => drop(set(&self.closing_there, closing)),
+        }
     }
 
     pub(crate) async fn closed(&self) -> NetError {
@@ -133,12 +271,11 @@ impl End {
     }
 
     fn closing_error(&self) -> Option<NetError> {
-        let closing = self.closing.borrow();
-        let Closing { by, code, reason } = closing.as_ref()?;
-        if *by == self.side {
-            return Some(NetError::closed_here());
+        match self.closing.borrow().as_ref()? {
+            Closing::By { side, .. } if *side == self.side => Some(NetError::closed_here()),
+            Closing::By { code, reason, .. } => Some(NetError::closed(u64::from(code.code()), reason.clone())),
+            Closing::Lost => Some(NetError::Lost { reason: "the peer has gone silent".into(), retryable: true }),
         }
-        Some(NetError::closed(u64::from(code.code()), reason.clone()))
     }
 
     fn vanished(&self) -> NetError {
@@ -177,6 +314,19 @@ impl Writer {
         self.half.pipe = None;
     }
 
+    /// Waits until the other end has everything. Without a network it has: closing takes nothing away from a pipe's reader.
+    pub(crate) async fn delivered(&mut self) -> Result<(), NetError> {
+        if self.end.way.is_none() {
+            return Ok(());
+        }
+        let mut arrived = self.half.signals.arrived.subscribe();
+        tokio::select! {
+            biased;
+            _ = arrived.wait_for(|arrived| *arrived) => Ok(()),
+            error = self.end.closed() => Err(error),
+        }
+    }
+
     pub(crate) fn reset(&mut self, code: CloseCode) {
         self.half.signals.reset.store(u64::from(code.code()) + 1, SeqCst);
         self.half.pipe = None;
@@ -211,9 +361,14 @@ impl Reader {
     }
 }
 
-fn direction() -> (WriteHalf, ReadHalf) {
-    let (write, read) = tokio::io::duplex(PIPE_BYTES);
+fn direction(from: Side, way: Option<&Way>) -> (WriteHalf, ReadHalf) {
+    let (write, mut read) = tokio::io::duplex(PIPE_BYTES);
     let signals = Arc::new(Signals::default());
+    if let Some(way) = way.cloned() {
+        let (arriving, arrived) = tokio::io::duplex(PIPE_BYTES);
+        let sent = std::mem::replace(&mut read, arrived);
+        tokio::spawn(way.carry(from, sent, arriving, signals.clone()));
+    }
     (WriteHalf { pipe: Some(write), signals: signals.clone() }, ReadHalf { pipe: Some(read), signals })
 }
 

@@ -108,8 +108,7 @@ impl SendStream {
                     Err(NetError::Lost { reason: error.to_string(), retryable: false })
                 }
             },
-            // Closing takes nothing away from a pipe's reader.
-            WriteHalf::Memory(_) => Ok(()),
+            WriteHalf::Memory(stream) => stream.delivered().await,
         }
     }
 
