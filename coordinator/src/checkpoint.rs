@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use experiment::write_atomically;
+use experiment::RunDirectory;
 use model::{AdamW, Adapter, AdapterConfig, ModelConfig, ModelError};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
@@ -21,8 +21,9 @@ pub struct Checkpoint {
 const STATE_FILE: &str = "state.safetensors";
 
 impl Checkpoint {
-    pub fn save(&self, directory: &Path, base: &str) -> Result<(), ModelError> {
-        self.adapter.save(&directory.join("adapter"), base)?;
+    /// Writes it into `directory`, which is a round's of `run`.
+    pub fn save(&self, run: &RunDirectory, directory: &Path, base: &str) -> Result<(), ModelError> {
+        self.adapter.save_with(&directory.join("adapter"), base, |path, bytes| run.write(path, bytes))?;
         let mut values: BTreeMap<String, Vec<f32>> = BTreeMap::new();
         let mut steps: BTreeMap<String, [i64; 1]> = BTreeMap::new();
         for (name, optimizer) in &self.optimizers {
@@ -46,7 +47,7 @@ impl Checkpoint {
         }
         let bytes = safetensors::serialize(views, None).expect("names are unique");
         let path = directory.join(STATE_FILE);
-        Ok(write_atomically(&path, &bytes)?)
+        Ok(run.write(&path, &bytes)?)
     }
 
     /// Reads what [`save`](Self::save) wrote. `body` is the shape of the body's share of the adapter.

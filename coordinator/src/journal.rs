@@ -263,7 +263,7 @@ impl Place {
     fn remove_old(&self, round: u32, number: u32) {
         let is_old = |of: u32, segment: u32| of.saturating_add(1) < round || (of == round && segment + 1 < number);
         for (of, segment) in self.segments().into_iter().filter(|(of, segment)| is_old(*of, *segment)) {
-            let _ = std::fs::remove_file(self.path(of, segment));
+            let _ = self.settings.disk.remove(&self.path(of, segment));
         }
     }
 }

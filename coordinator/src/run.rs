@@ -159,7 +159,7 @@ impl Run {
         if let Some(expected) = experiment.model.sha256.clone().filter(|sha256| *sha256 != hex(&manifest.digest())) {
             return Err(RunError::OtherModel { expected, found: hex(&manifest.digest()) });
         }
-        let directory = RunDirectory::create(&self.runs, &experiment)?;
+        let directory = RunDirectory::create_on(&self.journal.disk, &self.runs, &experiment)?;
         let body_blocks = body_blocks(&experiment, source.config().blocks);
         let mut aggregator = Aggregator::new(&experiment);
         let rows = directory.rows()?;

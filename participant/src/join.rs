@@ -1,10 +1,11 @@
 //! `participant join`: from an invitation to the end of the run, over as many connections as it takes.
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use net::{Congestion, Connection, Dialer, Identity, Invitation, NetError, Transport, TransportLimits};
 use tokio::sync::watch;
+use tokio::time::Instant;
 use wire::CloseCode;
 
 use crate::ParticipantError;
@@ -26,25 +27,13 @@ pub struct Join {
 impl Join {
     pub async fn run(&self, participant: &mut Participant) -> Result<String, ParticipantError> {
         let device = Device::open(&self.state)?;
-        let mut back_off = BackOff::new();
-        let mut failing_since = None;
+        let mut persistence = Persistence::new(self.patience);
         loop {
             let welcomes = participant.welcomes;
-            let error = match self.attempt(&device, participant).await {
+            match self.attempt(&device, participant).await {
                 Ok(reason) => return Ok(reason),
-                Err(error) if error.is_retryable() => error,
-                Err(error) => return Err(error),
-            };
-            // A coordinator that was there starts the patience anew.
-            if participant.welcomes != welcomes {
-                (failing_since, back_off) = (None, BackOff::new());
+                Err(error) => persistence.after(error, participant.welcomes != welcomes).await?,
             }
-            if failing_since.get_or_insert_with(Instant::now).elapsed() > self.patience {
-                return Err(error);
-            }
-            let delay = back_off.next_delay();
-            tracing::warn!(%error, retry_in_ms = delay.as_millis() as u64, "the coordinator is not reachable; trying again");
-            tokio::time::sleep(delay).await;
         }
     }
 
@@ -63,7 +52,9 @@ impl Join {
                         }
                     };
                     let ran = participant.run_until(&connection, stopped).await;
-                    return finish(dialer, connection, ran).await;
+                    let ran = finish(&connection, ran).await;
+                    dialer.close().await;
+                    return ran;
                 }
                 Err(error) => failure = Some(error),
             }
@@ -88,11 +79,42 @@ impl Join {
     }
 }
 
+/// When a device tries again, and when it gives up.
+pub struct Persistence {
+    patience: Duration,
+    back_off: BackOff,
+    failing_since: Option<Instant>,
+}
+
+impl Persistence {
+    /// `patience` is how long an unreachable coordinator is tried.
+    pub fn new(patience: Duration) -> Self {
+        Self { patience, back_off: BackOff::new(), failing_since: None }
+    }
+
+    /// Returns when it is time for another attempt, or the error where there is none.
+    pub async fn after(&mut self, error: ParticipantError, was_welcomed: bool) -> Result<(), ParticipantError> {
+        if !error.is_retryable() {
+            return Err(error);
+        }
+        // A coordinator that was there starts the patience anew.
+        if was_welcomed {
+            (self.failing_since, self.back_off) = (None, BackOff::new());
+        }
+        if self.failing_since.get_or_insert_with(Instant::now).elapsed() > self.patience {
+            return Err(error);
+        }
+        let delay = self.back_off.next_delay();
+        tracing::warn!(%error, retry_in_ms = delay.as_millis() as u64, "the coordinator is not reachable; trying again");
+        tokio::time::sleep(delay).await;
+        Ok(())
+    }
+}
+
 /// Closes what is still open with the right words. Where a stream broke because the coordinator closed the connection,
 /// its reason is the better error.
-async fn finish(
-    dialer: Dialer,
-    connection: Connection,
+pub async fn finish(
+    connection: &Connection,
     ran: Result<String, ParticipantError>,
 ) -> Result<String, ParticipantError> {
     let ran = match ran {
@@ -114,7 +136,6 @@ async fn finish(
         Err(ParticipantError::Stopped) => connection.close(CloseCode::GoingAway, "the device was stopped"),
         Err(_) => connection.close(CloseCode::Internal, "the device cannot go on"),
     }
-    dialer.close().await;
     ran
 }
 

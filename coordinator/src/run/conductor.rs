@@ -646,8 +646,7 @@ impl Conductor {
             };
             members.push(Member { weight: contribution.tokens as f64, adapter });
         }
-        let aggregated =
-            offload::in_place(|| self.aggregator.aggregate(&self.adapter, &members, shared_body))?;
+        let aggregated = offload::in_place(|| self.aggregator.aggregate(&self.adapter, &members, shared_body))?;
         self.adapter = Arc::new(aggregated.adapter);
         self.keep_until_written(round).await?;
         self.finished = round;
@@ -717,7 +716,7 @@ impl Conductor {
         let checkpoint = Checkpoint { adapter: Adapter::clone(&self.adapter), optimizers, strategy };
         let base = self.shared.source.origin().display().to_string();
         let directory = self.directory.begin_round(round)?;
-        offload::in_place(|| checkpoint.save(&directory, &base))?;
+        offload::in_place(|| checkpoint.save(&self.directory, &directory, &base))?;
         Ok(self.directory.finish_round(round)?)
     }
 

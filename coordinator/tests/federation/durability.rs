@@ -1,6 +1,7 @@
 //! Runs whose coordinator or devices are stopped by their disks, at every operation in turn, and go on: the final adapter is
 //! that of a run to which nothing happened. Kills of real processes are in `processes` and in `scripts/check/faults.sh`.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
@@ -18,9 +19,10 @@ const ENOSPC: i32 = 28;
 /// Small enough that a round's journal begins a new segment every few commits.
 const SNAPSHOT_BYTES: usize = 40_000;
 
-/// Fails at its operation `at`, once. Counts operations in `count`.
+/// Fails at its operation `at` on a journal or a snapshot, once. Counts operations in `count`.
 fn failing_disk(at: usize, errno: i32, torn: bool, count: Arc<AtomicUsize>) -> Disk {
-    Disk::with_faults(Arc::new(move |operation, _| match count.fetch_add(1, SeqCst) == at {
+    let counts = |path: &Path| ["journal", "state"].iter().any(|of| path.to_string_lossy().contains(of));
+    Disk::with_faults(Arc::new(move |operation, path| match counts(path) && count.fetch_add(1, SeqCst) == at {
         true if torn && operation == Operation::Write => Fault::Tears { written: 11, errno },
         true => Fault::Fails { errno },
         false => Fault::None,

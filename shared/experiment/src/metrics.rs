@@ -10,10 +10,11 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize};
+use storage::Disk;
 
 use crate::Error;
 
@@ -160,6 +161,7 @@ fn complete_bytes(bytes: &[u8]) -> usize {
 #[derive(Debug)]
 pub struct MetricsLog {
     path: PathBuf,
+    disk: Disk,
     file: File,
     /// Bytes of complete rows: where the next one begins.
     len_bytes: u64,
@@ -168,8 +170,14 @@ pub struct MetricsLog {
 impl MetricsLog {
     /// Opens the file for appending, makes it if there is none, and cuts off what a crash left of a torn row.
     pub fn open(path: &Path) -> Result<Self, Error> {
+        Self::open_on(&Disk::default(), path)
+    }
+
+    /// As [`open`](Self::open), on a disk that may fail.
+    pub fn open_on(disk: &Disk, path: &Path) -> Result<Self, Error> {
         let open = || Error::file("open the metrics", path);
-        let mut file = OpenOptions::new().read(true).append(true).create(true).open(path).map_err(open())?;
+        let mut file =
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(open())?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(Error::Busy { path: path.into() }),
@@ -181,19 +189,19 @@ impl MetricsLog {
         file.read_to_end(&mut bytes).map_err(open())?;
         let complete = complete_bytes(&bytes);
         if complete < bytes.len() {
-            file.set_len(complete as u64).map_err(Error::file("cut a torn row off", path))?;
+            disk.truncate(&file, path, complete as u64).map_err(Error::file("cut a torn row off", path))?;
         }
-        Ok(Self { path: path.into(), file, len_bytes: complete as u64 })
+        Ok(Self { path: path.into(), disk: disk.clone(), file, len_bytes: complete as u64 })
     }
 
     /// Hands the row to the operating system at once, so that a crash of this program loses none.
     pub fn append(&mut self, row: &Row) -> Result<(), Error> {
         let mut line = serde_json::to_vec(row).expect("a row has only string keys, so it can be written as JSON");
         line.push(b'\n');
-        if let Err(error) = self.file.write_all(&line) {
+        if let Err(error) = self.disk.write_at(&mut self.file, &self.path, self.len_bytes, &line) {
             // Half a row before the next whole one would make the file unreadable. If this fails too, the first error
             // is still the one to report.
-            let _ = self.file.set_len(self.len_bytes);
+            let _ = self.disk.truncate(&self.file, &self.path, self.len_bytes);
             return Err(Error::file("append to", &self.path)(error));
         }
         self.len_bytes += line.len() as u64;

@@ -12,12 +12,13 @@
 //! This file owns the names and what survives a crash: a file is either its old or its new self, and a round is complete
 //! or does not count. It does not know what is in a round's directory. Start from [`RunDirectory::create`].
 
-use std::fs::{self, File};
-use std::io::{self, ErrorKind, Write};
+use std::fs;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use sha2::{Digest, Sha256};
+use storage::Disk;
 
 use crate::{Error, Experiment, MetricsLog, Row, hex, read_rows};
 
@@ -25,6 +26,7 @@ use crate::{Error, Experiment, MetricsLog, Row, hex, read_rows};
 pub struct RunDirectory {
     path: PathBuf,
     experiment: Experiment,
+    disk: Disk,
 }
 
 impl RunDirectory {
@@ -32,8 +34,13 @@ impl RunDirectory {
     /// [`RunDirectory::finished_rounds`] tells which. Where the experiment is the same but `[device]` or `model.path`
     /// has changed, the new ones are kept.
     pub fn create(root: &Path, experiment: &Experiment) -> Result<Self, Error> {
+        Self::create_on(&Disk::default(), root, experiment)
+    }
+
+    /// As [`create`](Self::create), on a disk that may fail.
+    pub fn create_on(disk: &Disk, root: &Path, experiment: &Experiment) -> Result<Self, Error> {
         let path = root.join(&experiment.name);
-        create_directories(&path.join(ROUNDS))?;
+        create_directories(disk, &path.join(ROUNDS))?;
         let resolved = path.join(EXPERIMENT);
         if resolved.try_exists().map_err(Error::file("look for", &resolved))? {
             let found = Experiment::from_file(&resolved)?;
@@ -46,14 +53,14 @@ impl RunDirectory {
                 });
             }
         }
-        write_atomically(&resolved, experiment.resolved_toml().as_bytes())?;
-        Ok(Self { path, experiment: experiment.clone() })
+        replace(disk, &resolved, experiment.resolved_toml().as_bytes())?;
+        Ok(Self { path, experiment: experiment.clone(), disk: disk.clone() })
     }
 
     /// Opens the directory of a run that has begun, to look at it. Nothing is changed.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let experiment = Experiment::from_file(&path.join(EXPERIMENT))?;
-        Ok(Self { path: path.to_path_buf(), experiment })
+        Ok(Self { path: path.to_path_buf(), experiment, disk: Disk::default() })
     }
 
     pub fn path(&self) -> &Path {
@@ -70,7 +77,7 @@ impl RunDirectory {
 
     /// The writer of the run's metrics: one at a time.
     pub fn metrics_log(&self) -> Result<MetricsLog, Error> {
-        MetricsLog::open(&self.metrics_path())
+        MetricsLog::open_on(&self.disk, &self.metrics_path())
     }
 
     /// The rows written so far, also while another process writes more. None if nothing was ever written.
@@ -90,7 +97,12 @@ impl RunDirectory {
         let path = self.status_path();
         let json = serde_json::to_vec_pretty(status)
             .map_err(|source| Error::file("write", &path)(io::Error::new(ErrorKind::InvalidInput, source)))?;
-        write_atomically(&path, &json)
+        self.write(&path, &json)
+    }
+
+    /// As [`write_atomically`], for a file of this run.
+    pub fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), Error> {
+        replace(&self.disk, path, bytes)
     }
 
     /// Keeps a few pages for bad times. There is no harm where the disk has none left.
@@ -122,10 +134,8 @@ impl RunDirectory {
         if is_complete(&path)? {
             return Err(Error::RoundComplete { round, path });
         }
-        match fs::remove_dir_all(&path) {
-            Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::file("delete", &path)(error))?,
-            _ => create_directories(&path)?,
-        }
+        self.disk.remove_tree(&path).map_err(Error::file("delete", &path))?;
+        create_directories(&self.disk, &path)?;
         Ok(path)
     }
 
@@ -133,7 +143,7 @@ impl RunDirectory {
     pub fn finish_round(&self, round: u32) -> Result<(), Error> {
         let path = self.round_path(round);
         let manifest = manifest_of(&path)?;
-        write_atomically(&path.join(COMPLETE), manifest.as_bytes())
+        self.write(&path.join(COMPLETE), manifest.as_bytes())
     }
 
     /// Whether a complete round's files are still those that it was finished with.
@@ -158,12 +168,9 @@ impl RunDirectory {
     pub fn set_round_aside(&self, round: u32) -> Result<PathBuf, Error> {
         let path = self.round_path(round);
         let aside = path.with_extension("damaged");
-        match fs::remove_dir_all(&aside) {
-            Err(error) if error.kind() != ErrorKind::NotFound => return Err(Error::file("delete", &aside)(error)),
-            _ => {}
-        }
-        fs::rename(&path, &aside).map_err(Error::file("move away", &path))?;
-        sync_parent(&aside).map_err(unsynced(&aside))?;
+        self.disk.remove_tree(&aside).map_err(Error::file("delete", &aside))?;
+        self.disk.rename(&path, &aside).map_err(Error::file("move away", &path))?;
+        self.disk.sync_directory(&aside).map_err(unsynced(&aside))?;
         Ok(aside)
     }
 
@@ -240,6 +247,10 @@ fn first_difference(found: &Experiment, expected: &Experiment) -> String {
 ///
 /// The bytes go to a temporary file beside it, which is then renamed. A path has one writer at a time.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    replace(&Disk::default(), path, bytes)
+}
+
+fn replace(disk: &Disk, path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let fail = || Error::file("write", path);
     let Some(name) = path.file_name() else {
         return Err(fail()(io::Error::new(ErrorKind::IsADirectory, "the path does not end with a file's name")));
@@ -249,32 +260,22 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let temporary = path.with_file_name(temporary_name);
 
     let write = || -> Result<(), Error> {
-        let mut file = File::create(&temporary).map_err(fail())?;
-        file.write_all(bytes).map_err(fail())?;
+        let mut file = disk.create(&temporary).map_err(fail())?;
+        disk.write_at(&mut file, &temporary, 0, bytes).map_err(fail())?;
         // Without this, some file systems make the rename durable before the bytes.
-        file.sync_all().map_err(unsynced(path))?;
-        fs::rename(&temporary, path).map_err(fail())
+        disk.sync(&file, &temporary).map_err(unsynced(path))?;
+        disk.rename(&temporary, path).map_err(fail())
     };
     if let Err(error) = write() {
         // The temporary file may take the last of a full disk; that it cannot be deleted is not worth another error.
-        let _ = fs::remove_file(&temporary);
+        let _ = disk.remove(&temporary);
         return Err(error);
     }
-    sync_parent(path).map_err(unsynced(path))
+    disk.sync_directory(path).map_err(unsynced(path))
 }
 
-fn create_directories(path: &Path) -> Result<(), Error> {
-    fs::create_dir_all(path).and_then(|()| sync_parent(path)).map_err(Error::file("make the directory", path))
-}
-
-/// Makes the name `path` durable: a new file or a rename is only on disk when its directory is.
-fn sync_parent(path: &Path) -> io::Result<()> {
-    let parent = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    // Other systems do not open directories as files.
-    if cfg!(unix) { File::open(parent)?.sync_all() } else { Ok(()) }
+fn create_directories(disk: &Disk, path: &Path) -> Result<(), Error> {
+    fs::create_dir_all(path).and_then(|()| disk.sync_directory(path)).map_err(Error::file("make the directory", path))
 }
 
 #[cfg(test)]

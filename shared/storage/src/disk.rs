@@ -1,5 +1,6 @@
 //! The file system, one operation at a time, with a place where tests let an operation fail.
 
+use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
@@ -40,6 +41,12 @@ pub enum Fault {
     },
 }
 
+impl fmt::Debug for Disk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Disk").field("fails", &self.hook.is_some()).finish()
+    }
+}
+
 impl Disk {
     pub fn with_faults(hook: Hook) -> Self {
         Self { hook: Some(hook) }
@@ -54,20 +61,20 @@ impl Disk {
     }
 
     /// An empty file to read and write, whatever was there before.
-    pub(crate) fn create(&self, path: &Path) -> io::Result<File> {
+    pub fn create(&self, path: &Path) -> io::Result<File> {
         self.ask(Operation::Create, path)?;
         OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path)
     }
 
     /// A file that is there, with its contents.
-    pub(crate) fn open(&self, path: &Path) -> io::Result<(File, Vec<u8>)> {
+    pub fn open(&self, path: &Path) -> io::Result<(File, Vec<u8>)> {
         let mut file = OpenOptions::new().read(true).write(true).open(path)?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)?;
         Ok((file, bytes))
     }
 
-    pub(crate) fn write_at(&self, file: &mut File, path: &Path, at: u64, bytes: &[u8]) -> io::Result<()> {
+    pub fn write_at(&self, file: &mut File, path: &Path, at: u64, bytes: &[u8]) -> io::Result<()> {
         let torn = self.ask(Operation::Write, path)?;
         file.seek(SeekFrom::Start(at))?;
         match torn {
@@ -79,23 +86,23 @@ impl Disk {
         }
     }
 
-    pub(crate) fn truncate(&self, file: &File, path: &Path, length: u64) -> io::Result<()> {
+    pub fn truncate(&self, file: &File, path: &Path, length: u64) -> io::Result<()> {
         self.ask(Operation::Truncate, path)?;
         file.set_len(length)
     }
 
-    pub(crate) fn sync(&self, file: &File, path: &Path) -> io::Result<()> {
+    pub fn sync(&self, file: &File, path: &Path) -> io::Result<()> {
         self.ask(Operation::Sync, path)?;
         file.sync_data()
     }
 
-    pub(crate) fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+    pub fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.ask(Operation::Rename, to)?;
         fs::rename(from, to)
     }
 
     /// What is not there any more is as good as removed.
-    pub(crate) fn remove(&self, path: &Path) -> io::Result<()> {
+    pub fn remove(&self, path: &Path) -> io::Result<()> {
         self.ask(Operation::Remove, path)?;
         match fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -103,8 +110,17 @@ impl Disk {
         }
     }
 
+    /// A directory with all that is in it; one that is not there is as good as removed.
+    pub fn remove_tree(&self, path: &Path) -> io::Result<()> {
+        self.ask(Operation::Remove, path)?;
+        match fs::remove_dir_all(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// A new name is on disk when its directory is.
-    pub(crate) fn sync_directory(&self, of: &Path) -> io::Result<()> {
+    pub fn sync_directory(&self, of: &Path) -> io::Result<()> {
         let parent = of.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         self.ask(Operation::SyncDirectory, parent)?;
         // Other systems do not open directories as files.

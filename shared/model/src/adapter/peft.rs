@@ -19,6 +19,16 @@ const WEIGHTS_BYTES_MAX: u64 = 4 << 30;
 impl Adapter {
     /// Writes both files into `directory`, which is created. `base` names the base model for PEFT's users.
     pub fn save(&self, directory: &Path, base: &str) -> Result<(), ModelError> {
+        self.save_with(directory, base, write_atomically)
+    }
+
+    /// As [`save`](Self::save), by another writer of files.
+    pub fn save_with(
+        &self,
+        directory: &Path,
+        base: &str,
+        write: impl Fn(&Path, &[u8]) -> Result<(), experiment::Error>,
+    ) -> Result<(), ModelError> {
         std::fs::create_dir_all(directory).map_err(ModelError::io(directory))?;
         let config = json!({
             "peft_type": "LORA",
@@ -37,7 +47,7 @@ impl Adapter {
         });
         let text = serde_json::to_string_pretty(&config).expect("JSON of plain values");
         write(&directory.join(CONFIG_FILE), text.as_bytes())?;
-        write(&directory.join(WEIGHTS_FILE), &self.to_safetensors())
+        Ok(write(&directory.join(WEIGHTS_FILE), &self.to_safetensors())?)
     }
 
     /// The bytes of `adapter_model.safetensors`.
@@ -148,10 +158,6 @@ fn parse_config(config: &Value) -> Result<AdapterConfig, String> {
     targets.dedup();
     let dropout = config["lora_dropout"].as_f64().unwrap_or(0.0);
     Ok(AdapterConfig { rank: rank as u32, alpha, dropout, targets, factors: Factors::Both })
-}
-
-fn write(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
-    Ok(write_atomically(path, bytes)?)
 }
 
 #[cfg(test)]
