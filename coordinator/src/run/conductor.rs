@@ -225,17 +225,15 @@ impl Conductor {
             self.note_storage()?;
             let now_ms = self.now_ms();
             let deadline = self.rounds.next_deadline_ms().map(|at| Duration::from_millis(at.saturating_sub(now_ms)));
-            let (actions, judged) = tokio::select! {
+            let happened = tokio::select! {
                 // What becomes ready seldom comes first, so that nobody who says much keeps anything else from happening.
                 biased;
                 Ok(_) = stop.wait_for(|stop| *stop), if !stopped => {
                     stopped = true;
-                    (self.handle(Event::StopRequested), None)
+                    Err(Event::StopRequested)
                 }
                 Ok(()) = health.changed() => continue,
-                () = tokio::time::sleep(deadline.unwrap_or(Duration::MAX)), if deadline.is_some() => {
-                    (self.handle(Event::Ticked), None)
-                }
+                () = tokio::time::sleep(deadline.unwrap_or(Duration::MAX)), if deadline.is_some() => Err(Event::Ticked),
                 () = tokio::time::sleep(STORAGE_RETRY), if !self.unwritten.is_empty() => {
                     self.write_rows()?;
                     continue;
@@ -247,7 +245,11 @@ impl Conductor {
                     self.admit(connection, peers);
                     continue;
                 }
-                incoming = events.recv() => match self.receive(incoming.expect("the run holds a sender")).await? {
+                incoming = events.recv() => Ok(incoming.expect("the run holds a sender")),
+            };
+            let (actions, judged) = match happened {
+                Err(event) => (self.handle(event), None),
+                Ok(incoming) => match self.receive(incoming).await? {
                     Some(received) => received,
                     None => continue,
                 },
