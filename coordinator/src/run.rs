@@ -15,6 +15,7 @@ use model::source::Manifest;
 use model::{Adapter, AdapterConfig, ComputeDevice, Source, Stage};
 use net::{Congestion, Connection, Listener, Transport, TransportLimits};
 use time::OffsetDateTime;
+use tokio::sync::mpsc::error::SendError;
 use tokio::sync::{mpsc, oneshot};
 use wire::CloseCode;
 
@@ -124,7 +125,9 @@ impl Run {
                     closing = &mut closing => break closing.unwrap_or((CloseCode::GoingAway, String::new())),
                     Some(connection) = listener.accept() => {
                         // It fails once the run no longer takes any.
-                        let _ = accepted.send(connection).await;
+                        if let Err(SendError(connection)) = accepted.send(connection).await {
+                            turn_away(&connection);
+                        }
                     }
                 }
             };
@@ -153,6 +156,7 @@ impl Run {
         mut watcher: Box<dyn Watcher>,
         shutdown: impl Future<Output = ()>,
     ) -> Result<Ended, RunError> {
+        let connections = Arrivals(connections);
         let device = ComputeDevice::new(&experiment.device)?;
         experiment.check_blocks(source.config().blocks as u32)?;
         let manifest = offload::in_place(|| Manifest::of(&*source))?;
@@ -244,6 +248,23 @@ impl Run {
         aggregator.strategy_mut().restore(checkpoint.strategy)?;
         Ok((checkpoint.adapter, checkpoint.optimizers))
     }
+}
+
+/// Connections that nobody serves yet.
+struct Arrivals(mpsc::Receiver<Connection>);
+
+impl Drop for Arrivals {
+    fn drop(&mut self) {
+        self.0.close();
+        while let Ok(connection) = self.0.try_recv() {
+            turn_away(&connection);
+        }
+    }
+}
+
+/// Dropped without a word it would be closed as if the run were over, and its device would not come again.
+fn turn_away(connection: &Connection) {
+    connection.close(CloseCode::GoingAway, "the coordinator has ended");
 }
 
 /// The newest finished round whose files are whole, and 0 where none is finished. A damaged round is set aside, and

@@ -158,9 +158,10 @@ impl Shared {
     }
 }
 
-/// Serves one peer until it or the run is done.
+/// Serves one peer until it or the run is done. Where the run ends first, the peer is told that it may try again.
 pub async fn serve(connection: Connection, shared: Arc<Shared>) {
     let peer = connection.peer().clone();
+    let _leaving = Leaving(connection.clone());
     let served = match &peer {
         PeerIdentity::Participant { name } => {
             let name = ParticipantName::new(name.to_string());
@@ -182,6 +183,16 @@ pub async fn serve(connection: Connection, shared: Arc<Shared>) {
             tracing::info!(%peer, %reason, "closing a connection");
             connection.close(code, &reason);
         }
+    }
+}
+
+/// A peer that is dropped unserved is not sent away for good: without a word its connection would be closed as if all were
+/// done.
+struct Leaving(Connection);
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        self.0.close(CloseCode::GoingAway, "the coordinator has ended");
     }
 }
 

@@ -69,6 +69,8 @@ impl Plan {
             let machine = if random.random_range(0..2) == 0 { 0 } else { random.random_range(1..=plan.devices.len()) };
             let at = At::Any { nth: random.random_range(0..calm.passages(machine)) };
             let what = plan.fault(&mut random);
+            // A device whose disk fails leaves its round.
+            plan.is_gentle &= machine == 0 || !matches!(what, What::Fails);
             let fault = Fault { at, what };
             match machine {
                 0 => plan.coordinator.push(fault),

@@ -14,6 +14,7 @@ use net::{Connection, NetError, PeerIdentity, PeerName};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
+use wire::CloseCode;
 
 use crate::machine::{IDLE, Machine};
 use crate::network::{Lane, Line};
@@ -132,6 +133,8 @@ impl Sim {
     async fn coordinate(self: &Arc<Self>, site: &Site) -> Result<(), String> {
         for life in 0..LIVES_MAX {
             self.check_kept();
+            // What was on record before may not have been on disk.
+            self.seen().accepted.clear();
             let disk = self.coordinator.boot();
             let jump = self.plan.clock_jumps_ms.get(life as usize).copied().unwrap_or(0);
             let began = self.began;
@@ -213,7 +216,9 @@ impl Sim {
             machine.connect(cable.clone());
         }
         self.coordinator.connect(cable);
-        door.send(theirs).await.map_err(|_| NetError::Lost { reason: "it is gone".into(), retryable: true })?;
+        if let Err(mpsc::error::SendError(theirs)) = door.send(theirs).await {
+            theirs.close(CloseCode::GoingAway, "the coordinator has ended");
+        }
         Ok(ours)
     }
 

@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use wire::{CloseCode, FromCoordinator, FromParticipant, Outcome, RefusalReason, UpdateReply};
 
-use super::{COMPLETED, Ended, RunError, SOFTWARE, Watcher, body_blocks, ledger};
+use super::{Arrivals, COMPLETED, Ended, RunError, SOFTWARE, Watcher, body_blocks, ledger};
 use crate::aggregate::{Aggregator, Member};
 use crate::body::{Closed, RoundKey, Standing};
 use crate::checkpoint::Checkpoint;
@@ -176,7 +176,7 @@ impl Conductor {
 
     pub(super) async fn conduct(
         mut self,
-        mut connections: mpsc::Receiver<Connection>,
+        mut connections: Arrivals,
         mut events: mpsc::Receiver<Incoming>,
         shutdown: impl Future<Output = ()>,
     ) -> Result<Ended, RunError> {
@@ -208,7 +208,7 @@ impl Conductor {
     async fn until_finished(
         &mut self,
         peers: &mut JoinSet<()>,
-        connections: &mut mpsc::Receiver<Connection>,
+        Arrivals(connections): &mut Arrivals,
         events: &mut mpsc::Receiver<Incoming>,
         mut stop: watch::Receiver<bool>,
     ) -> Result<FinishReason, RunError> {

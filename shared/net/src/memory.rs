@@ -118,8 +118,9 @@ struct Signals {
     /// A close code plus one; 0 while there is none.
     reset: AtomicU64,
     stopped: AtomicU64,
-    /// Whether the other end has all of it.
+    /// Whether the other end has all of it, and whether it never will.
     arrived: watch::Sender<bool>,
+    lost: AtomicBool,
 }
 
 pub(crate) fn pair(tap: Option<Tap>) -> (Arc<End>, Arc<End>) {
@@ -191,11 +192,23 @@ impl Way {
         drop(held);
     }
 
-    async fn carry(self, from: Side, mut sent: DuplexStream, mut arriving: DuplexStream, signals: Arc<Signals>) {
+    async fn carry(
+        self,
+        from: Side,
+        closing: Arc<Closings>,
+        mut sent: DuplexStream,
+        mut arriving: DuplexStream,
+        signals: Arc<Signals>,
+    ) {
         let mut piece = [0; PIECE_BYTES];
         loop {
             let crossed = async {
                 let read = sent.read(&mut piece).await.unwrap_or(0);
+                // As in QUIC, what is unsent when an end closes is dropped, and so is the end of a stream that goes with it.
+                if closing.borrow().is_some() {
+                    signals.lost.store(true, SeqCst);
+                    return false;
+                }
                 sleep(self.network.delay(from, read)).await;
                 if read == 0 {
                     let _ = signals.arrived.send(true);
@@ -207,7 +220,10 @@ impl Way {
             match self.unless_cut(crossed).await {
                 Some(true) => {}
                 Some(false) => return,
-                None => return self.hold((sent, arriving)).await,
+                None => {
+                    signals.lost.store(true, SeqCst);
+                    return self.hold((sent, arriving)).await;
+                }
             }
         }
     }
@@ -216,8 +232,8 @@ impl Way {
 impl End {
     pub(crate) async fn open(self: &Arc<Self>) -> Result<(Writer, Reader), NetError> {
         let there = if self.side == Side::First { Side::Second } else { Side::First };
-        let (our_write, their_read) = direction(self.side, self.way.as_ref());
-        let (their_write, our_read) = direction(there, self.way.as_ref());
+        let (our_write, their_read) = direction(self.side, &self.closing, self.way.as_ref());
+        let (their_write, our_read) = direction(there, &self.closing_there, self.way.as_ref());
         let stream = Stream { write: their_write, read: their_read };
         if let Some(way) = self.way.clone().filter(|way| *way.state.borrow() != Cut::No) {
             tokio::spawn(async move { way.hold(stream).await });
@@ -225,8 +241,8 @@ impl End {
             tokio::select! {
                 biased;
                 error = self.closed() => return Err(error),
-                sent = self.to_peer.send(stream) => {
-                    sent.map_err(|_| self.vanished())?;
+                sent = self.to_peer.send(stream) => if sent.is_err() {
+                    return Err(self.gone().await);
                 }
             }
         }
@@ -238,7 +254,10 @@ impl End {
         let stream = tokio::select! {
             biased;
             error = self.closed() => return Err(error),
-            stream = from_peer.recv() => stream.ok_or_else(|| self.vanished())?,
+            stream = from_peer.recv() => match stream {
+                Some(stream) => stream,
+                None => return Err(self.gone().await),
+            },
         };
         Ok((Writer { end: self.clone(), half: stream.write }, Reader { end: self.clone(), half: stream.read }))
     }
@@ -275,6 +294,14 @@ impl End {
             Closing::By { side, .. } if *side == self.side => Some(NetError::closed_here()),
             Closing::By { code, reason, .. } => Some(NetError::closed(u64::from(code.code()), reason.clone())),
             Closing::Lost => Some(NetError::Lost { reason: "the peer has gone silent".into(), retryable: true }),
+        }
+    }
+
+    /// The other end is no more, of which this one hears when the network says so.
+    async fn gone(&self) -> NetError {
+        match &self.way {
+            Some(_) => self.closed().await,
+            None => self.vanished(),
         }
     }
 
@@ -345,6 +372,7 @@ impl Reader {
             error = self.end.closed() => return Err(error),
         };
         match read {
+            Ok(0) if self.half.signals.lost.load(SeqCst) => Err(self.end.gone().await),
             // The pipe ends when its writer finishes, resets, or goes down with its connection.
             Ok(0) if !self.half.signals.finished.load(SeqCst) => match self.half.signals.reset.load(SeqCst) {
                 0 => self.end.closing_error().map_or(Ok(0), Err),
@@ -361,13 +389,13 @@ impl Reader {
     }
 }
 
-fn direction(from: Side, way: Option<&Way>) -> (WriteHalf, ReadHalf) {
+fn direction(from: Side, closing: &Arc<Closings>, way: Option<&Way>) -> (WriteHalf, ReadHalf) {
     let (write, mut read) = tokio::io::duplex(PIPE_BYTES);
     let signals = Arc::new(Signals::default());
     if let Some(way) = way.cloned() {
         let (arriving, arrived) = tokio::io::duplex(PIPE_BYTES);
         let sent = std::mem::replace(&mut read, arrived);
-        tokio::spawn(way.carry(from, sent, arriving, signals.clone()));
+        tokio::spawn(way.carry(from, closing.clone(), sent, arriving, signals.clone()));
     }
     (WriteHalf { pipe: Some(write), signals: signals.clone() }, ReadHalf { pipe: Some(read), signals })
 }
