@@ -6,6 +6,8 @@
 
 use std::collections::BTreeMap;
 
+use planted::Bug;
+
 use crate::round::{Contribution, ParticipantName};
 
 /// The barrier of one round. Steps are counted over the whole run.
@@ -134,7 +136,11 @@ impl Barrier {
     fn apply_if_complete(&mut self) -> Option<ApplyStep> {
         let mut contributions = Vec::with_capacity(self.members.len());
         for (participant, commit) in &self.members {
-            contributions.push(Contribution { participant: participant.clone(), tokens: (*commit)? });
+            match *commit {
+                Some(tokens) => contributions.push(Contribution { participant: participant.clone(), tokens }),
+                None if planted::is(Bug::OpensBarrierEarly) && contributions.len() + 1 == self.members.len() => {}
+                None => return None,
+            }
         }
         if contributions.is_empty() {
             return None;

@@ -21,6 +21,7 @@ use experiment::{BodyAdapters, Experiment, Seed, SplitMode, Strategy};
 use model::adapter::gradients::clip_factor;
 use model::stage::{Dropout, Input, Lora, Pending, Recording};
 use model::{AdamW, Adapter, Gradients, Matrix, ModelError, Segments, Stage};
+use planted::Bug;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
@@ -370,12 +371,14 @@ impl Worker {
             Change::Resume { participant, session, reply } => drop(reply.send(self.resume(&participant, session))),
             Change::Remove { participant } => {
                 let record = Record::Removed { participant: participant.to_string() };
-                self.journal.append(Entry::new(record), || {}).await;
+                if !planted::is(Bug::ForgetsRemovals) {
+                    self.journal.append(Entry::new(record), || {}).await;
+                }
                 self.remove(&participant);
                 self.retry_waiting();
             }
             Change::Abandon => {
-                if let Some(round) = self.round.take() {
+                if let Some(round) = self.round.take().filter(|_| !planted::is(Bug::KeepsAbandonedOptimizers)) {
                     self.optimizers = round.optimizers;
                 }
             }
@@ -642,7 +645,7 @@ impl Worker {
             gradients.scale(clip_factor(norms, self.experiment.training.clip_norm));
             gradients
         });
-        if again.is_some() || *step < member.step {
+        if (again.is_some() || *step < member.step) && !planted::is(Bug::RefusesRepeatedCommits) {
             return match member.digest == Some(digest_of(*step, tokens, gradients.as_ref())) {
                 true => Ok(None),
                 false => Err(BodyError::Misplaced(format!("step {step} was committed before, with other gradients"))),

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use planted::Bug;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use storage::{Disk, Identity, StorageError};
@@ -365,7 +366,10 @@ impl Writer {
                         }
                     }
                     is_written = true;
-                    told.push(done);
+                    match planted::is(Bug::AnswersBeforeSync) {
+                        true => done(),
+                        false => told.push(done),
+                    }
                 }
                 Job::Flush { done } => told.push(done),
             }
@@ -389,7 +393,8 @@ impl Writer {
         // Until the state is in it, a crash leaves a segment that does not count.
         let write = |_: &mut Option<Segment>| {
             let mut journal = place.create(round, number)?;
-            carried.iter().map(Vec::as_slice).chain([body]).try_for_each(|record| journal.append(record))?;
+            let kept = if planted::is(Bug::DropsCarriedRecords) { &carried[..1] } else { &carried };
+            kept.iter().map(Vec::as_slice).chain([body]).try_for_each(|record| journal.append(record))?;
             Ok(journal)
         };
         let journal = self.until_written(queue, write).await?;

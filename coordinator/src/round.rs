@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use experiment::{Federation, Seed};
+use planted::Bug;
 
 /// A round is abandoned at most this many times; then the run fails rather than repeat itself for ever.
 pub const ATTEMPTS_MAX: u32 = 5;
@@ -389,7 +390,8 @@ impl Rounds {
 
     fn lose(&mut self, participant: &ParticipantName, now_ms: u64) {
         self.connected.remove(participant);
-        let until_ms = now_ms.saturating_add(RETURN_MS);
+        let kept_ms = if planted::is(Bug::RemovesLostMembers) { 0 } else { RETURN_MS };
+        let until_ms = now_ms.saturating_add(kept_ms);
         match &mut self.state {
             State::Training { members, lost, .. } if members.get(participant) == Some(&Member::Training) => {
                 lost.insert(participant.clone(), until_ms);

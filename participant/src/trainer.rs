@@ -11,6 +11,7 @@ use experiment::{Experiment, Seed, SplitMode, Strategy};
 use model::adapter::gradients::clip_factor;
 use model::stage::{Dropout, Input, Lora, Loss};
 use model::{AdamW, Adapter, AdapterConfig, ComputeDevice, Cut, Gradients, Matrix, Part, Segments, Source, Stage};
+use planted::Bug;
 use tokio::time::Instant;
 
 use crate::ParticipantError;
@@ -136,7 +137,10 @@ impl Trainer {
             self.begin_anew()?;
         }
         if let Some(start) = again {
-            let [head, tail] = start.optimizers;
+            let [head, tail] = match planted::is(Bug::KeepsSpoiledOptimizers) {
+                true => [self.head.as_ref().and_then(|side| side.optimizer.clone()), self.tail.optimizer.clone()],
+                false => start.optimizers,
+            };
             if let Some(side) = &mut self.head {
                 side.optimizer = head;
             }
@@ -322,7 +326,9 @@ impl Trainer {
         }
 
         // Who is behind by more than one step when it is killed could not go on.
-        self.settled().await?;
+        if !planted::is(Bug::CommitsBeforeKept) {
+            self.settled().await?;
+        }
         let gradients = self.finished_gradients(work);
         let [head_norms, tail_norms] = [0, 1].map(|side| self.squared_norms(&gradients, side));
         let factor = if trains_head {

@@ -4,7 +4,8 @@
 #
 #   scripts/check/faults.sh [--json] [--quick] [--only FIGURE]
 #
-#   1  kill -9 of the coordinator or a device at 60 random instants (--quick: 10)
+#   1  kill -9 of the coordinator or a device at 60 random instants (--quick: 10), and, simulated, at every named point
+#   2  the simulator: 20,000 seeds of faults (--quick: 1,000), the same trace twice, planted bugs that it must find
 #   3  a relay that loses, doubles, reorders, delays, flips bits, goes dark and changes ports (--quick: four of eleven links)
 #   4  files cut, flipped, mutated, missing and swapped; a disk that is full (needs root for a small tmpfs)
 #
@@ -27,6 +28,8 @@ if wanted 1 && [ -e "$(sed -n 's/^path = "\(.*\)"/\1/p' configs/check-train.toml
     say "== figure 1: what it costs"
     check cost
 fi
+! wanted 1 || { say "== figure 1: simulated kills"; check simulator kills; }
+! wanted 2 || { say "== figure 2: the simulator"; check simulator seeds; }
 ! wanted 3 || { say "== figure 3: a bad network"; check network; }
 if wanted 4; then
     say "== figure 4: damaged files"

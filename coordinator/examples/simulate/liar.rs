@@ -22,7 +22,8 @@ pub async fn live(sim: Arc<Sim>) {
     let mut told = 0;
     while told < sim.plan.lies {
         if let Ok(connection) = sim.connect(usize::MAX, NAME).await {
-            let lied = lie(&sim, &connection, &mut random, &mut told).await;
+            // The evaluation after the last round waits for whoever is connected.
+            let lied = timeout(Duration::from_secs(600), lie(&sim, &connection, &mut random, &mut told)).await;
             sim.trace.say(NAME, format_args!("has lied: {lied:?}"));
         }
         sleep(Duration::from_millis(random.random_range(100..5000))).await;
@@ -32,8 +33,13 @@ pub async fn live(sim: Arc<Sim>) {
 async fn lie(sim: &Sim, connection: &Connection, random: &mut ChaCha20Rng, told: &mut usize) -> Result<(), NetError> {
     let (mut send, mut receive) = connection.open(StreamKind::Control).await?;
     let software = "a liar".into();
-    send.message(&FromParticipant::Hello { minor: wire::MINOR, dtypes: vec![DType::F32], codecs: vec![CODEC_PLAIN], software })
-        .await?;
+    send.message(&FromParticipant::Hello {
+        minor: wire::MINOR,
+        dtypes: vec![DType::F32],
+        codecs: vec![CODEC_PLAIN],
+        software,
+    })
+    .await?;
     let FromCoordinator::Welcome { session, experiment_digest, .. } = receive.message().await? else { return Ok(()) };
     send.message(&FromParticipant::Ready { experiment_digest }).await?;
     let (round, attempt, first_step) = loop {
@@ -92,7 +98,8 @@ async fn lie(sim: &Sim, connection: &Connection, random: &mut ChaCha20Rng, told:
         // Another session's step, and one that is not due.
         2 | 3 => {
             let (mut ask, answer) = connection.open(StreamKind::Step { age: 0 }).await?;
-            ask.message(&if which == 2 { step(session + 1, first_step) } else { step(session, first_step + 1) }).await?;
+            ask.message(&if which == 2 { step(session + 1, first_step) } else { step(session, first_step + 1) })
+                .await?;
             ask.tensor(&header(FrameKind::Activations), &values(0.5)).await?;
             streams.push((ask, answer));
         }
@@ -108,7 +115,8 @@ async fn lie(sim: &Sim, connection: &Connection, random: &mut ChaCha20Rng, told:
         // A step on record that never was.
         5 => {
             let (step, tokens) = (first_step, 16);
-            let report = FromParticipant::StepFinished { round, step, loss_nats: 1.0, tokens, compute_ms: 1.0, wait_ms: 1.0 };
+            let report =
+                FromParticipant::StepFinished { round, step, loss_nats: 1.0, tokens, compute_ms: 1.0, wait_ms: 1.0 };
             send.message(&report).await?;
         }
         6 => {

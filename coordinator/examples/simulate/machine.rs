@@ -110,13 +110,7 @@ impl Machine {
             random,
         };
         let is_coordinator = name == "coordinator";
-        Arc::new(Self {
-            name: name.into(),
-            is_coordinator,
-            trace,
-            killed: Notify::new(),
-            state: Mutex::new(state),
-        })
+        Arc::new(Self { name: name.into(), is_coordinator, trace, killed: Notify::new(), state: Mutex::new(state) })
     }
 
     /// Starts a process: from now on the one before can do nothing any more.

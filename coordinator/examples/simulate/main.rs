@@ -9,11 +9,12 @@
 //! run must finish, with the calm run's adapter to the last bit. `--seed N` runs one seed again and prints what happens.
 
 use std::cell::Cell;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
 use clap::Parser;
+use planted::Bug;
 
 use plan::Plan;
 use run::{Ended, simulate};
@@ -33,6 +34,9 @@ thread_local! {
     pub static PANIC: Cell<Option<String>> = const { Cell::new(None) };
 }
 
+/// Failures that are printed at most.
+const PRINTED_MAX: usize = 20;
+
 /// Runs whole federations in simulated time, with faults drawn from seeds.
 #[derive(Parser)]
 struct Arguments {
@@ -45,9 +49,15 @@ struct Arguments {
     /// Runs this one alone, twice, and prints its trace.
     #[arg(long)]
     seed: Option<u64>,
+    /// Of the trace, its hash alone.
+    #[arg(long, requires = "seed")]
+    hash: bool,
     /// Kills at every named point, with so many seeds of each of the coordinator's, and four fifths of each device's.
     #[arg(long, value_name = "SEEDS")]
     points: Option<u64>,
+    /// Plants one bug after the other, and looks for the first of --seeds that shows it. Needs `--features planted-bugs`.
+    #[arg(long)]
+    bugs: bool,
     /// Runs at a time; 0 takes all cores.
     #[arg(long, default_value_t = 0)]
     jobs: usize,
@@ -59,21 +69,22 @@ fn main() {
     let site = Site::new();
     let calm = site.calm();
     let is_clean = match (arguments.seed, arguments.points) {
-        (Some(seed), _) => replay(&site, &calm, seed),
+        _ if arguments.bugs => find_bugs(&site, &calm, arguments.seeds, arguments.jobs),
+        (Some(seed), _) => replay(&site, &calm, seed, !arguments.hash),
         (None, Some(seeds)) => check_points(&site, &calm, seeds, arguments.jobs),
         (None, None) => {
             let plan = |seed| Plan::of_seed(arguments.from + seed, &calm);
-            check("seeds", &site, &calm, arguments.seeds, arguments.jobs, plan)
+            report("seeds", &check(&site, &calm, arguments.seeds, arguments.jobs, plan))
         }
     };
     std::process::exit(if is_clean { 0 } else { 1 });
 }
 
-fn replay(site: &Site, calm: &[Calm], seed: u64) -> bool {
+fn replay(site: &Site, calm: &[Calm], seed: u64, shown: bool) -> bool {
     let plan = Plan::of_seed(seed, calm);
     println!("{}: {plan:?}", VARIANTS[plan.variant].name);
     let again = simulate(site, &plan, Some(&calm[plan.variant]), false);
-    let ended = simulate(site, &plan, Some(&calm[plan.variant]), true);
+    let ended = simulate(site, &plan, Some(&calm[plan.variant]), shown);
     println!("trace {:016x}, and {:016x} when it was run before", ended.trace, again.trace);
     ended.violations.is_empty() && ended.trace == again.trace
 }
@@ -100,48 +111,92 @@ fn check_points(site: &Site, calm: &[Calm], seeds: u64, jobs: usize) -> bool {
             Plan::kill(variant, seed, machine, name, passages)
         };
         let what = format!("kills of a {whose}");
-        is_clean &= check(&what, site, calm, points.len() as u64 * seeds, jobs, plan);
+        is_clean &= report(&what, &check(site, calm, points.len() as u64 * seeds, jobs, plan));
     }
     is_clean
 }
 
-/// Runs plans 0 to `count`, and says which of them have failed.
-fn check(
-    what: &str,
+/// Plants each bug, and looks for a seed that shows it.
+fn find_bugs(site: &Site, calm: &[Calm], seeds: u64, jobs: usize) -> bool {
+    let mut found = 0;
+    for bug in Bug::ALL {
+        if !planted::choose(Some(bug)) {
+            eprintln!("no bug can be planted: build with --features planted-bugs");
+            return false;
+        }
+        let checked = check_until(site, calm, seeds, jobs, |seed| Plan::of_seed(seed, calm), 1);
+        found += usize::from(checked.failed > 0);
+        match checked.first {
+            Some(first) => println!("{bug:?}: found by {first}"),
+            None => println!("{bug:?}: NOT FOUND in {seeds} seeds"),
+        }
+    }
+    planted::choose(None);
+    println!("bugs: {found} of {} found within {seeds} seeds each", Bug::ALL.len());
+    found == Bug::ALL.len()
+}
+
+/// What became of many runs.
+struct Checked {
+    runs: u64,
+    failed: usize,
+    /// The first that failed, as far as its thread knew.
+    first: Option<String>,
+    seconds: f64,
+    virtual_s: f64,
+}
+
+fn report(what: &str, checked: &Checked) -> bool {
+    let Checked { runs, failed, seconds, virtual_s, .. } = checked;
+    let (rate, hours) = (*runs as f64 / seconds, virtual_s / 3600.0);
+    println!("{what}: {runs} runs, {failed} failed, {rate:.1} a second, {hours:.1} simulated hours in {seconds:.1} s");
+    *failed == 0
+}
+
+/// Runs plans 0 to `count`, and prints those that have failed.
+fn check(site: &Site, calm: &[Calm], count: u64, jobs: usize, plan: impl Fn(u64) -> Plan + Sync) -> Checked {
+    check_until(site, calm, count, jobs, plan, usize::MAX)
+}
+
+/// The same until so many have failed; one that is looked for is not printed.
+fn check_until(
     site: &Site,
     calm: &[Calm],
     count: u64,
     jobs: usize,
     plan: impl Fn(u64) -> Plan + Sync,
-) -> bool {
+    enough: usize,
+) -> Checked {
     let jobs = if jobs == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { jobs };
-    let (next, failed, begun) = (AtomicU64::new(0), AtomicUsize::new(0), Instant::now());
-    let virtual_s = Mutex::new(0.0);
-    std::thread::scope(|scope| {
-        for _ in 0..jobs {
-            scope.spawn(|| {
-                loop {
-                    let number = next.fetch_add(1, Relaxed);
-                    if number >= count {
-                        return;
-                    }
-                    let plan = plan(number);
-                    let Ended { violations, virtual_time, .. } =
-                        simulate(site, &plan, Some(&calm[plan.variant]), false);
-                    *virtual_s.lock().expect("nobody panics with it") += virtual_time.as_secs_f64();
-                    if !violations.is_empty() && failed.fetch_add(1, Relaxed) < 20 {
-                        println!("seed {} ({}): {}", plan.seed, VARIANTS[plan.variant].name, violations.join("; "));
-                        println!("   {plan:?}");
-                    }
-                }
-            });
+    let (next, begun) = (AtomicU64::new(0), Instant::now());
+    let checked = Mutex::new(Checked { runs: 0, failed: 0, first: None, seconds: 0.0, virtual_s: 0.0 });
+    let work = || {
+        loop {
+            let number = next.fetch_add(1, Relaxed);
+            if number >= count || locked(&checked).failed >= enough {
+                return;
+            }
+            let plan = plan(number);
+            let Ended { violations, virtual_time, .. } = simulate(site, &plan, Some(&calm[plan.variant]), false);
+            let mut checked = locked(&checked);
+            checked.runs += 1;
+            checked.virtual_s += virtual_time.as_secs_f64();
+            if violations.is_empty() {
+                continue;
+            }
+            checked.failed += 1;
+            let what = format!("seed {} ({}): {}", plan.seed, VARIANTS[plan.variant].name, violations.join("; "));
+            if enough > 1 && checked.failed <= PRINTED_MAX {
+                println!("{what}\n   {plan:?}");
+            }
+            checked.first.get_or_insert(what);
         }
-    });
-    let (seconds, failed) = (begun.elapsed().as_secs_f64(), failed.into_inner());
-    let hours = virtual_s.into_inner().expect("nobody panics with it") / 3600.0;
-    println!(
-        "{what}: {count} runs, {failed} failed, {:.1} a second, {hours:.1} simulated hours in {seconds:.1} s",
-        count as f64 / seconds
-    );
-    failed == 0
+    };
+    std::thread::scope(|scope| (0..jobs).for_each(|_| drop(scope.spawn(work))));
+    let checked = checked.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
+    Checked { seconds: begun.elapsed().as_secs_f64(), ..checked }
+}
+
+fn locked(checked: &Mutex<Checked>) -> MutexGuard<'_, Checked> {
+    checked.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }

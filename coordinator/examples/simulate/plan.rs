@@ -98,7 +98,8 @@ impl Plan {
             0..=4 => {
                 let is_long = random.random_range(0..8) == 0;
                 self.is_gentle &= !is_long;
-                let restart_ms = if is_long { random.random_range(20_000..90_000) } else { random.random_range(50..4000) };
+                let restart_ms =
+                    if is_long { random.random_range(20_000..90_000) } else { random.random_range(50..4000) };
                 What::Kill { power: random.random_range(0..3) == 0, restart: Duration::from_millis(restart_ms) }
             }
             5..=6 => What::Cut,

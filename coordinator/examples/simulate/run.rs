@@ -204,7 +204,9 @@ impl Sim {
         let machine = self.devices.get(device).cloned();
         let lane = Lane {
             line: self.plan.lines.get(device).cloned().unwrap_or(Line { delay_ms: 1, lost: 0, blackouts: Vec::new() }),
-            device: machine.clone().unwrap_or_else(|| Machine::new(name, Vec::new(), random.clone(), self.trace.clone())),
+            device: machine
+                .clone()
+                .unwrap_or_else(|| Machine::new(name, Vec::new(), random.clone(), self.trace.clone())),
             coordinator: self.coordinator.clone(),
             trace: self.trace.clone(),
             began: self.began,

@@ -106,9 +106,8 @@ impl Site {
             std::fs::write(&path, lines(name)).expect("a file can be written");
             participant::data::read_records(&path, &experiment(0, 0).data.columns).expect("lines are records")
         });
-        let sources = (0..VARIANTS.len()).map(|variant| {
-            model::source::of_experiment(&experiment(variant, 0)).expect("a random model has no file")
-        });
+        let sources = (0..VARIANTS.len())
+            .map(|variant| model::source::of_experiment(&experiment(variant, 0)).expect("a random model has no file"));
         Self { sources: sources.collect(), directory, stages: Arc::default(), records: records.into() }
     }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use model::stage::Lora;
 use model::{Gradients, Stage};
+use planted::Bug;
 use sha2::{Digest, Sha256};
 
 use super::{BodyError, Member, OpenRound, Place, Worker};
@@ -55,7 +56,10 @@ impl Worker {
         let round = self.round.as_mut()?;
         let first_step = round.first_step;
         let member = round.members.get_mut(participant)?;
-        (member.session, member.micros_done, member.sum, member.owes_commit) = (session, 0, None, false);
+        member.session = session;
+        if !planted::is(Bug::KeepsHalfSteps) {
+            (member.micros_done, member.sum, member.owes_commit) = (0, None, false);
+        }
         // The round's first step has none before it.
         member.again = (member.step > first_step).then(|| Again {
             step: member.step - 1,
@@ -91,6 +95,7 @@ impl OpenRound {
             Some(shared) => shared.before.as_ref(),
             None => member.before.as_ref(),
         };
+        let before = before.filter(|_| !planted::is(Bug::RepeatsWithNewAdapter));
         again.lora = before.map(|adapter| stage.attach(adapter)).transpose()?;
         again.prepared = true;
         Ok(())

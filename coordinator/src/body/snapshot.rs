@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use experiment::hex;
 use model::{AdamW, Adapter, Gradients, ModelError};
 
+use planted::Bug;
+
 use super::{Barrier, Worker};
 use crate::journal::{BodyState, Entry, MemberState, Record};
 use crate::round::ParticipantName;
@@ -23,7 +25,8 @@ impl Worker {
             member.own.iter().for_each(|(own, _)| keep(own));
             member.before.iter().for_each(&mut keep);
         }
-        let committed = round.shared.as_ref().map(|shared| &shared.committed);
+        let shared = round.shared.as_ref().filter(|_| !planted::is(Bug::SnapshotsWithoutCommits));
+        let committed = shared.map(|shared| &shared.committed);
         let members = round.members.iter().map(|(name, member)| {
             let gradients = committed.and_then(|committed| committed.get(name));
             let commits = round.shared.as_ref().and_then(|shared| shared.barrier.commit_of(name));

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use planted::Bug;
+
 use super::{BodyState, Entry, Record};
 use crate::round::{Interrupted, Member, ParticipantName};
 
@@ -95,6 +97,9 @@ impl OpenAttempt {
                     *member = Member::Delivered { tokens };
                     let loss_nats = f64::from_bits(loss_nats_bits);
                     // The first one counts; the same is never accepted twice.
+                    if planted::is(Bug::ForgetsUpdates) {
+                        return;
+                    }
                     self.updates.entry(participant).or_insert(Update { tokens, loss_nats, tensors });
                 }
             }

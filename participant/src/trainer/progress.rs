@@ -3,6 +3,7 @@
 use super::{AdamW, Adapter, Found, Keeper, ParticipantError, Path, Position, RoundStart, Side, StepReport, Trainer};
 use crate::keep::{KeptReport, StartHeader, StepHeader, payload};
 use experiment::SplitMode;
+use planted::Bug;
 use sha2::{Digest, Sha256};
 use storage::{Disk, Identity};
 
@@ -54,7 +55,9 @@ impl Trainer {
         if start.is_some() && !is_restored {
             tracing::warn!("the state after the last step is damaged or missing; the round is trained again");
         }
-        (self.start, self.start_before) = (start, start_before);
+        if !planted::is(Bug::ForgetsRoundStart) {
+            (self.start, self.start_before) = (start, start_before);
+        }
         Ok(())
     }
 
@@ -85,7 +88,9 @@ impl Trainer {
             return Ok(false);
         }
         // A step that broke off has taken its batches.
-        self.data.batches.seek(progress.position)?;
+        if !planted::is(Bug::ResumesElsewhere) {
+            self.data.batches.seek(progress.position)?;
+        }
         Ok(true)
     }
 
