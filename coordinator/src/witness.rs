@@ -20,7 +20,13 @@ pub struct Witness {
     step_tokens_max: u64,
     /// In the order in which they were given.
     rounds: Vec<Given>,
+    /// The newest round that something was reported of. Reports come in order, and may lag behind what goes over streams of
+    /// its own.
+    reported: u32,
 }
+
+/// How many rounds a session's reports may lag behind.
+const LAG_ROUNDS_MAX: u32 = 16;
 
 /// What a member's update may rest on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,12 +80,14 @@ impl Witness {
             sees_steps: experiment.split.mode != SplitMode::Whole,
             step_tokens_max: u64::from(batch_tokens) * u64::from(accumulate),
             rounds: Vec::new(),
+            reported: 0,
         }
     }
 
-    /// The session is about to be told to start this round. Reports of the round before may still be under way.
+    /// The session is about to be told to start this round. Reports of earlier rounds may still be under way.
     pub fn gave(&mut self, key: RoundKey, steps: Range<u64>, evaluate: bool) {
-        self.rounds.retain(|given| given.key.round.saturating_add(1) >= key.round);
+        let oldest = key.round.saturating_sub(LAG_ROUNDS_MAX).max(self.reported.min(key.round.saturating_sub(1)));
+        self.rounds.retain(|given| given.key.round >= oldest);
         self.rounds.push(Given { key, steps, owes_evaluation: evaluate, evaluated_tokens: 0, work: BTreeMap::new() });
     }
 
@@ -175,6 +183,7 @@ impl Witness {
                 complaint = format!("a report of {tokens} trained tokens in a step; it has 1 to {step_tokens_max}");
             } else {
                 work.reported = true;
+                self.reported = self.reported.max(round);
                 return Ok(());
             }
         }
@@ -194,6 +203,7 @@ impl Witness {
                 continue;
             }
             given.owes_evaluation = false;
+            self.reported = self.reported.max(given.key.round);
             return Ok(());
         }
         Err(complaint)
@@ -228,7 +238,7 @@ mod tests {
 
     /// Of a run with steps of at most 2 · 100 tokens, that has given round 1 with steps 0 and 1.
     fn witness(sees_steps: bool) -> Witness {
-        let mut witness = Witness { sees_steps, step_tokens_max: 200, rounds: Vec::new() };
+        let mut witness = Witness { sees_steps, step_tokens_max: 200, rounds: Vec::new(), reported: 0 };
         witness.gave(FIRST, 0..2, true);
         witness
     }
@@ -300,7 +310,22 @@ mod tests {
         witness.gave(RoundKey { round: 2, attempt: 1 }, 2..4, false);
         assert_eq!(witness.check_step(1, 1, 70), Ok(()));
         witness.gave(RoundKey { round: 3, attempt: 1 }, 4..6, false);
-        check_refused(witness.check_step(1, 1, 70), "step 1 in a report of round 1");
+        check_refused(witness.check_step(1, 1, 70), "a second report of step 1");
+    }
+
+    #[test]
+    fn reports_may_lag_behind_rounds_but_not_behind_each_other() {
+        let mut witness = witness(false);
+        for round in 2..=4 {
+            let steps = 2 * u64::from(round - 1)..2 * u64::from(round);
+            witness.gave(RoundKey { round, attempt: 1 }, steps, false);
+        }
+        assert_eq!(witness.check_step(1, 0, 200), Ok(()));
+        assert_eq!(witness.check_step(3, 4, 200), Ok(()));
+        witness.gave(RoundKey { round: 5, attempt: 1 }, 8..10, false);
+        check_refused(witness.check_step(1, 1, 200), "step 1 in a report of round 1");
+        witness.gave(RoundKey { round: 40, attempt: 1 }, 78..80, false);
+        assert_eq!(witness.rounds.len(), 1, "nobody who reports nothing takes memory without end");
     }
 
     #[test]
