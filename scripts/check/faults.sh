@@ -17,8 +17,8 @@ source scripts/check/figures.sh
 
 say "== building (minutes on a fresh machine: burn)"
 cargo build --release --workspace >&2
-cargo build --release --workspace --example relay >&2
-export PATH=$PWD/target/release:$PATH RELAY=$PWD/target/release/examples/relay
+cargo build --release --workspace --example relay --example simulate >&2
+export PATH=$PWD/target/release:$PATH RELAY=$PWD/target/release/examples/relay SIMULATE=$PWD/target/release/examples/simulate
 
 check() { python3 "scripts/check/faults/$1.py" "$work" ${quick:+--quick} "${@:2}"; }
 

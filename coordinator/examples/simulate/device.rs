@@ -68,6 +68,7 @@ async fn take_part(sim: Arc<Sim>, i: usize, mut participant: Participant) -> Res
         let name = participant.name.clone();
         let ended = match sim.connect(i, &name).await {
             Ok(connection) => {
+                sim.devices[i].pass("a connection is made");
                 let ran = participant.run(&connection).await;
                 finish(&connection, ran).await
             }
@@ -77,6 +78,7 @@ async fn take_part(sim: Arc<Sim>, i: usize, mut participant: Participant) -> Res
             Ok(reason) => return Ok(reason),
             Err(error) => {
                 sim.trace.say(&name, format_args!("is not connected: {error}"));
+                sim.devices[i].pass("a connection is lost");
                 persistence.after(error, participant.welcomes != welcomes).await?;
             }
         }
@@ -93,7 +95,7 @@ fn participant(
 ) -> Participant {
     let name = sim.devices[i].name.clone();
     Participant {
-        keep: Some(Keep { directory: sim.directory.join(&name), disk }),
+        keep: Some(Keep { directory: sim.directory.join(&name).join("training"), disk }),
         name,
         records: Box::new(move |_| Ok(records.clone())),
         store: BlobStore::open(store).expect("a store can be made"),

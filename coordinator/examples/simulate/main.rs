@@ -200,3 +200,20 @@ fn check_until(
 fn locked(checked: &Mutex<Checked>) -> MutexGuard<'_, Checked> {
     checked.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seeds_end_as_calm_runs_and_repeat_themselves() {
+        let site = Site::new();
+        let calm = site.calm();
+        for seed in 0..20 {
+            let plan = Plan::of_seed(seed, &calm);
+            let [first, again] = [(); 2].map(|()| simulate(&site, &plan, Some(&calm[plan.variant]), false));
+            assert_eq!(first.violations, Vec::<String>::new(), "seed {seed}");
+            assert_eq!(first.trace, again.trace, "seed {seed}");
+        }
+    }
+}

@@ -9,10 +9,12 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 import figures
 
 
-def simulate(features, *arguments):
+PLANTED = ["cargo", "run", "--release", "-q", "-p", "coordinator", "--features", "planted-bugs", "--example", "simulate", "--"]
+
+
+def simulate(*arguments, command=[os.environ["SIMULATE"]]):
     """What the simulator says; what it found is for the reader, and fails the figures."""
-    command = ["cargo", "run", "--release", "-q", "-p", "coordinator", *features, "--example", "simulate", "--", *arguments]
-    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    ran = subprocess.run([*command, *arguments], stdout=subprocess.PIPE, text=True)
     if ran.returncode not in (0, 1):
         raise SystemExit(f"the simulator has failed: {ran.stdout[-2000:]}")
     figures.told(ran.stdout.rstrip())
@@ -20,7 +22,7 @@ def simulate(features, *arguments):
 
 
 def kills(quick):
-    said = simulate([], "--points", "2" if quick else "25")
+    said = simulate("--points", "2" if quick else "25")
     for whose, goal, seeds in [("coordinator", 40, 25), ("device", 15, 20)]:
         points = int(re.search(rf"(\d+) points of a {whose}", said)[1])
         runs, failed = map(int, re.search(rf"kills of a {whose}: (\d+) runs, (\d+) failed", said).groups())
@@ -31,20 +33,20 @@ def kills(quick):
 
 def seeds(quick):
     count = 1000 if quick else 20_000
-    said = simulate([], "--seeds", str(count))
+    said = simulate("--seeds", str(count))
     runs, failed, seconds = re.search(r"seeds: (\d+) runs, (\d+) failed, .* in ([\d.]+) s", said).groups()
     figures.exactly("2 seeds of faults", int(runs), count)
     figures.exactly("2 seeds that failed", int(failed), 0)
     figures.at_most("2 time per 20,000 seeds", float(seconds) / count * 20_000, 600, "s")
     differ = 0
     for seed in range(3 if quick else 20):
-        first, second = re.search(r"trace (\w+), and (\w+) when", simulate([], "--seed", str(seed), "--hash")).groups()
+        first, second = re.search(r"trace (\w+), and (\w+) when", simulate("--seed", str(seed), "--hash")).groups()
         differ += first != second
     figures.exactly("2 seeds that gave another trace when they were run again", differ, 0)
 
 
 def bugs():
-    said = simulate(["--features", "planted-bugs"], "--bugs", "--seeds", "2000")
+    said = simulate("--bugs", "--seeds", "2000", command=PLANTED)
     found = int(re.search(r"bugs: (\d+) of \d+ found", said)[1])
     figures.at_least("2 planted bugs found within 2,000 seeds", found, 12)
 
