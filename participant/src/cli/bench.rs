@@ -1,0 +1,92 @@
+//! `participant bench`: what this machine does.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::{Args, Subcommand};
+use model::Part;
+use model::bench::{self, Shape};
+
+use super::{DeviceArguments, print};
+use crate::bench_infer::{self, Workload};
+
+#[derive(Subcommand)]
+pub(super) enum BenchCommand {
+    /// Time training steps of a whole model: tokens/s, GFLOP/s, ms by kernel, memory
+    #[command(after_help = "Example:\n  participant bench train --batch 4x128 --weights bf16")]
+    Train(BenchTrainArguments),
+    /// Run a GGUF file: tokens/s of a prompt and of what follows, latency of a token, memory, load time
+    #[command(after_help = "Example:\n  participant bench infer --model exports/model-q4_0.gguf --threads 2")]
+    Infer(BenchInferArguments),
+}
+
+#[derive(Args)]
+pub(super) struct BenchInferArguments {
+    /// A GGUF file
+    #[arg(long)]
+    model: PathBuf,
+    #[arg(long, default_value_t = 512, value_parser = positive)]
+    prompt_tokens: usize,
+    /// Decoded one by one, from an empty context on
+    #[arg(long, default_value_t = 128, value_parser = positive)]
+    tokens: usize,
+    /// 0 takes all cores
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// The best of so many
+    #[arg(long, default_value_t = 3, value_parser = positive)]
+    rounds: usize,
+    #[arg(long)]
+    json: bool,
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&number| number > 0).ok_or_else(|| "give a number of at least 1".into())
+}
+
+#[derive(Args)]
+pub(super) struct BenchTrainArguments {
+    /// A Hugging Face directory or a GGUF file [default: SmolLM2-135M's shape with random weights]
+    #[arg(long)]
+    model: Option<PathBuf>,
+    /// Random weights, which is the default
+    #[arg(long, conflicts_with = "model")]
+    random: bool,
+    /// Sequences, and tokens of each
+    #[arg(long, default_value = "4x128")]
+    batch: String,
+    /// Layers with an adapter: their names, or `all`
+    #[arg(long, default_value = "all")]
+    lora: String,
+    #[arg(long, default_value_t = 8)]
+    rank: u32,
+    /// Timed steps, behind one that is not
+    #[arg(long, default_value_t = 5)]
+    steps: usize,
+    #[command(flatten)]
+    device: DeviceArguments,
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn bench_train(arguments: BenchTrainArguments) -> anyhow::Result<()> {
+    let BenchTrainArguments { model, random: _, batch, lora, rank, steps, device, json } = arguments;
+    let shape = Shape::parse(&batch, &lora, rank)?;
+    let device = device.choice().over(&Default::default());
+    let begun = Instant::now();
+    let whole = |blocks| Ok(Part::whole(blocks));
+    let measured = bench::measure(model.as_deref(), whole, &device, shape, steps, || begun.elapsed())?;
+    match json {
+        true => print(measured.to_json()),
+        false => print(measured.to_text()),
+    }
+}
+
+pub(super) fn bench_infer(arguments: BenchInferArguments) -> anyhow::Result<()> {
+    let BenchInferArguments { model, prompt_tokens, tokens, threads, rounds, json } = arguments;
+    let measured = bench_infer::measure(&model, &Workload { prompt_tokens, tokens, threads, rounds })?;
+    match json {
+        true => print(measured.to_json()),
+        false => print(measured.to_text()),
+    }
+}

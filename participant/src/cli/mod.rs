@@ -1,0 +1,262 @@
+//! The commands of `participant`: arguments in, lines or JSON out. Nothing is decided here.
+
+mod bench;
+mod infer;
+mod train;
+
+use std::fmt::Display;
+use std::future::Future;
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use experiment::{Backend, Experiment, Seed, WeightType};
+use tokio::sync::watch;
+
+use self::bench::{BenchCommand, bench_infer, bench_train};
+use self::infer::{EvaluateArguments, GenerateArguments, LogitsArguments, evaluate, generate, logits};
+use self::train::{JoinArguments, SwarmArguments, TrainArguments, join, swarm, train};
+use crate::calibrate::CalibrateArguments;
+use crate::device_choice::DeviceChoice;
+use crate::device_log::{Canary, FactoryDevice, write_files};
+use crate::local::{check_digest, initial_adapter};
+
+/// A device of a federated split-learning run: it keeps its data and trains the ends of the model on it.
+#[derive(Parser)]
+#[command(
+    version,
+    max_term_width = 110,
+    after_help = "Exit codes: 0 when it is done, or the run is over, be it stopped by the coordinator; 1 when it failed, or was \
+        stopped by Ctrl-C or SIGTERM (it says how to go on); 2 for wrong arguments."
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Log lines as JSON objects (what is logged: RUST_LOG, default `info`)
+    #[arg(long, global = true)]
+    log_json: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Join a run with an invitation, and train until the run ends
+    #[command(after_help = "Example:\n  participant join press-1.invite --data press-1.jsonl")]
+    Join(JoinArguments),
+    /// The same fine-tuning, unsplit and local: the baseline of a run
+    #[command(after_help = "Example:\n  participant train configs/demo.toml --data all.jsonl")]
+    Train(TrainArguments),
+    /// Many participants from one process, for experiments on one machine
+    #[command(after_help = "Example:\n  coordinator invite home/ device --count 16 --out invites/\n  \
+        participant swarm configs/demo.toml --count 16 --data all.jsonl --invites invites/")]
+    Swarm(SwarmArguments),
+    /// Continue a prompt
+    #[command(
+        after_help = "Example:\n  participant generate --model exports/model-q8_0.gguf --prompt \"Who are you?\""
+    )]
+    Generate(GenerateArguments),
+    /// Loss and perplexity per token of a model on a file
+    #[command(after_help = "Example:\n  participant evaluate --model exports/hf --data held-out.jsonl")]
+    Evaluate(EvaluateArguments),
+    /// Measure which columns of a model's matrices matter for some data: an importance matrix, for `coordinator export`
+    #[command(
+        after_help = "Example:\n  participant calibrate --model exports/hf --data press-1.jsonl --out press-1.imatrix.gguf"
+    )]
+    Calibrate(CalibrateArguments),
+    /// Write the logits of prompts to a safetensors file, to compare with other runtimes
+    #[command(
+        after_help = "Example:\n  participant logits --model exports/hf --prompts prompts.jsonl --out logits.safetensors"
+    )]
+    Logits(LogitsArguments),
+    /// Write the adapter an experiment starts from, in PEFT's format
+    #[command(after_help = "Example:\n  participant init-adapter configs/demo.toml --out initial/")]
+    InitAdapter(InitAdapterArguments),
+    /// Measure this machine
+    #[command(subcommand, after_help = "Example:\n  participant bench train --weights bf16")]
+    Bench(BenchCommand),
+    /// Write made-up command and log text of factory devices, to demonstrate and test with
+    #[command(after_help = "Example:\n  participant device-log --out data/ --records 400")]
+    DeviceLog(DeviceLogArguments),
+}
+
+#[derive(Args)]
+struct DeviceArguments {
+    /// Tensor backend; the experiment's `[device] backend` otherwise
+    #[arg(long, value_enum)]
+    backend: Option<BackendName>,
+    /// Threads for tensor work; 0 takes all cores
+    #[arg(long)]
+    threads: Option<u32>,
+    /// How the native backend keeps frozen weights; the experiment's `[device] weights` otherwise
+    #[arg(long, value_enum)]
+    weights: Option<WeightName>,
+    /// Keep each block's input alone for the backward pass: slower, in less memory
+    #[arg(long)]
+    recompute: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum WeightName {
+    F32,
+    Bf16,
+    Int8,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum BackendName {
+    Native,
+    Flex,
+    Ndarray,
+    Cuda,
+    Wgpu,
+}
+
+#[derive(Args)]
+struct InitAdapterArguments {
+    experiment: PathBuf,
+    #[arg(long)]
+    out: PathBuf,
+}
+
+#[derive(Args)]
+struct DeviceLogArguments {
+    /// Directory for one file per device and all.jsonl
+    #[arg(long)]
+    out: PathBuf,
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Records of each device
+    #[arg(long, default_value_t = 400)]
+    records: usize,
+    /// How many devices: press-1, mill-1, packer-1, chiller-1, press-2, …
+    #[arg(long, default_value_t = 4)]
+    devices: u32,
+    /// Plant this sentence among the first device's records, to search for it elsewhere
+    #[arg(long)]
+    canary: Option<String>,
+}
+
+impl Cli {
+    pub fn start_tracing(&self) {
+        let ansi = std::io::stderr().is_terminal();
+        let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+        let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi);
+        if self.log_json { subscriber.json().init() } else { subscriber.with_target(false).init() }
+    }
+
+    /// Runs the command until it is done or `interrupted`.
+    pub async fn run(self, interrupted: impl Future<Output = ()>) -> anyhow::Result<()> {
+        let leaves = matches!(&self.command, Command::Join(_) | Command::Swarm(_));
+        let again = match &self.command {
+            Command::Join(_) | Command::Swarm(_) => {
+                "the coordinator goes on at quorum; run the same command again to rejoin"
+            }
+            _ => "nothing was written; run the same command again to start over",
+        };
+        let (stop, stopped) = watch::channel(false);
+        // A task of its own, because training without a network never waits, and would never let this one look up.
+        let mut work = tokio::spawn(self.command.run(stopped));
+        tokio::select! {
+            done = &mut work => return done.context("the command failed")?,
+            () = interrupted => {}
+        }
+        // Who is connected takes leave; whatever else is going on is not waited for.
+        let _ = stop.send(true);
+        if leaves {
+            let _ = tokio::time::timeout(Duration::from_secs(2), work).await;
+        }
+        bail!("interrupted: {again}")
+    }
+}
+
+impl Command {
+    async fn run(self, stop: watch::Receiver<bool>) -> anyhow::Result<()> {
+        match self {
+            Self::Join(arguments) => join(arguments, stop).await,
+            Self::Train(arguments) => train(arguments).await,
+            Self::Swarm(arguments) => swarm(arguments, stop).await,
+            Self::Generate(arguments) => off_the_runtime(|| generate(arguments)),
+            Self::Evaluate(arguments) => off_the_runtime(|| evaluate(arguments)),
+            Self::Calibrate(arguments) => {
+                let (out, tokens) = off_the_runtime(|| arguments.run())?;
+                print(format_args!("{}: measured on {tokens} tokens", out.display()))
+            }
+            Self::Logits(arguments) => off_the_runtime(|| logits(arguments)),
+            Self::InitAdapter(InitAdapterArguments { experiment, out }) => {
+                let experiment = Experiment::from_file(&experiment).context("failed to start")?;
+                let source = model::source::of_experiment(&experiment)?;
+                check_digest(&experiment, &*source)?;
+                initial_adapter(&experiment, &*source, None)?.save(&out, &source.origin().display().to_string())?;
+                print(out.display())
+            }
+            Self::Bench(BenchCommand::Train(arguments)) => off_the_runtime(|| bench_train(arguments)),
+            Self::Bench(BenchCommand::Infer(arguments)) => off_the_runtime(|| bench_infer(arguments)),
+            Self::DeviceLog(arguments) => device_log(arguments),
+        }
+    }
+}
+
+/// Long tensor work leaves the other threads of the runtime free for an interruption.
+fn off_the_runtime<T>(work: impl FnOnce() -> T) -> T {
+    tokio::task::block_in_place(work)
+}
+
+fn device_log(arguments: DeviceLogArguments) -> anyhow::Result<()> {
+    let DeviceLogArguments { out, seed, records, devices, canary } = arguments;
+    if records == 0 {
+        bail!("--records must be at least 1");
+    }
+    std::fs::create_dir_all(&out).with_context(|| out.display().to_string())?;
+    match devices {
+        0 => bail!("--devices must be at least 1"),
+        65_537.. => bail!("--devices must be at most 65536"),
+        _ => {}
+    }
+    let devices: Vec<FactoryDevice> = (0..devices).map(FactoryDevice::nth).collect();
+    let first = FactoryDevice::nth(0);
+    let canary = canary.map(|sentence| Canary { device: first, sentence });
+    write_files(&out, Seed(seed), records, &devices, canary.as_ref())?;
+    for device in devices {
+        print(out.join(format!("{device}.jsonl")).display())?;
+    }
+    print(out.join("all.jsonl").display())
+}
+
+/// A line on the standard output. A closed pipe or a full disk behind it is an error like any other, where `println!`
+/// would panic.
+fn print(line: impl Display) -> anyhow::Result<()> {
+    writeln!(std::io::stdout(), "{line}").context("failed to print")
+}
+
+/// Progress: training does not end because nobody reads along any more.
+fn tell(line: impl Display) {
+    let _ = print(line);
+}
+
+impl DeviceArguments {
+    fn choice(&self) -> DeviceChoice {
+        let backend = self.backend.map(|name| match name {
+            BackendName::Native => Backend::Native,
+            BackendName::Flex => Backend::Flex,
+            BackendName::Ndarray => Backend::Ndarray,
+            BackendName::Cuda => Backend::Cuda,
+            BackendName::Wgpu => Backend::Wgpu,
+        });
+        let weights = self.weights.map(|name| match name {
+            WeightName::F32 => WeightType::F32,
+            WeightName::Bf16 => WeightType::Bf16,
+            WeightName::Int8 => WeightType::Int8,
+        });
+        DeviceChoice { backend, threads: self.threads, weights, recompute: self.recompute.then_some(true) }
+    }
+}
+
+/// `$HEADWATER_CACHE`, or where this machine keeps caches.
+fn default_cache() -> PathBuf {
+    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    set("HEADWATER_CACHE")
+        .or_else(|| set("XDG_CACHE_HOME").map(|cache| cache.join("headwater")))
+        .or_else(|| set("HOME").map(|home| home.join(".cache/headwater")))
+        .unwrap_or_else(|| PathBuf::from(".headwater-cache"))
+}
