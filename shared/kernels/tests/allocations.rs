@@ -6,7 +6,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::Arc;
 
-use kernels::inference::{Decoder, DecoderBlock, Session, Shape};
+use kernels::inference::{Adapter, Decoder, DecoderBlock, Layer, LayerFactors, Session, Shape};
 use kernels::quantized::{Layout as Kept, Matrix};
 use kernels::{Engine, Path};
 
@@ -60,10 +60,14 @@ fn a_token_allocates_nothing() {
     };
     let blocks = (0..3).map(block).collect();
     let decoder = Arc::new(Decoder::new(shape, matrix(vocabulary, width), blocks, vec![1.0; width], None));
+    let factors = vec![0.1; 2 * 64];
+    let layers = (0..3).map(|block| LayerFactors { block, layer: Layer::Mix, a: &factors, b: &factors });
+    let adapter = Arc::new(Adapter::new(decoder.shape(), 3, 2, 1.0, layers));
     for path in Path::available() {
-        for threads in [1, 2] {
+        for (threads, adapter) in [(1, None), (2, None), (2, Some(&adapter))] {
             let engine = Engine::new(path, threads, false);
             let mut session = Session::new(&engine, &decoder, 300);
+            session.adapt(adapter.cloned());
             // The first prompt makes room for batches, and the threads begin.
             session.next(&[1; 3]);
             session.next(&[2]);

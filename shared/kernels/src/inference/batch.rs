@@ -2,19 +2,21 @@
 
 use std::ops::Range;
 
+use super::adapter::{Adapter, Layer};
 use super::attention::AttendStrip;
 use super::cache::Cache;
 use super::phases::{Phases, share};
 use super::room::{Places, SlotPlaces, StripRows};
 use super::rows::{FinishHead, Prepare, Store};
-use super::token::wanted;
+use super::token::{GATE_UP, QKV, wanted};
 use super::{Decoder, DecoderBlock};
 use crate::Path;
-use crate::quantized::{BatchProduct, Matrix};
+use crate::quantized::{BatchProduct, GROUP, Matrix};
 
 pub(super) struct BatchPass<'a> {
     pub path: Path,
     pub decoder: &'a Decoder,
+    pub adapter: Option<&'a Adapter>,
     pub cache: &'a Cache,
     pub phases: &'a Phases,
     /// Tokens before the batch.
@@ -42,6 +44,8 @@ struct From<'a> {
     norm: Option<&'a [f32]>,
     /// `x` holds gates, and what they gate behind them.
     gated: bool,
+    /// The block, for an adapter.
+    block: usize,
 }
 
 impl BatchPass<'_> {
@@ -50,7 +54,7 @@ impl BatchPass<'_> {
         let mut phase = 0;
         for (i, block) in self.decoder.blocks.iter().enumerate() {
             self.attention(&mut phase, slot, i, block);
-            self.ffn(&mut phase, slot, block);
+            self.ffn(&mut phase, slot, i, block);
         }
         phase
     }
@@ -64,9 +68,9 @@ impl BatchPass<'_> {
         // SAFETY: the rows are within the room.
         let x = unsafe { self.room.x.0.add(rows.start * shape.width) };
         let norm = Some(&self.decoder.norm[..]);
-        let from = From { x, stride: shape.width, columns: shape.width, norm, gated: false };
-        self.prepare(phase, slot, from, rows.len(), &[output]);
-        self.product(phase, slot, &[(output, self.room.logits.0)], shape.vocabulary, rows.len(), false);
+        let from = From { x, stride: shape.width, columns: shape.width, norm, gated: false, block: 0 };
+        self.prepare(phase, slot, from, rows.len(), &[output], &[]);
+        self.product(phase, slot, 0, &[(output, self.room.logits.0, None)], shape.vocabulary, rows.len(), false);
     }
 
     fn attention(&self, phase: &mut usize, slot: &SlotPlaces, index: usize, block: &DecoderBlock) {
@@ -77,14 +81,17 @@ impl BatchPass<'_> {
         self.prepare(
             phase,
             slot,
-            From { x: room.x.0, stride: width, columns: width, norm, gated: false },
+            From { x: room.x.0, stride: width, columns: width, norm, gated: false, block: index },
             self.rows,
             &[q, k, v],
+            &QKV,
         );
         // SAFETY: the columns of keys and values are within the rows.
         let (keys, values) =
             unsafe { (room.qkv.0.add(shape.queries()), room.qkv.0.add(shape.queries() + shape.keys())) };
-        self.product(phase, slot, &[(q, room.qkv.0), (k, keys), (v, values)], stride, self.rows, false);
+        let products =
+            [(q, room.qkv.0, Some(Layer::Query)), (k, keys, Some(Layer::Key)), (v, values, Some(Layer::Value))];
+        self.product(phase, slot, index, &products, stride, self.rows, false);
         self.phases.run(*phase, self.rows.div_ceil(ROWS), |task| {
             for row in task * ROWS..self.rows.min((task + 1) * ROWS) {
                 self.finish(index, block, row);
@@ -113,9 +120,9 @@ impl BatchPass<'_> {
         });
         *phase += 1;
         let queries = shape.queries();
-        let from = From { x: room.mixed.0, stride: queries, columns: queries, norm: None, gated: false };
-        self.prepare(phase, slot, from, self.rows, &[&block.mix]);
-        self.product(phase, slot, &[(&block.mix, room.x.0)], width, self.rows, true);
+        let from = From { x: room.mixed.0, stride: queries, columns: queries, norm: None, gated: false, block: index };
+        self.prepare(phase, slot, from, self.rows, &[&block.mix], &[Layer::Mix]);
+        self.product(phase, slot, index, &[(&block.mix, room.x.0, Some(Layer::Mix))], width, self.rows, true);
     }
 
     /// Biases, norms and rotations of a row's heads, and their place in the cache.
@@ -145,24 +152,33 @@ impl BatchPass<'_> {
         }
     }
 
-    fn ffn(&self, phase: &mut usize, slot: &SlotPlaces, block: &DecoderBlock) {
+    fn ffn(&self, phase: &mut usize, slot: &SlotPlaces, index: usize, block: &DecoderBlock) {
         let (shape, room) = (&self.decoder.shape, &self.room);
         let (width, ffn) = (shape.width, shape.ffn);
         let norm = Some(&block.ffn_norm[..]);
-        let from = From { x: room.x.0, stride: width, columns: width, norm, gated: false };
-        self.prepare(phase, slot, from, self.rows, &[&block.gate, &block.up]);
+        let from = From { x: room.x.0, stride: width, columns: width, norm, gated: false, block: index };
+        self.prepare(phase, slot, from, self.rows, &[&block.gate, &block.up], &GATE_UP);
         // SAFETY: within the rows.
         let up = unsafe { room.gate_up.0.add(ffn) };
-        self.product(phase, slot, &[(&block.gate, room.gate_up.0), (&block.up, up)], 2 * ffn, self.rows, false);
-        let from = From { x: room.gate_up.0, stride: 2 * ffn, columns: ffn, norm: None, gated: true };
-        self.prepare(phase, slot, from, self.rows, &[&block.down]);
-        self.product(phase, slot, &[(&block.down, room.x.0)], width, self.rows, true);
+        let products = [(&block.gate, room.gate_up.0, Some(Layer::Gate)), (&block.up, up, Some(Layer::Up))];
+        self.product(phase, slot, index, &products, 2 * ffn, self.rows, false);
+        let from = From { x: room.gate_up.0, stride: 2 * ffn, columns: ffn, norm: None, gated: true, block: index };
+        self.prepare(phase, slot, from, self.rows, &[&block.down], &[Layer::Down]);
+        self.product(phase, slot, index, &[(&block.down, room.x.0, Some(Layer::Down))], width, self.rows, true);
     }
 
-    /// Rows become the shared input of products with `matrices`.
-    fn prepare(&self, phase: &mut usize, slot: &SlotPlaces, from: From<'_>, rows: usize, matrices: &[&Matrix]) {
+    /// Rows become the shared input of products with `matrices`, which are `layers` to an adapter.
+    fn prepare(
+        &self,
+        phase: &mut usize,
+        slot: &SlotPlaces,
+        from: From<'_>,
+        rows: usize,
+        matrices: &[&Matrix],
+        layers: &'static [Layer],
+    ) {
         let (codes, floats) = wanted(matrices);
-        let From { x, stride, columns, norm, gated } = from;
+        let From { x, stride, columns, norm, gated, block } = from;
         let norm = norm.map(|norm| (norm, self.decoder.shape.epsilon));
         self.phases.run(*phase, rows.div_ceil(ROWS), |task| {
             for row in task * ROWS..rows.min((task + 1) * ROWS) {
@@ -172,32 +188,46 @@ impl BatchPass<'_> {
                     let up = if gated { x.add(columns) } else { std::ptr::null() };
                     let to = self.room.input(columns, row, self.strip, codes, floats);
                     self.path.run(Prepare { x, columns, norm, up, row: slot.row.0, to });
+                    if let Some(adapter) = self.adapter {
+                        let x = if norm.is_some() || gated { slot.row.0.cast_const() } else { x };
+                        self.path.run(adapter.narrow(block, layers, x, self.room.low(row)));
+                    }
                 }
             }
         });
         *phase += 1;
     }
 
-    /// `to [rows, stride] (+)= input · Wᵀ` for each matrix, at its place.
+    /// `to [rows, stride] (+)= input · Wᵀ` for each matrix, at its place, with what an adapter adds to its layer.
+    #[allow(clippy::too_many_arguments)]
     fn product(
         &self,
         phase: &mut usize,
         slot: &SlotPlaces,
-        matrices: &[(&Matrix, *mut f32)],
+        block: usize,
+        matrices: &[(&Matrix, *mut f32, Option<Layer>)],
         stride: usize,
         rows: usize,
         accumulate: bool,
     ) {
         let tasks = |matrix: &Matrix| matrix.group_count().div_ceil(GROUPS);
-        let all = matrices.iter().map(|(matrix, _)| tasks(matrix)).sum();
+        let all = matrices.iter().map(|(matrix, ..)| tasks(matrix)).sum();
         self.phases.run(*phase, all, |mut task| {
-            for &(matrix, to) in matrices {
+            for &(matrix, to, layer) in matrices {
                 let many = tasks(matrix);
                 if task < many {
                     let groups = share(matrix.group_count(), many, task);
                     let x = self.room.batch(rows);
                     let scratch = slot.scratch.0.cast();
+                    let columns = groups.start * GROUP..groups.end * GROUP;
                     self.path.run(BatchProduct { matrix, groups, x, to, stride, accumulate, scratch });
+                    if let (Some(adapter), Some(layer)) = (self.adapter, layer) {
+                        for row in 0..rows {
+                            // SAFETY: rows of the room.
+                            let (low, to) = unsafe { (self.room.low(row), to.add(row * stride)) };
+                            self.path.run(adapter.widen(block, layer, columns.clone()).over(low, to));
+                        }
+                    }
                     return;
                 }
                 task -= many;

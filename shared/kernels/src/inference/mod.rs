@@ -6,6 +6,7 @@
 //!
 //! A token's normed activations are computed by every thread for itself: that is cheaper than one more phase.
 
+mod adapter;
 mod attention;
 mod batch;
 mod cache;
@@ -18,5 +19,6 @@ mod session;
 mod tests;
 mod token;
 
+pub use adapter::{Adapter, Layer, LayerFactors, RANK_MAX};
 pub use decoder::{Decoder, DecoderBlock, Shape};
 pub use session::Session;

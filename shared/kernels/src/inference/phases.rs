@@ -1,13 +1,21 @@
 //! Steps of one piece of work that several threads take together, one after the other.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Instant;
 
 /// Turns of a waiting thread before it offers its core to others.
 const SPINS: u32 = 20_000;
 
 /// Each phase has numbered tasks, and ends when all of them are done: a thread that comes late, or not at all, is not
 /// waited for, and finds the phases behind it closed.
-pub(super) struct Phases(Box<[Phase]>);
+///
+/// Where a time is set, no phase begins behind it, and those that have begun are not ended: what they were to write is then
+/// worth nothing.
+pub(super) struct Phases {
+    phases: Box<[Phase]>,
+    until: Option<Instant>,
+    over: AtomicBool,
+}
 
 #[derive(Default)]
 #[repr(align(128))]
@@ -18,21 +26,33 @@ struct Phase {
 
 impl Phases {
     pub(super) fn new(count: usize) -> Self {
-        Self((0..count).map(|_| Phase::default()).collect())
+        let phases = (0..count).map(|_| Phase::default()).collect();
+        Self { phases, until: None, over: AtomicBool::new(false) }
     }
 
     /// Before threads begin.
-    pub(super) fn reset(&mut self) {
-        for phase in &mut self.0 {
+    pub(super) fn reset(&mut self, until: Option<Instant>) {
+        for phase in &mut self.phases {
             *phase.next.get_mut() = 0;
             *phase.done.get_mut() = 0;
         }
+        self.until = until;
+        *self.over.get_mut() = false;
+    }
+
+    /// Whether time was over before all was done.
+    pub(super) fn is_over(&self) -> bool {
+        // Relaxed: who acts on it touches nothing that others write.
+        self.until.is_some() && self.over.load(Ordering::Relaxed)
     }
 
     /// Takes tasks of this phase until there are no more, and waits until all are done.
     pub(super) fn run(&self, phase: usize, tasks: usize, mut task: impl FnMut(usize)) {
-        let phase = &self.0[phase];
-        loop {
+        let phase = &self.phases[phase];
+        if self.until.is_some_and(|until| Instant::now() >= until) {
+            self.over.store(true, Ordering::Relaxed);
+        }
+        while !self.is_over() {
             let i = phase.next.fetch_add(1, Ordering::Relaxed);
             if i >= tasks {
                 break;
@@ -43,6 +63,10 @@ impl Phases {
         }
         let mut spins = 0u32;
         while phase.done.load(Ordering::Acquire) < tasks {
+            // A task that nobody takes any more is never done.
+            if self.is_over() {
+                return;
+            }
             spins += 1;
             if spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
         }

@@ -1,5 +1,6 @@
 //! Memory that a session works in, allocated once.
 
+use super::adapter::{RANK_MAX, SHARING};
 use super::attention::{StripTokens, scratch_numbers};
 use super::rows::Input;
 use super::{Decoder, Shape};
@@ -29,6 +30,8 @@ pub(super) struct Room {
     /// Input rows of a product, both ways.
     pub codes: Buffer<u32>,
     pub floats: Buffer<f32>,
+    /// `[rows, SHARING · RANK_MAX]`, inputs that an adapter has narrowed.
+    pub low: Buffer<f32>,
 }
 
 /// The same, to write through.
@@ -43,6 +46,7 @@ pub(super) struct Places {
     pub logits: Shared<f32>,
     pub codes: Shared<u32>,
     pub floats: Shared<f32>,
+    pub low: Shared<f32>,
 }
 
 /// Rows that the path multiplies at once, as bytes and as f32.
@@ -80,6 +84,8 @@ impl Room {
             logits: engine.zeros(logits * shape.vocabulary),
             codes: engine.take(code_words(longest, rows.next_multiple_of(strip.codes))),
             floats: engine.zeros(longest * rows.next_multiple_of(strip.floats)),
+            // Its memory is not touched before there is an adapter.
+            low: engine.take(rows * SHARING * RANK_MAX),
         }
     }
 
@@ -94,6 +100,7 @@ impl Room {
             logits: Shared(self.logits.as_mut_ptr()),
             codes: Shared(self.codes.as_mut_ptr()),
             floats: Shared(self.floats.as_mut_ptr()),
+            low: Shared(self.low.as_mut_ptr()),
         }
     }
 
@@ -135,6 +142,15 @@ impl Places {
         }
     }
 
+    /// What an adapter has made of a row.
+    ///
+    /// # Safety
+    /// The row is within the room.
+    pub(super) unsafe fn low(&self, row: usize) -> *mut f32 {
+        // SAFETY: the caller's promise.
+        unsafe { self.low.0.add(row * SHARING * RANK_MAX) }
+    }
+
     pub(super) fn batch(&self, rows: usize) -> Batch {
         Batch { rows, codes: self.codes.0, floats: self.floats.0 }
     }
@@ -148,6 +164,7 @@ pub(super) struct Slot {
     floats: Buffer<f32>,
     /// For unpacked weights, and for attention.
     scratch: Buffer<f32>,
+    low: Buffer<f32>,
 }
 
 /// The same, to write through.
@@ -157,6 +174,7 @@ pub(super) struct SlotPlaces {
     pub row: Shared<f32>,
     pub floats: Shared<f32>,
     pub scratch: Shared<f32>,
+    pub low: Shared<f32>,
 }
 
 impl Slot {
@@ -169,6 +187,7 @@ impl Slot {
             row: engine.take(longest),
             floats: engine.take(longest),
             scratch: engine.take(unpacked.max(scratch_numbers(shape.head_size, context))),
+            low: engine.take(SHARING * RANK_MAX),
         }
     }
 
@@ -178,6 +197,7 @@ impl Slot {
             row: Shared(self.row.as_mut_ptr()),
             floats: Shared(self.floats.as_mut_ptr()),
             scratch: Shared(self.scratch.as_mut_ptr()),
+            low: Shared(self.low.as_mut_ptr()),
         }
     }
 }

@@ -1,19 +1,21 @@
 //! One sequence on its way through a decoder.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::batch::BatchPass;
 use super::cache::Cache;
 use super::phases::Phases;
 use super::room::{BATCH, Room, Slot, SlotPlaces, StripRows};
 use super::token::TokenPass;
-use super::{Decoder, batch, token};
+use super::{Adapter, Decoder, batch, token};
 use crate::engine::Engine;
 
 /// Keys and values of the tokens so far, and room for the next. After the first prompt no call allocates.
 pub struct Session {
     engine: Engine,
     decoder: Arc<Decoder>,
+    adapter: Option<Arc<Adapter>>,
     cache: Cache,
     tokens: usize,
     context: usize,
@@ -40,6 +42,7 @@ impl Session {
         Self {
             engine: engine.clone(),
             decoder: decoder.clone(),
+            adapter: None,
             cache: Cache::new(shape, blocks, context),
             tokens: 0,
             context,
@@ -66,24 +69,47 @@ impl Session {
         self.tokens = self.tokens.min(tokens);
     }
 
+    /// Applies an adapter from now on, or none, and forgets all tokens: their keys and values were another's.
+    ///
+    /// # Panics
+    /// If the adapter is another decoder's.
+    pub fn adapt(&mut self, adapter: Option<Arc<Adapter>>) {
+        let Self { decoder, .. } = self;
+        let fits = |adapter: &Arc<Adapter>| adapter.fits(&decoder.shape, decoder.blocks.len());
+        assert!(adapter.iter().all(fits), "an adapter of this decoder");
+        self.adapter = adapter;
+        self.truncate(0);
+    }
+
     /// Appends tokens and returns the logits behind the last, `[vocabulary]`.
     ///
     /// # Panics
     /// If there is no token, one that is none of the vocabulary, or more than the context holds.
     pub fn next(&mut self, tokens: &[u32]) -> &[f32] {
+        self.next_until(tokens, None).expect("no time is set")
+    }
+
+    /// The same, but gives up at a time, within one phase of one block: then some of the tokens may have been appended, which
+    /// [`tokens`](Self::tokens) tells.
+    ///
+    /// # Panics
+    /// As [`next`](Self::next).
+    pub fn next_until(&mut self, tokens: &[u32], until: Option<Instant>) -> Option<&[f32]> {
         self.check(tokens);
         let mut rest = tokens;
         while rest.len() > 1 {
             let (now, later) = rest.split_at(BATCH.min(rest.len()));
             let last = later.is_empty();
-            self.pass(now, if last { now.len() - 1..now.len() } else { 0..0 });
+            if !self.pass(now, if last { now.len() - 1..now.len() } else { 0..0 }, until) {
+                return None;
+            }
             if last {
-                return &self.batch.as_ref().expect("a batch has been passed").logits[..self.decoder.shape.vocabulary];
+                let logits = &self.batch.as_ref().expect("a batch has been passed").logits;
+                return Some(&logits[..self.decoder.shape.vocabulary]);
             }
             rest = later;
         }
-        self.token(rest[0]);
-        &self.room.logits
+        self.token(rest[0], until).then_some(&self.room.logits[..])
     }
 
     /// Appends tokens and shows the logits behind each, `[vocabulary]`, in order.
@@ -94,7 +120,7 @@ impl Session {
         self.check(tokens);
         let vocabulary = self.decoder.shape.vocabulary;
         for (at, now) in tokens.chunks(BATCH).enumerate() {
-            self.pass(now, 0..0);
+            self.pass(now, 0..0, None);
             for first in (0..now.len()).step_by(SCORED) {
                 let rows = first..now.len().min(first + SCORED);
                 self.logits(rows.clone());
@@ -112,38 +138,45 @@ impl Session {
         assert!(self.tokens + tokens.len() <= self.context, "a sequence that fits its context");
     }
 
-    fn token(&mut self, token: u32) {
-        let Self { engine, decoder, cache, room, places, phases, tokens, .. } = self;
+    /// Whether there was time.
+    fn token(&mut self, token: u32, until: Option<Instant>) -> bool {
+        let Self { engine, decoder, adapter, cache, room, places, phases, tokens, .. } = self;
         decoder.embedding.row(token as usize, &mut room.x);
         room.rotate_from(&decoder.shape.frequencies, *tokens, 1);
-        phases.reset();
+        phases.reset(until);
         let at = *tokens;
         let pass = TokenPass {
             path: engine.path(),
             threads: engine.threads(),
             decoder,
+            adapter: adapter.as_deref(),
             cache,
             phases,
             at,
             room: room.places(),
         };
         engine.together(|i| pass.run(&places[i]));
+        if self.phases.is_over() {
+            return false;
+        }
         self.tokens += 1;
+        true
     }
 
-    /// A batch, and the logits behind some of its rows.
-    fn pass(&mut self, tokens: &[u32], logits: std::ops::Range<usize>) {
-        let Self { engine, decoder, cache, batch, strip, places, phases, tokens: before, .. } = self;
+    /// A batch, and the logits behind some of its rows; whether there was time.
+    fn pass(&mut self, tokens: &[u32], logits: std::ops::Range<usize>, until: Option<Instant>) -> bool {
+        let Self { engine, decoder, adapter, cache, batch, strip, places, phases, tokens: before, .. } = self;
         let shape = &decoder.shape;
         let room = batch.get_or_insert_with(|| Room::new(engine, shape, BATCH, SCORED, *strip));
         for (&token, x) in tokens.iter().zip(room.x.chunks_exact_mut(shape.width)) {
             decoder.embedding.row(token as usize, x);
         }
         room.rotate_from(&shape.frequencies, *before, tokens.len());
-        phases.reset();
+        phases.reset(until);
         let pass = BatchPass {
             path: engine.path(),
             decoder,
+            adapter: adapter.as_deref(),
             cache,
             phases,
             before: *before,
@@ -155,17 +188,22 @@ impl Session {
             let mut phase = pass.blocks(&places[i]);
             pass.logits(&mut phase, &places[i], logits.clone());
         });
+        if self.phases.is_over() {
+            return false;
+        }
         self.tokens += tokens.len();
+        true
     }
 
     /// The logits behind some rows of the batch that was passed last.
     fn logits(&mut self, rows: std::ops::Range<usize>) {
-        let Self { engine, decoder, cache, batch, strip, places, phases, .. } = self;
+        let Self { engine, decoder, adapter, cache, batch, strip, places, phases, .. } = self;
         let room = batch.as_mut().expect("a batch has been passed");
-        phases.reset();
+        phases.reset(None);
         let pass = BatchPass {
             path: engine.path(),
             decoder,
+            adapter: adapter.as_deref(),
             cache,
             phases,
             before: 0,

@@ -1,8 +1,9 @@
 //! The same sequence in batches, token by token, on every path and any number of threads.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use super::{Decoder, DecoderBlock, Session, Shape};
+use super::{Adapter, Decoder, DecoderBlock, Layer, LayerFactors, Session, Shape};
 use crate::quantized::{Layout, Matrix};
 use crate::{Engine, Path};
 
@@ -11,13 +12,14 @@ fn numbers(count: usize, seed: usize) -> Vec<f32> {
     (0..count).map(|i| ((i * 7919 + seed * 104_729) % 10_007) as f32 / 5_003.5 - 1.0).collect()
 }
 
-fn matrix(rows: usize, columns: usize, seed: usize) -> Matrix {
-    let values = numbers(rows * columns, seed);
+fn matrix(rows: usize, columns: usize, seed: usize, delta: Option<Vec<f32>>) -> Matrix {
+    let mut values: Vec<f32> = numbers(rows * columns, seed).into_iter().map(|value| 0.2 * value).collect();
+    values.iter_mut().zip(delta.iter().flatten()).for_each(|(value, delta)| *value += delta);
     let mut matrix = Matrix::new(rows, columns, Layout::F32);
     for (i, mut group) in matrix.groups().enumerate() {
         for row in 0..16.min(rows - 16 * i) {
             for column in 0..columns {
-                group.float(row, column, (0.2 * values[(16 * i + row) * columns + column]).to_le_bytes());
+                group.float(row, column, values[(16 * i + row) * columns + column].to_le_bytes());
             }
         }
     }
@@ -25,6 +27,17 @@ fn matrix(rows: usize, columns: usize, seed: usize) -> Matrix {
 }
 
 fn decoder(heads: usize, kv_heads: usize, head_size: usize, blocks: usize) -> Arc<Decoder> {
+    merged(heads, kv_heads, head_size, blocks, |_, _| None)
+}
+
+/// The same, with `delta` of each block's layers, `[rows, columns]`, added to them.
+fn merged(
+    heads: usize,
+    kv_heads: usize,
+    head_size: usize,
+    blocks: usize,
+    delta: impl Fn(usize, Layer) -> Option<Vec<f32>>,
+) -> Arc<Decoder> {
     let (width, ffn, vocabulary) = (40, 72, 50);
     let shape = Shape {
         width,
@@ -36,19 +49,23 @@ fn decoder(heads: usize, kv_heads: usize, head_size: usize, blocks: usize) -> Ar
         epsilon: 1e-5,
         frequencies: (0..head_size / 2).map(|i| 0.5f32.powi(i as i32)).collect(),
     };
+    let layer = |block: usize, layer: Layer, seed: usize| {
+        let [rows, columns] = layer.sizes(&shape);
+        matrix(rows, columns, 10 * block + seed, delta(block, layer))
+    };
     let block = |i: usize| DecoderBlock {
         attention_norm: vec![1.0; width],
-        qkv: [heads, kv_heads, kv_heads].map(|heads| matrix(heads * head_size, width, 10 * i + heads)),
+        qkv: [layer(i, Layer::Query, heads), layer(i, Layer::Key, kv_heads), layer(i, Layer::Value, kv_heads)],
         biases: (i == 0).then(|| [heads, kv_heads, kv_heads].map(|heads| numbers(heads * head_size, heads))),
         head_norms: (i == 1).then(|| [vec![1.1; head_size], vec![0.9; head_size]]),
-        mix: matrix(width, heads * head_size, 10 * i + 4),
+        mix: layer(i, Layer::Mix, 4),
         ffn_norm: vec![1.0; width],
-        gate: matrix(ffn, width, 10 * i + 5),
-        up: matrix(ffn, width, 10 * i + 6),
-        down: matrix(width, ffn, 10 * i + 7),
+        gate: layer(i, Layer::Gate, 5),
+        up: layer(i, Layer::Up, 6),
+        down: layer(i, Layer::Down, 7),
     };
     let blocks = (0..blocks).map(block).collect();
-    Arc::new(Decoder::new(shape, matrix(vocabulary, width, 1), blocks, vec![1.0; width], None))
+    Arc::new(Decoder::new(shape.clone(), matrix(vocabulary, width, 1, None), blocks, vec![1.0; width], None))
 }
 
 fn all_logits(session: &mut Session, tokens: &[u32]) -> Vec<Vec<f32>> {
@@ -103,5 +120,115 @@ fn batches_single_tokens_paths_and_threads_agree() {
                 }
             }
         }
+    }
+}
+
+/// Factors of rank 5 of every layer that the seed picks.
+struct Factors {
+    rank: usize,
+    all: Vec<(usize, Layer, Vec<f32>, Vec<f32>)>,
+}
+
+const SCALE: f32 = 1.5;
+
+impl Factors {
+    fn new(shape: &Shape, blocks: usize, rank: usize, layers: &[Layer]) -> Self {
+        let of = |(block, layer): (usize, Layer)| {
+            let [rows, columns] = layer.sizes(shape);
+            let seed = 100 + 10 * block + layer as usize;
+            let small = |count, seed| numbers(count, seed).into_iter().map(|x| 0.4 * x).collect();
+            (block, layer, small(rank * columns, seed), small(rows * rank, seed + 50))
+        };
+        let all = (0..blocks).flat_map(|block| layers.iter().map(move |&layer| (block, layer))).map(of).collect();
+        Self { rank, all }
+    }
+
+    fn adapter(&self, shape: &Shape, blocks: usize) -> Arc<Adapter> {
+        let layers = self.all.iter().map(|(block, layer, a, b)| LayerFactors { block: *block, layer: *layer, a, b });
+        Arc::new(Adapter::new(shape, blocks, self.rank, SCALE, layers))
+    }
+
+    /// `scale · B A`
+    fn delta(&self, block: usize, layer: Layer) -> Option<Vec<f32>> {
+        let (_, _, a, b) = self.all.iter().find(|(at, of, ..)| (*at, *of) == (block, layer))?;
+        let columns = a.len() / self.rank;
+        let product = |row: usize, column: usize| -> f32 {
+            (0..self.rank).map(|r| b[row * self.rank + r] * a[r * columns + column]).sum()
+        };
+        let rows = b.len() / self.rank;
+        Some((0..rows * columns).map(|i| SCALE * product(i / columns, i % columns)).collect())
+    }
+}
+
+#[test]
+fn an_adapter_equals_its_merged_weights_and_leaves_with_the_next() {
+    for (heads, kv_heads, head_size, rank) in [(6, 2, 6, 5), (2, 1, 16, 8), (2, 1, 80, 1)] {
+        let base = decoder(heads, kv_heads, head_size, 2);
+        for layers in [&Layer::ALL[..], &[Layer::Query, Layer::Value], &[Layer::Down]] {
+            let factors = Factors::new(base.shape(), 2, rank, layers);
+            let merged = merged(heads, kv_heads, head_size, 2, |block, layer| factors.delta(block, layer));
+            let adapter = factors.adapter(base.shape(), 2);
+            let numbers: usize = factors.all.iter().map(|(_, _, a, b)| a.len() + b.len()).sum();
+            assert_eq!(adapter.bytes(), 4 * numbers);
+            let length = if cfg!(miri) { 2 } else { 37 };
+            let tokens: Vec<u32> = (0..length).map(|i| (i * 31 + 7) % 50).collect();
+            for path in Path::available() {
+                for threads in 1..=2 {
+                    let engine = Engine::new(path, threads, false);
+                    let expected = all_logits(&mut Session::new(&engine, &merged, tokens.len()), &tokens);
+                    let mut session = Session::new(&engine, &base, tokens.len());
+                    let without = all_logits(&mut session, &tokens);
+                    session.adapt(Some(adapter.clone()));
+                    assert_eq!(session.tokens(), 0);
+                    let batch = all_logits(&mut session, &tokens);
+                    session.truncate(0);
+                    let single: Vec<Vec<f32>> = tokens.iter().map(|&token| session.next(&[token]).to_vec()).collect();
+                    for found in [&batch, &single] {
+                        let mut changed = 0.0f32;
+                        for ((found, expected), without) in found.iter().zip(&expected).zip(&without) {
+                            let size = expected.iter().fold(0.0f32, |size, x| size.max(x.abs()));
+                            for ((found, expected), without) in found.iter().zip(expected).zip(without) {
+                                changed = changed.max((expected - without).abs() / size);
+                                let error = (found - expected).abs() / size;
+                                // Keys and values are rounded to half precision.
+                                assert!(error < 3e-3, "{path:?}: {found}, not {expected}");
+                            }
+                        }
+                        assert!(changed > 0.05, "the adapter does something: {changed}");
+                    }
+                    session.adapt(None);
+                    assert_eq!(all_logits(&mut session, &tokens), without);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_sequence_that_ran_out_of_time_goes_on_where_it_was() {
+    let decoder = decoder(4, 2, 16, 2);
+    let tokens: Vec<u32> = (0..if cfg!(miri) { 4 } else { 300 }).map(|i| (i * 31 + 7) % 50).collect();
+    let engine = Engine::new(*Path::available().last().expect("a path"), 2, false);
+    let mut session = Session::new(&engine, &decoder, tokens.len() + 1);
+    session.next(&tokens);
+    let expected = session.next(&[5]).to_vec();
+    for micros in [0, 0, 1, 3, 10, 30, 100, 300, 1000, 1_000_000] {
+        session.truncate(0);
+        let until = |micros| Some(Instant::now() + Duration::from_micros(micros));
+        // However far it comes, what it says to have is there.
+        if session.next_until(&tokens, until(micros)).is_none() {
+            let done = session.tokens();
+            assert!(done < tokens.len() && (micros > 0 || done == 0), "{done} tokens in {micros} µs");
+            session.next(&tokens[done..]);
+        }
+        assert_eq!(session.next_until(&[5], until(0)), None);
+        assert_eq!(session.tokens(), tokens.len());
+        let found = match session.next_until(&[5], until(micros / 10)).map(<[f32]>::to_vec) {
+            Some(logits) => logits,
+            None => session.next(&[5]).to_vec(),
+        };
+        // Batches of other sizes round keys and values now to one side and now to the other.
+        let error = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(error < 5e-3, "{error}");
     }
 }

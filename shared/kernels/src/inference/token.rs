@@ -1,5 +1,8 @@
 //! One token through all blocks: five phases each, and one for the logits.
 
+use std::ops::Range;
+
+use super::adapter::{Adapter, Layer};
 use super::attention::Attend;
 use super::cache::Cache;
 use super::phases::{Phases, share};
@@ -13,6 +16,7 @@ pub(super) struct TokenPass<'a> {
     pub path: Path,
     pub threads: usize,
     pub decoder: &'a Decoder,
+    pub adapter: Option<&'a Adapter>,
     pub cache: &'a Cache,
     pub phases: &'a Phases,
     /// The token's position.
@@ -28,6 +32,9 @@ pub(super) fn phases(blocks: usize) -> usize {
 const TASKS: usize = 4;
 const LOGITS_TASKS: usize = 16;
 
+pub(super) const QKV: [Layer; 3] = [Layer::Query, Layer::Key, Layer::Value];
+pub(super) const GATE_UP: [Layer; 2] = [Layer::Gate, Layer::Up];
+
 /// Whether matrices want their input as bytes, as f32.
 pub(super) fn wanted(matrices: &[&Matrix]) -> (bool, bool) {
     let integer = |matrix: &&Matrix| matrix.layout().is_integer();
@@ -40,10 +47,10 @@ impl TokenPass<'_> {
         let mut phase = 0;
         for (i, block) in self.decoder.blocks.iter().enumerate() {
             self.attention(&mut phase, slot, i, block);
-            self.ffn(&mut phase, slot, block);
+            self.ffn(&mut phase, slot, i, block);
         }
         let (output, room) = (self.decoder.output(), &self.room);
-        let prepared = self.prepare(slot, room.x.0, Some(&self.decoder.norm), &[output]);
+        let prepared = self.prepare(slot, room.x.0, Some(&self.decoder.norm), &[output], (0, &[]));
         self.product(&mut phase, slot, output, room.logits.0, false, LOGITS_TASKS, prepared);
     }
 
@@ -54,7 +61,7 @@ impl TokenPass<'_> {
         // A task is a head where heads are whole groups, else a whole matrix.
         let by_head = size.is_multiple_of(GROUP);
         let [q, k, v] = &block.qkv;
-        let mut prepared = self.prepare(slot, room.x.0, Some(&block.attention_norm), &[q, k, v]);
+        let mut prepared = self.prepare(slot, room.x.0, Some(&block.attention_norm), &[q, k, v], (index, &QKV));
         self.phases.run(*phase, if by_head { all } else { 3 }, |task| {
             prepared.once();
             let (part, range) = match (by_head, task) {
@@ -72,6 +79,7 @@ impl TokenPass<'_> {
             // SAFETY: rows of a token's room; this task alone writes these heads, and their place in the cache.
             let to = unsafe { room.qkv.0.add(at) };
             self.path.run(VectorProduct { matrix, groups, x: slot.row_input(), to, accumulate: false });
+            self.adapt(index, QKV[part], range.start * size..range.end * size, slot, to);
             for head in range {
                 self.finish(index, block, part, head, to);
             }
@@ -84,7 +92,7 @@ impl TokenPass<'_> {
             self.path.run(Attend { cache, tokens: self.at + 1, query, mixed, scores: slot.scratch.0 });
         });
         *phase += 1;
-        let prepared = self.prepare(slot, room.mixed.0, None, &[&block.mix]);
+        let prepared = self.prepare(slot, room.mixed.0, None, &[&block.mix], (index, &[Layer::Mix]));
         self.product(phase, slot, &block.mix, room.x.0, true, TASKS, prepared);
     }
 
@@ -105,9 +113,10 @@ impl TokenPass<'_> {
         self.path.run(FinishHead { x, size, bias, norm, rotation, store, token: self.at });
     }
 
-    fn ffn(&self, phase: &mut usize, slot: &SlotPlaces, block: &DecoderBlock) {
+    fn ffn(&self, phase: &mut usize, slot: &SlotPlaces, index: usize, block: &DecoderBlock) {
         let (shape, room) = (&self.decoder.shape, &self.room);
-        let mut prepared = self.prepare(slot, room.x.0, Some(&block.ffn_norm), &[&block.gate, &block.up]);
+        let mut prepared =
+            self.prepare(slot, room.x.0, Some(&block.ffn_norm), &[&block.gate, &block.up], (index, &GATE_UP));
         let groups = block.gate.group_count();
         let tasks = groups.min(TASKS * self.threads);
         self.phases.run(*phase, tasks, |task| {
@@ -116,18 +125,19 @@ impl TokenPass<'_> {
             // SAFETY: this task alone writes these rows.
             unsafe {
                 let (gate, up) = (room.gate_up.0, room.gate_up.0.add(shape.ffn));
-                for (matrix, to) in [(&block.gate, gate), (&block.up, up)] {
-                    let groups = groups.clone();
-                    self.path.run(VectorProduct { matrix, groups, x: slot.row_input(), to, accumulate: false });
-                }
                 let first = groups.start * GROUP;
                 let columns = shape.ffn.min(groups.end * GROUP) - first;
+                for (matrix, to, layer) in [(&block.gate, gate, Layer::Gate), (&block.up, up, Layer::Up)] {
+                    let groups = groups.clone();
+                    self.path.run(VectorProduct { matrix, groups, x: slot.row_input(), to, accumulate: false });
+                    self.adapt(index, layer, first..first + columns, slot, to);
+                }
                 let (gate, up) = (gate.add(first), up.add(first));
                 self.path.run(Gate { gate, up, columns, to: gate });
             }
         });
         *phase += 1;
-        let prepared = self.prepare(slot, room.gate_up.0, None, &[&block.down]);
+        let prepared = self.prepare(slot, room.gate_up.0, None, &[&block.down], (index, &[Layer::Down]));
         self.product(phase, slot, &block.down, room.x.0, true, TASKS, prepared);
     }
 
@@ -147,9 +157,19 @@ impl TokenPass<'_> {
         self.phases.run(*phase, tasks, |task| {
             prepared.once();
             let groups = share(groups, tasks, task);
+            let rows = groups.start * GROUP..groups.end * GROUP;
             self.path.run(VectorProduct { matrix, groups, x: slot.row_input(), to, accumulate });
+            let (index, layers) = prepared.layers;
+            layers.iter().for_each(|&layer| self.adapt(index, layer, rows.clone(), slot, to));
         });
         *phase += 1;
+    }
+
+    /// Adds what the adapter makes of the thread's own input.
+    fn adapt(&self, index: usize, layer: Layer, rows: Range<usize>, slot: &SlotPlaces, to: *mut f32) {
+        if let Some(adapter) = self.adapter {
+            self.path.run(adapter.widen(index, layer, rows).over(slot.low.0, to));
+        }
     }
 
     fn prepare<'a>(
@@ -158,9 +178,10 @@ impl TokenPass<'_> {
         x: *const f32,
         norm: Option<&'a [f32]>,
         matrices: &[&Matrix],
+        layers: (usize, &'static [Layer]),
     ) -> Prepared<'a> {
         let (codes, floats) = wanted(matrices);
-        Prepared { pass: self, slot, x, norm, codes, floats, columns: matrices[0].columns(), done: false }
+        Prepared { pass: self, slot, x, norm, codes, floats, columns: matrices[0].columns(), layers, done: false }
     }
 }
 
@@ -173,6 +194,8 @@ struct Prepared<'a> {
     codes: bool,
     floats: bool,
     columns: usize,
+    /// The block and the layers whose input it is, for an adapter.
+    layers: (usize, &'static [Layer]),
     done: bool,
 }
 
@@ -184,6 +207,11 @@ impl Prepared<'_> {
             let (x, columns, row) = (self.x, self.columns, self.slot.row.0);
             let to = self.slot.input(self.codes, self.floats);
             self.pass.path.run(Prepare { x, columns, norm, up: std::ptr::null(), row, to });
+            if let Some(adapter) = self.pass.adapter {
+                let (block, layers) = self.layers;
+                let x = if norm.is_some() { row.cast_const() } else { x };
+                self.pass.path.run(adapter.narrow(block, layers, x, self.slot.low.0));
+            }
         }
     }
 }
