@@ -72,26 +72,33 @@ pub fn measure(path: &Path, workload: &Workload) -> Result<Measured, Participant
         decode = decode.min(round);
     }
     each.sort();
-    let percentile = |share: f64| each[((each.len() as f64 * share).ceil() as usize).clamp(1, each.len()) - 1];
-    let memory = std::fs::read_to_string("/proc/self/status").ok();
-    let memory = |key: &str| {
-        let line = memory.as_ref()?.lines().find_map(|line| line.strip_prefix(key))?;
-        line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|kilobytes| kilobytes << 10)
-    };
     Ok(Measured {
         instructions: engine.path().name(),
         threads: engine.threads(),
         load_ms: load.as_secs_f64() * 1e3,
         prompt_tokens_per_s: prompt_tokens as f64 / prompt.as_secs_f64(),
         decode_tokens_per_s: tokens as f64 / decode.as_secs_f64(),
-        latency_ms: [0.5, 0.9, 0.99, 0.999].map(|share| percentile(share).as_secs_f64() * 1e3),
+        latency_ms: [0.5, 0.9, 0.99, 0.999].map(|share| percentile_ms(&each, share)),
         weight_bytes: model.bytes(),
         file_bytes: std::fs::metadata(path).map_err(ParticipantError::io(path))?.len(),
         kv_bytes: model.kv_bytes(longest),
-        rss_bytes: memory("VmRSS:"),
-        peak_rss_bytes: memory("VmHWM:"),
+        rss_bytes: process_bytes("VmRSS:"),
+        peak_rss_bytes: process_bytes("VmHWM:"),
         bandwidth_gb_per_s: bandwidth_gb_per_s(&engine),
     })
+}
+
+/// Of sorted times: what this share of them does not exceed.
+pub(crate) fn percentile_ms(sorted: &[Duration], share: f64) -> f64 {
+    let at = ((sorted.len() as f64 * share).ceil() as usize).clamp(1, sorted.len().max(1)) - 1;
+    sorted.get(at).map_or(0.0, |time| time.as_secs_f64() * 1e3)
+}
+
+/// A line of what Linux says about this process.
+pub(crate) fn process_bytes(key: &str) -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+    line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|kilobytes| kilobytes << 10)
 }
 
 impl Measured {

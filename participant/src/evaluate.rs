@@ -12,13 +12,14 @@ use serde_json::Value;
 use crate::ParticipantError;
 use crate::data::{encode_records, evaluation_batches, read_records};
 use crate::encoder::Encoder;
-use crate::generate::{Runner, Running};
 use crate::integer;
+use crate::runner::{Runner, Sequence};
 
 impl Runner {
-    /// Summed loss over every trained token of every record.
+    /// Summed loss over every trained token of every record, with one of the adapters or none.
     pub fn evaluate(
         &self,
+        adapter: Option<usize>,
         data: &Path,
         columns: &Columns,
         sequence_tokens_max: u32,
@@ -29,9 +30,10 @@ impl Runner {
         let batches = evaluation_batches(&sequences, sequence_tokens_max.max(512))?;
         let mut total = Loss { nats: 0.0, tokens: 0 };
         for (i, batch) in batches.iter().enumerate() {
-            let loss = match &self.engine {
-                Running::Integer(model) => integer::loss(model, batch),
-                Running::Float { stage, lora } => {
+            let longest = batch.segments.iter().copied().max().unwrap_or(1);
+            let loss = match self.sequence(longest as usize, adapter) {
+                Sequence::Integer(session) => integer::loss(*session, batch),
+                Sequence::Float { stage, lora, .. } => {
                     let segments = Segments::new(batch.segments.iter().map(|&length| length as usize).collect())?;
                     stage.loss(Input::Tokens(&batch.tokens), &segments, &batch.targets, lora)?
                 }
@@ -45,7 +47,7 @@ impl Runner {
 
     /// Logits behind every token of every prompt in a JSONL file of `{"text": …}` or `{"tokens": […]}`, as the tensors
     /// `logits.<i>` `[tokens, vocabulary]` and `tokens.<i>` of a safetensors file: for comparing with other runtimes.
-    pub fn write_logits(&self, prompts: &Path, out: &Path) -> Result<usize, ParticipantError> {
+    pub fn write_logits(&self, adapter: Option<usize>, prompts: &Path, out: &Path) -> Result<usize, ParticipantError> {
         let text = std::fs::read_to_string(prompts).map_err(ParticipantError::io(prompts))?;
         let mut tensors: Vec<(Vec<i64>, Matrix)> = Vec::new();
         for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
@@ -69,9 +71,9 @@ impl Runner {
                 return Err(refused(format!("token {token} is none of a vocabulary of {vocabulary}")));
             }
             let segments = Segments::new(vec![tokens.len()]).map_err(|error| refused(error.to_string()))?;
-            let logits = match &self.engine {
-                Running::Integer(model) => integer::logits(model, &tokens),
-                Running::Float { stage, lora } => stage.logits(Input::Tokens(&tokens), &segments, lora)?,
+            let logits = match self.sequence(tokens.len(), adapter) {
+                Sequence::Integer(session) => integer::logits(*session, &tokens),
+                Sequence::Float { stage, lora, .. } => stage.logits(Input::Tokens(&tokens), &segments, lora)?,
             };
             tensors.push((tokens.into_iter().map(i64::from).collect(), logits));
         }

@@ -1,12 +1,16 @@
 //! The integer engine: a GGUF file's own weights, and activations as bytes.
 
 use std::path::Path;
+use std::sync::Arc;
 
+use model::adapter::target_index;
 use model::stage::Loss;
-use model::{Matrix, Source};
+use model::{Adapter, Matrix, Source};
 use quant::BlockType;
 use quant::gguf::Reader;
-use quant::inference::{Engine as Kernels, KernelPath, Model};
+use quant::inference::{
+    Adapter as IntegerAdapter, Engine as Kernels, KernelPath, Layer, LayerFactors, Model, RANK_MAX, Session,
+};
 
 use crate::ParticipantError;
 use crate::data::MicroBatch;
@@ -20,14 +24,14 @@ pub enum Engine {
 }
 
 impl Engine {
-    /// Integers for a quantized GGUF file; floats for everything else, and where an adapter is applied.
-    pub fn of(source: &dyn Source, adapter: Option<&Path>) -> Self {
+    /// Integers for a quantized GGUF file; floats for everything else.
+    pub fn of(source: &dyn Source) -> Self {
         let quantized = source
             .tensors()
             .iter()
             .any(|tensor| !matches!(tensor.dtype, BlockType::F32 | BlockType::F16 | BlockType::BF16));
         let is_file = source.origin().is_file();
-        if quantized && is_file && adapter.is_none() { Self::Integer } else { Self::Float }
+        if quantized && is_file { Self::Integer } else { Self::Float }
     }
 }
 
@@ -42,10 +46,24 @@ pub fn load(path: &Path, threads: u32) -> Result<Model, ParticipantError> {
     Ok(Model::load(&Reader::open(path)?, &engine)?)
 }
 
+/// An adapter for a model's sequences, beside its weights: what it costs are its own factors, in f32.
+pub fn adapter(model: &Model, adapter: &Adapter) -> Result<Arc<IntegerAdapter>, ParticipantError> {
+    let (rank, alpha) = (adapter.config.rank as usize, adapter.config.alpha);
+    if rank > RANK_MAX {
+        let what =
+            format!("the adapter has rank {rank}; the integer engine takes {RANK_MAX} at most: use --engine float");
+        return Err(ParticipantError::Usage(what));
+    }
+    let layers = adapter.pairs().map(|[a, b]| {
+        let layer = Layer::ALL[target_index(&a.target).expect("an adapter's targets are known")];
+        LayerFactors { block: a.block, layer, a: &a.values, b: &b.values }
+    });
+    let layers: Vec<LayerFactors> = layers.collect();
+    Ok(model.adapter(rank, (alpha / rank as f64) as f32, &layers))
+}
+
 /// Summed loss of a micro-batch's predictions.
-pub(crate) fn loss(model: &Model, batch: &MicroBatch) -> Loss {
-    let longest = batch.segments.iter().copied().max().unwrap_or(1);
-    let mut session = model.session(longest as usize);
+pub(crate) fn loss(mut session: Session, batch: &MicroBatch) -> Loss {
     let mut total = Loss { nats: 0.0, tokens: 0 };
     let mut first = 0;
     for &length in &batch.segments {
@@ -71,10 +89,10 @@ fn nats(logits: &[f32], target: u32) -> f64 {
 }
 
 /// `[tokens, vocabulary]`
-pub(crate) fn logits(model: &Model, tokens: &[u32]) -> Matrix {
-    let mut all = Vec::with_capacity(tokens.len() * model.vocabulary());
-    model.session(tokens.len()).score(tokens, |_, logits| all.extend_from_slice(logits));
-    Matrix::new(tokens.len(), model.vocabulary(), all)
+pub(crate) fn logits(mut session: Session, tokens: &[u32]) -> Matrix {
+    let mut all = Vec::new();
+    session.score(tokens, |_, logits| all.extend_from_slice(logits));
+    Matrix::new(tokens.len(), all.len() / tokens.len().max(1), all)
 }
 
 #[cfg(test)]

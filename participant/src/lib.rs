@@ -5,6 +5,9 @@
 //! [`join`] for a device, [`trainer`] for what a step is, and [`cli`] for the commands.
 #![recursion_limit = "512"]
 
+pub mod answer;
+pub mod bench_adapters;
+pub mod bench_deadline;
 pub mod bench_infer;
 pub mod body_link;
 pub mod calibrate;
@@ -17,7 +20,6 @@ pub mod device_log;
 mod encoder;
 mod error;
 pub mod evaluate;
-pub mod generate;
 pub mod integer;
 pub mod join;
 pub mod keep;
@@ -25,8 +27,11 @@ pub mod local;
 mod outgoing;
 mod parts;
 mod progress;
+pub mod runner;
+pub mod sampler;
 pub mod session;
 pub mod stages;
+mod stop;
 pub mod swarm;
 pub mod trainer;
 

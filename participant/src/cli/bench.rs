@@ -1,13 +1,16 @@
 //! `participant bench`: what this machine does.
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
 use model::Part;
 use model::bench::{self, Shape};
 
+use super::infer::duration;
 use super::{DeviceArguments, print};
+use crate::bench_adapters;
+use crate::bench_deadline::{self, Requests};
 use crate::bench_infer::{self, Workload};
 
 #[derive(Subcommand)]
@@ -18,6 +21,11 @@ pub(super) enum BenchCommand {
     /// Run a GGUF file: tokens/s of a prompt and of what follows, latency of a token, memory, load time
     #[command(after_help = "Example:\n  participant bench infer --model exports/model-q4_0.gguf --threads 2")]
     Infer(BenchInferArguments),
+    /// Many adapters on one base: memory, and how long a change takes
+    #[command(
+        after_help = "Example:\n  participant bench adapters --model exports/model-q4_0.gguf --adapter exports/peft --count 64"
+    )]
+    Adapters(BenchAdaptersArguments),
 }
 
 #[derive(Args)]
@@ -25,9 +33,10 @@ pub(super) struct BenchInferArguments {
     /// A GGUF file
     #[arg(long)]
     model: PathBuf,
-    #[arg(long, default_value_t = 512, value_parser = positive)]
-    prompt_tokens: usize,
-    /// Decoded one by one, from an empty context on
+    /// [default: 512, with a deadline 16]
+    #[arg(long, value_parser = positive)]
+    prompt_tokens: Option<usize>,
+    /// Decoded one by one, from an empty context on; with a deadline, of an answer at most
     #[arg(long, default_value_t = 128, value_parser = positive)]
     tokens: usize,
     /// 0 takes all cores
@@ -36,11 +45,41 @@ pub(super) struct BenchInferArguments {
     /// The best of so many
     #[arg(long, default_value_t = 3, value_parser = positive)]
     rounds: usize,
+    /// Measure whether answers come in time instead: 20ms
+    #[arg(long, value_parser = duration)]
+    deadline: Option<Duration>,
+    /// Answers, one after the other
+    #[arg(long, default_value_t = 1000, value_parser = positive, requires = "deadline")]
+    requests: usize,
+    /// Threads beside them that do nothing but take time
+    #[arg(long, default_value_t = 0, requires = "deadline")]
+    hogs: usize,
     #[arg(long)]
     json: bool,
 }
 
-fn positive(text: &str) -> Result<usize, String> {
+#[derive(Args)]
+pub(super) struct BenchAdaptersArguments {
+    /// A GGUF file
+    #[arg(long)]
+    model: PathBuf,
+    /// A PEFT adapter for it
+    #[arg(long)]
+    adapter: PathBuf,
+    /// It is loaded so many times, each time as an adapter of its own
+    #[arg(long, default_value_t = 64, value_parser = positive)]
+    count: usize,
+    /// Changes that are timed
+    #[arg(long, default_value_t = 1000, value_parser = positive)]
+    switches: usize,
+    /// 0 takes all cores
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn positive(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|&number| number > 0).ok_or_else(|| "give a number of at least 1".into())
 }
 
@@ -83,8 +122,28 @@ pub(super) fn bench_train(arguments: BenchTrainArguments) -> anyhow::Result<()> 
 }
 
 pub(super) fn bench_infer(arguments: BenchInferArguments) -> anyhow::Result<()> {
-    let BenchInferArguments { model, prompt_tokens, tokens, threads, rounds, json } = arguments;
+    let BenchInferArguments { model, prompt_tokens, tokens, threads, rounds, deadline, requests, hogs, json } =
+        arguments;
+    if let Some(deadline) = deadline {
+        let prompt_tokens = prompt_tokens.unwrap_or(16);
+        let requests = Requests { deadline, count: requests, prompt_tokens, tokens, threads, hogs };
+        let measured = bench_deadline::measure(&model, &requests)?;
+        return match json {
+            true => print(measured.to_json()),
+            false => print(measured.to_text()),
+        };
+    }
+    let prompt_tokens = prompt_tokens.unwrap_or(512);
     let measured = bench_infer::measure(&model, &Workload { prompt_tokens, tokens, threads, rounds })?;
+    match json {
+        true => print(measured.to_json()),
+        false => print(measured.to_text()),
+    }
+}
+
+pub(super) fn bench_adapters(arguments: BenchAdaptersArguments) -> anyhow::Result<()> {
+    let BenchAdaptersArguments { model, adapter, count, switches, threads, json } = arguments;
+    let measured = bench_adapters::measure(&model, &adapter, count, switches, threads)?;
     match json {
         true => print(measured.to_json()),
         false => print(measured.to_text()),

@@ -1,26 +1,30 @@
 //! Commands that run a model.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use clap::{Args, ValueEnum};
 use experiment::Columns;
+use model::tokenizer::Message;
 use serde_json::json;
 
 use super::{DeviceArguments, print};
-use crate::generate::{Generation, Runner};
+use crate::answer::{Finish, Generated, Prompt, Request};
 use crate::integer::Engine;
+use crate::runner::{NamedAdapter, Runner};
+use crate::sampler::Sampling;
 
 #[derive(Args)]
 pub(super) struct ModelArguments {
     /// A Hugging Face directory or a GGUF file
     #[arg(long)]
     model: PathBuf,
-    /// A PEFT adapter to apply
-    #[arg(long)]
-    adapter: Option<PathBuf>,
-    /// What computes [default: integer for a quantized GGUF file without an adapter]
+    /// A PEFT adapter to apply, without merging it; several may be given, each with a name [default name: the directory's]
+    #[arg(long, value_name = "[NAME=]DIR", value_parser = named_adapter)]
+    adapter: Vec<NamedAdapter>,
+    /// What computes [default: integer for a quantized GGUF file]
     #[arg(long, value_enum)]
     engine: Option<EngineName>,
     #[command(flatten)]
@@ -44,15 +48,71 @@ pub(super) struct GenerateArguments {
     /// Give the prompt to the model as it is, not through the chat template
     #[arg(long)]
     raw: bool,
+    /// What the chat template puts first
+    #[arg(long, conflicts_with = "raw")]
+    system: Option<String>,
     #[arg(long, default_value_t = 128)]
     max_tokens: usize,
+    #[command(flatten)]
+    sampling: SamplingArguments,
+    /// Ends the answer, and is no part of it; may be given several times
+    #[arg(long)]
+    stop: Vec<String>,
+    /// The answer ends after this time with what it has: 500ms, 2s
+    #[arg(long, value_parser = duration)]
+    deadline: Option<Duration>,
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct SamplingArguments {
     /// 0 always takes the likeliest token
     #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     temperature: f64,
+    /// Draw from so many of the likeliest tokens; 0 takes all
+    #[arg(long, default_value_t = 0)]
+    top_k: usize,
+    /// Draw from the likeliest tokens that together have this probability
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
+    top_p: f64,
+    /// Draw from tokens at least so likely, as a share of the likeliest
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
+    min_p: f64,
+    /// Above 1, tokens that occurred become less likely
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
+    repetition_penalty: f64,
+    /// The same seed draws the same answer
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    #[arg(long)]
-    json: bool,
+}
+
+/// `NAME=DIR`, or a directory alone.
+fn named_adapter(text: &str) -> Result<NamedAdapter, String> {
+    let whole = Path::new(text);
+    let (name, directory) = match text.split_once('=') {
+        Some((name, directory)) if !whole.exists() => (name.to_owned(), PathBuf::from(directory)),
+        _ => {
+            let name = whole.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_str()?.to_owned()));
+            (name.unwrap_or_else(|| text.to_owned()), whole.to_owned())
+        }
+    };
+    match name.is_empty() || directory.as_os_str().is_empty() {
+        true => Err("give a directory, or NAME=DIR".into()),
+        false => Ok(NamedAdapter { name, directory }),
+    }
+}
+
+/// `20ms` or `1.5s`.
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
+    let (number, unit) =
+        text.strip_suffix("ms").map(|number| (number, 1e-3)).unwrap_or((text.trim_end_matches('s'), 1.0));
+    let seconds = number.parse::<f64>().ok().filter(|_| text.ends_with('s')).map(|number| number * unit);
+    // An hour: nobody waits longer.
+    match seconds.filter(|seconds| *seconds > 0.0 && *seconds <= 3600.0) {
+        Some(seconds) => Ok(Duration::from_secs_f64(seconds)),
+        None => Err("give a time above 0 and up to 3600s with its unit, like 500ms or 2s".into()),
+    }
 }
 
 #[derive(Args)]
@@ -80,55 +140,111 @@ pub(super) struct LogitsArguments {
 }
 
 pub(super) fn generate(arguments: GenerateArguments) -> anyhow::Result<()> {
-    let GenerateArguments { model, prompt, raw, max_tokens, temperature, seed, json } = arguments;
-    if !(temperature >= 0.0 && temperature.is_finite()) {
-        bail!("--temperature is {temperature}; give 0 or more");
-    }
+    let GenerateArguments { model, prompt, raw, system, max_tokens, sampling, stop, deadline, json } = arguments;
+    let sampling = sampling.checked()?;
     let runner = model.open(None)?;
-    let generation = Generation { prompt: &prompt, raw, tokens_max: max_tokens, temperature, seed };
+    let message = |role: &str, content: String| Message { role: role.into(), content };
+    let prompt = match raw {
+        true => Prompt::Text(prompt),
+        false => Prompt::Chat(
+            system.map(|text| message("system", text)).into_iter().chain([message("user", prompt)]).collect(),
+        ),
+    };
     let mut stdout = std::io::stdout().lock();
-    let generated = runner.generate(&generation, |piece| {
-        if !json {
-            // A closed pipe ends the output, not the generation; what cannot be printed is not lost.
-            let _ = write!(stdout, "{piece}").and_then(|()| stdout.flush());
+    for adapter in places(&runner) {
+        let name = adapter.map(|i| &runner.adapters()[i]);
+        if let (false, Some(name), true) = (json, name, runner.adapters().len() > 1) {
+            writeln!(stdout, "== {name}")?;
         }
-    })?;
-    if json {
-        let (text, tokens, ended) = (generated.text, generated.tokens, generated.ended);
-        writeln!(stdout, "{}", json!({"text": text, "tokens": tokens, "ended": ended}))?;
-    } else {
-        writeln!(stdout)?;
+        let request = Request {
+            prompt: prompt.clone(),
+            tokens_max: max_tokens,
+            sampling: sampling.clone(),
+            stops: stop.clone(),
+            // The model is there: what is timed is the answer.
+            deadline: deadline.map(|deadline| Instant::now() + deadline),
+            adapter,
+        };
+        let generated = runner.generate(&request, |piece| {
+            if !json {
+                // A closed pipe ends the output, not the generation; what cannot be printed is not lost.
+                let _ = write!(stdout, "{piece}").and_then(|()| stdout.flush());
+            }
+        })?;
+        let Generated { text, prompt_tokens, tokens, finish } = generated;
+        if json {
+            let ended = finish == Finish::Ended;
+            let line = json!({
+                "text": text, "tokens": tokens, "ended": ended, "finish": finish.name(), "prompt_tokens": prompt_tokens,
+                "adapter": name,
+            });
+            writeln!(stdout, "{line}")?;
+        } else {
+            writeln!(stdout)?;
+            if finish == Finish::Context {
+                eprintln!("prompt and answer have filled the model's context");
+            }
+        }
     }
     Ok(())
+}
+
+/// Each adapter, or the model as it is where there is none.
+fn places(runner: &Runner) -> Vec<Option<usize>> {
+    match runner.adapters().len() {
+        0 => vec![None],
+        count => (0..count).map(Some).collect(),
+    }
+}
+
+impl SamplingArguments {
+    fn checked(&self) -> anyhow::Result<Sampling> {
+        let &Self { temperature, top_k, top_p, min_p, repetition_penalty, seed } = self;
+        let sampling = Sampling { temperature, top_k, top_p, min_p, repetition_penalty, seed };
+        sampling.check(|field| format!("--{}", field.replace('_', "-")))?;
+        Ok(sampling)
+    }
 }
 
 pub(super) fn evaluate(arguments: EvaluateArguments) -> anyhow::Result<()> {
     let EvaluateArguments { model, data, sequence_tokens_max, json } = arguments;
     let runner = model.open(None)?;
-    let bar = crate::progress::steps(0);
-    let loss = runner.evaluate(&data, &Columns::default(), sequence_tokens_max, |done, all| {
-        bar.set_length(all as u64);
-        bar.set_position(done as u64);
-    })?;
-    bar.finish_and_clear();
-    let mean = loss.nats / loss.tokens as f64;
-    let (perplexity, tokens) = (mean.exp(), loss.tokens);
-    match json {
-        true => print(json!({"loss_nats": mean, "perplexity": perplexity, "tokens": tokens})),
-        false => print(format_args!("loss {mean:.4} nats per token, perplexity {perplexity:.3}, over {tokens} tokens")),
+    for adapter in places(&runner) {
+        let bar = crate::progress::steps(0);
+        let loss = runner.evaluate(adapter, &data, &Columns::default(), sequence_tokens_max, |done, all| {
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+        })?;
+        bar.finish_and_clear();
+        let mean = loss.nats / loss.tokens as f64;
+        let (perplexity, tokens) = (mean.exp(), loss.tokens);
+        let name = adapter.map(|i| &runner.adapters()[i]);
+        if json {
+            print(json!({"loss_nats": mean, "perplexity": perplexity, "tokens": tokens, "adapter": name}))?;
+        } else {
+            let of = name.filter(|_| runner.adapters().len() > 1).map(|name| format!("{name}: ")).unwrap_or_default();
+            print(format_args!("{of}loss {mean:.4} nats per token, perplexity {perplexity:.3}, over {tokens} tokens"))?;
+        }
     }
+    Ok(())
 }
 
 pub(super) fn logits(arguments: LogitsArguments) -> anyhow::Result<()> {
     let LogitsArguments { model, prompts, out } = arguments;
     // What is compared with other programs shall not be rounded.
-    let count = model.open(Some(Engine::Float))?.write_logits(&prompts, &out)?;
+    let runner = model.open(Some(Engine::Float))?;
+    let adapter = match runner.adapters() {
+        [] => None,
+        [_] => Some(0),
+        _ => bail!("--adapter is given {} times; logits are those of one", runner.adapters().len()),
+    };
+    let count = runner.write_logits(adapter, &prompts, &out)?;
     print(format_args!("logits of {count} prompts: {}", out.display()))
 }
 
 impl ModelArguments {
     /// `default` where neither `--engine` nor the other options say what computes.
-    fn open(&self, default: Option<Engine>) -> anyhow::Result<Runner> {
+    pub(super) fn open(&self, default: Option<Engine>) -> anyhow::Result<Runner> {
         let Self { model, adapter, engine, device } = self;
         let chosen = engine.map(|engine| match engine {
             EngineName::Integer => Engine::Integer,
@@ -137,6 +253,6 @@ impl ModelArguments {
         // Who chooses how floats are kept and multiplied, wants floats.
         let of_floats = device.backend.is_some() || device.weights.is_some();
         let engine = chosen.or(of_floats.then_some(Engine::Float)).or(default);
-        Ok(Runner::open(model, adapter.as_deref(), &device.choice().over(&Default::default()), engine)?)
+        Ok(Runner::open(model, adapter, &device.choice().over(&Default::default()), engine)?)
     }
 }

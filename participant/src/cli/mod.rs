@@ -15,7 +15,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use experiment::{Backend, Experiment, Seed, WeightType};
 use tokio::sync::watch;
 
-use self::bench::{BenchCommand, bench_infer, bench_train};
+use self::bench::{BenchCommand, bench_adapters, bench_infer, bench_train};
 use self::infer::{EvaluateArguments, GenerateArguments, LogitsArguments, evaluate, generate, logits};
 use self::train::{JoinArguments, SwarmArguments, TrainArguments, join, swarm, train};
 use crate::calibrate::CalibrateArguments;
@@ -192,6 +192,7 @@ impl Command {
             }
             Self::Bench(BenchCommand::Train(arguments)) => off_the_runtime(|| bench_train(arguments)),
             Self::Bench(BenchCommand::Infer(arguments)) => off_the_runtime(|| bench_infer(arguments)),
+            Self::Bench(BenchCommand::Adapters(arguments)) => off_the_runtime(|| bench_adapters(arguments)),
             Self::DeviceLog(arguments) => device_log(arguments),
         }
     }

@@ -61,8 +61,8 @@ fn a_token_allocates_nothing() {
     let blocks = (0..3).map(block).collect();
     let decoder = Arc::new(Decoder::new(shape, matrix(vocabulary, width), blocks, vec![1.0; width], None));
     let factors = vec![0.1; 2 * 64];
-    let layers = (0..3).map(|block| LayerFactors { block, layer: Layer::Mix, a: &factors, b: &factors });
-    let adapter = Arc::new(Adapter::new(decoder.shape(), 3, 2, 1.0, layers));
+    let layers = [0, 1, 2].map(|block| LayerFactors { block, layer: Layer::Mix, a: &factors, b: &factors });
+    let adapter = Arc::new(Adapter::new(decoder.shape(), 3, 2, 1.0, &layers));
     for path in Path::available() {
         for (threads, adapter) in [(1, None), (2, None), (2, Some(&adapter))] {
             let engine = Engine::new(path, threads, false);

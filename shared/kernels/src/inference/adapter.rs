@@ -70,18 +70,12 @@ pub struct LayerFactors<'a> {
 impl Adapter {
     /// # Panics
     /// If sizes do not agree, a layer comes twice, or the rank is 0 or above [`RANK_MAX`].
-    pub fn new<'a>(
-        shape: &Shape,
-        blocks: usize,
-        rank: usize,
-        scale: f32,
-        layers: impl Iterator<Item = LayerFactors<'a>> + Clone,
-    ) -> Self {
+    pub fn new(shape: &Shape, blocks: usize, rank: usize, scale: f32, layers: &[LayerFactors<'_>]) -> Self {
         assert!((1..=RANK_MAX).contains(&rank), "a rank of 1 to {RANK_MAX}");
         let mut places = vec![[None; 7]; blocks];
         let mut numbers = Vec::new();
-        numbers.reserve_exact(layers.clone().map(|layer| layer.a.len() + layer.b.len()).sum());
-        for LayerFactors { block, layer, a, b } in layers {
+        numbers.reserve_exact(layers.iter().map(|layer| layer.a.len() + layer.b.len()).sum());
+        for &LayerFactors { block, layer, a, b } in layers {
             let [rows, columns] = layer.sizes(shape);
             assert_eq!([a.len(), b.len()], [rank * columns, rows * rank], "the factors of block {block}'s {layer:?}");
             let place = places[block][layer as usize].replace(numbers.len());

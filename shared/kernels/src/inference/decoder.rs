@@ -105,6 +105,10 @@ impl Decoder {
         &self.shape
     }
 
+    pub fn blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
     pub(super) fn output(&self) -> &Matrix {
         self.output.as_ref().unwrap_or(&self.embedding)
     }

@@ -89,18 +89,19 @@ impl Session {
         self.next_until(tokens, None).expect("no time is set")
     }
 
-    /// The same, but gives up at a time, within one phase of one block: then some of the tokens may have been appended, which
-    /// [`tokens`](Self::tokens) tells.
+    /// The same, but gives up at a time, within one phase of one block: then nothing has been appended.
     ///
     /// # Panics
     /// As [`next`](Self::next).
     pub fn next_until(&mut self, tokens: &[u32], until: Option<Instant>) -> Option<&[f32]> {
         self.check(tokens);
+        let before = self.tokens;
         let mut rest = tokens;
         while rest.len() > 1 {
             let (now, later) = rest.split_at(BATCH.min(rest.len()));
             let last = later.is_empty();
             if !self.pass(now, if last { now.len() - 1..now.len() } else { 0..0 }, until) {
+                self.truncate(before);
                 return None;
             }
             if last {
@@ -109,7 +110,11 @@ impl Session {
             }
             rest = later;
         }
-        self.token(rest[0], until).then_some(&self.room.logits[..])
+        if !self.token(rest[0], until) {
+            self.truncate(before);
+            return None;
+        }
+        Some(&self.room.logits)
     }
 
     /// Appends tokens and shows the logits behind each, `[vocabulary]`, in order.

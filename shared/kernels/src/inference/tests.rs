@@ -145,7 +145,8 @@ impl Factors {
 
     fn adapter(&self, shape: &Shape, blocks: usize) -> Arc<Adapter> {
         let layers = self.all.iter().map(|(block, layer, a, b)| LayerFactors { block: *block, layer: *layer, a, b });
-        Arc::new(Adapter::new(shape, blocks, self.rank, SCALE, layers))
+        let layers: Vec<LayerFactors> = layers.collect();
+        Arc::new(Adapter::new(shape, blocks, self.rank, SCALE, &layers))
     }
 
     /// `scale · B A`
@@ -215,11 +216,9 @@ fn a_sequence_that_ran_out_of_time_goes_on_where_it_was() {
     for micros in [0, 0, 1, 3, 10, 30, 100, 300, 1000, 1_000_000] {
         session.truncate(0);
         let until = |micros| Some(Instant::now() + Duration::from_micros(micros));
-        // However far it comes, what it says to have is there.
         if session.next_until(&tokens, until(micros)).is_none() {
-            let done = session.tokens();
-            assert!(done < tokens.len() && (micros > 0 || done == 0), "{done} tokens in {micros} µs");
-            session.next(&tokens[done..]);
+            assert_eq!(session.tokens(), 0);
+            session.next(&tokens);
         }
         assert_eq!(session.next_until(&[5], until(0)), None);
         assert_eq!(session.tokens(), tokens.len());
@@ -227,8 +226,6 @@ fn a_sequence_that_ran_out_of_time_goes_on_where_it_was() {
             Some(logits) => logits,
             None => session.next(&[5]).to_vec(),
         };
-        // Batches of other sizes round keys and values now to one side and now to the other.
-        let error = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-        assert!(error < 5e-3, "{error}");
+        assert_eq!(found, expected);
     }
 }

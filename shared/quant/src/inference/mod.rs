@@ -10,7 +10,8 @@ mod pack;
 #[cfg(test)]
 mod tests;
 
-pub use kernels::{Engine, Path as KernelPath, inference::Session};
+pub use kernels::inference::{Adapter, Layer, LayerFactors, RANK_MAX, Session};
+pub use kernels::{Engine, Path as KernelPath};
 pub use model::Model;
 
 /// What this machine reads at most, in units of 10⁹ bytes per second: half a gigabyte, on all the engine's threads.

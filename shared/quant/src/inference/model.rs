@@ -5,7 +5,7 @@ use super::pack::pack_row;
 use crate::gguf::{Reader, TensorType};
 use crate::{BlockType, Error};
 use kernels::Engine;
-use kernels::inference::{Decoder, DecoderBlock, Session};
+use kernels::inference::{Adapter, Decoder, DecoderBlock, LayerFactors, Session};
 use kernels::quantized::{GROUP, Group, Matrix};
 use std::sync::{Arc, Mutex};
 
@@ -140,6 +140,15 @@ impl Model {
     /// Bytes of the keys and values of so many tokens.
     pub fn kv_bytes(&self, tokens: usize) -> usize {
         self.decoder.kv_bytes(tokens)
+    }
+
+    /// A LoRA adapter for this model's sequences, which they [`adapt`](Session::adapt) to: `scale · B A` beside the weights.
+    /// Rows of queries and keys are in the order of Hugging Face's files, whatever the GGUF file's order is.
+    ///
+    /// # Panics
+    /// If factors do not have the shapes of their layers, or the rank is 0 or above [`RANK_MAX`](super::RANK_MAX).
+    pub fn adapter(&self, rank: usize, scale: f32, layers: &[LayerFactors<'_>]) -> Arc<Adapter> {
+        Arc::new(Adapter::new(self.decoder.shape(), self.decoder.blocks(), rank, scale, layers))
     }
 
     /// A new sequence of at most `context` tokens. The memory of keys and values is touched as tokens come.

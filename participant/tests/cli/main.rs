@@ -13,7 +13,7 @@ use quant::gguf::Writer;
 use safetensors::{Dtype, tensor::TensorView};
 use tempfile::TempDir;
 
-const SMOKE: &str = include_str!("../../configs/smoke.toml");
+const SMOKE: &str = include_str!("../../../configs/smoke.toml");
 
 #[test]
 fn data_that_cannot_be_read_is_named_with_its_line() {
@@ -138,14 +138,72 @@ fn the_integer_engine_measures_a_quantized_file_and_refuses_what_it_cannot_run()
     for key in ["load_ms", "prompt_tokens_per_s", "decode_tokens_per_s", "bandwidth_share"] {
         assert!(measured[key].as_f64().unwrap() > 0.0, "{key}: {measured}");
     }
-    desk.write("tensorless.gguf", desk.gguf());
+    let in_time = desk.check_works("bench infer --model weights.gguf --deadline 2ms --requests 20 --hogs 1 --json");
+    let in_time: serde_json::Value = serde_json::from_str(&in_time).unwrap();
+    assert_eq!(in_time["answers"], 20, "{in_time}");
     desk.save_adapter("adapter", SMOKE);
-    let cases: [(&str, &[&str]); 5] = [
+    let costs = desk.check_works("bench adapters --model weights.gguf --adapter adapter --count 3 --switches 9 --json");
+    let costs: serde_json::Value = serde_json::from_str(&costs).unwrap();
+    // Rank 4 on the queries and values of four blocks, 64 wide, in f32.
+    let numbers = fs::read(desk.path("adapter/adapter_model.safetensors")).unwrap().len();
+    let bytes = costs["adapter_bytes"].as_u64().unwrap() as usize;
+    assert!(bytes < numbers && numbers - bytes < 8192, "{bytes} of {numbers}");
+    desk.write("tensorless.gguf", desk.gguf());
+    let cases: [(&str, &[&str]); 4] = [
         ("bench infer --model tensorless.gguf", &["tensorless.gguf", "no tensor `token_embd.weight`"]),
         ("bench infer --model nowhere.gguf", &["nowhere.gguf", "No such file"]),
         ("bench infer --model weights.gguf --tokens 9999", &["9999 tokens", "context of 2048"]),
         ("generate --model hf --prompt hi --engine integer", &["hf is a directory", "takes a GGUF file"]),
-        ("generate --model hf --prompt hi --engine integer --adapter adapter", &["no adapter", "--engine float"]),
+    ];
+    for (arguments, expected) in cases {
+        desk.check_fails(arguments, expected);
+    }
+}
+
+#[test]
+fn an_answer_s_numbers_and_ends_are_checked() {
+    let desk = Desk::new();
+    for (arguments, expected) in [
+        ("--temperature -1", "--temperature is -1; give 0 or more"),
+        ("--temperature nan", "--temperature is NaN"),
+        ("--top-p 0", "--top-p is 0; give more than 0"),
+        ("--min-p 2", "--min-p is 2; give 0 to 1"),
+        ("--repetition-penalty 0", "--repetition-penalty is 0"),
+        ("--raw --deadline 5ms", "deadline needs the integer engine"),
+    ] {
+        desk.check_fails(&format!("generate --model hf --prompt hi {arguments}"), &[expected]);
+    }
+    let warm = "generate --model hf --prompt hi --raw --max-tokens 20 --temperature 1.5 --top-k 30 --top-p 0.9 --min-p 0.01 \
+                --repetition-penalty 1.1 --json";
+    let one = desk.check_works(&format!("{warm} --seed 1"));
+    assert_eq!(one, desk.check_works(&format!("{warm} --seed 1")));
+    assert_ne!(one, desk.check_works(&format!("{warm} --seed 2")));
+    let one: serde_json::Value = serde_json::from_str(&one).unwrap();
+    assert_eq!((one["tokens"].as_array().unwrap().len(), one["finish"].as_str()), (20, Some("length")));
+    // A character of the answer, as a stop string.
+    let text = one["text"].as_str().unwrap();
+    let stop = text.chars().filter(|c| c.is_ascii_alphanumeric()).nth(2).unwrap();
+    let stopped = desk.check_works(&format!("{warm} --seed 1 --stop {stop}"));
+    let stopped: serde_json::Value = serde_json::from_str(&stopped).unwrap();
+    assert_eq!(stopped["text"].as_str(), text.split(stop).next());
+    assert_eq!(stopped["finish"], "stopped");
+}
+
+#[test]
+fn several_adapters_answer_one_after_the_other() {
+    let desk = Desk::new();
+    desk.save_adapter("one", SMOKE);
+    desk.save_adapter("two", SMOKE);
+    let told = desk.check_works("generate --model hf --adapter one --adapter b=two --prompt hi --raw --max-tokens 2");
+    assert!(told.starts_with("== one\n") && told.contains("\n== b\n"), "{told}");
+    let told = desk.check_works("evaluate --model hf --adapter one --adapter b=two --data data.jsonl");
+    assert!(told.contains("one: loss") && told.contains("b: loss"), "{told}");
+    let cases: [(&str, &[&str]); 2] = [
+        ("generate --model hf --adapter a=one --adapter a=two --prompt hi", &["both called `a`", "NAME=DIR"]),
+        (
+            "logits --model hf --adapter one --adapter two --prompts data.jsonl --out logits",
+            &["given 2 times", "those of one"],
+        ),
     ];
     for (arguments, expected) in cases {
         desk.check_fails(arguments, expected);
@@ -279,10 +337,18 @@ impl Desk {
         fs::read(path).unwrap()
     }
 
-    /// The model's weights, quantized where rows are whole blocks, without a tokenizer.
+    /// The model as a file in GGUF, quantized where rows are whole blocks.
     fn weights(&self, name: &str) {
         let source = model::source::of_experiment(&smoke(SMOKE)).unwrap();
         let mut header = gguf_metadata(source.config(), "smoke");
+        let tokenizer = source.tokenizer().gguf().unwrap();
+        header.set("tokenizer.ggml.model", tokenizer.model);
+        header.set("tokenizer.ggml.tokens", tokenizer.tokens);
+        header.set("tokenizer.ggml.token_type", tokenizer.token_types);
+        header.set("tokenizer.ggml.merges", tokenizer.merges);
+        header.set("tokenizer.ggml.pre", tokenizer.pre.unwrap());
+        header.set("tokenizer.ggml.eos_token_id", tokenizer.eos.unwrap());
+        header.set("tokenizer.chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}");
         let ty = |shape: &[usize]| match shape {
             [_, columns] if columns.is_multiple_of(32) => BlockType::Q8_0,
             [_, _] => BlockType::F16,

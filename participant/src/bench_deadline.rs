@@ -1,0 +1,128 @@
+//! Whether answers come in time: one request after the other, each with a deadline, beside other work for the CPU if asked
+//! for.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use quant::gguf::Reader;
+use quant::inference::{Engine, KernelPath, Model};
+use serde_json::{Value, json};
+
+use crate::ParticipantError;
+use crate::answer::Reserve;
+use crate::bench_infer::percentile_ms;
+use crate::sampler::{Sampler, Sampling};
+
+pub struct Requests {
+    pub deadline: Duration,
+    pub count: usize,
+    pub prompt_tokens: usize,
+    /// Of an answer at most.
+    pub tokens: usize,
+    /// 0 takes all cores.
+    pub threads: usize,
+    /// Threads that do nothing but take time.
+    pub hogs: usize,
+}
+
+/// Later than the deadline by more than this is late.
+pub const GRACE: Duration = Duration::from_millis(5);
+
+pub struct InTime {
+    pub requests: usize,
+    /// Later than the deadline and [`GRACE`].
+    pub late: usize,
+    /// Without a single token.
+    pub empty: usize,
+    pub tokens: usize,
+    /// From a request to its answer: half of all took no longer, 90, 99, 99.9 %, none.
+    pub answer_ms: [f64; 5],
+    pub deadline_ms: f64,
+    pub hogs: usize,
+    pub threads: usize,
+}
+
+pub fn measure(path: &Path, requests: &Requests) -> Result<InTime, ParticipantError> {
+    let Requests { deadline, count, prompt_tokens, tokens, threads, hogs } = *requests;
+    let engine = Engine::new(KernelPath::detect().map_err(ParticipantError::Usage)?, threads, false);
+    let model = Model::load(&Reader::open(path)?, &engine)?;
+    if prompt_tokens + tokens > model.context() {
+        let (all, context) = (prompt_tokens + tokens, model.context());
+        let what = format!("prompt and answer of {all} tokens exceed the model's context of {context}");
+        return Err(ParticipantError::Usage(what));
+    }
+    let prompt: Vec<u32> = (0..prompt_tokens).map(|i| ((i * 7919 + 13) % model.vocabulary()) as u32).collect();
+    let mut session = model.session(prompt_tokens + tokens);
+    session.next(&prompt);
+    session.next(&prompt[..1]);
+    let stop = AtomicBool::new(false);
+    let mut reserve = Reserve::default();
+    let (mut answers, mut empty, mut all) = (Vec::with_capacity(count), 0, 0);
+    std::thread::scope(|scope| {
+        for _ in 0..hogs {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
+        }
+        for _ in 0..count {
+            let begun = Instant::now();
+            let due = reserve.due(begun, begun + deadline);
+            let until = Some(due);
+            session.truncate(0);
+            let mut sampler = Sampler::new(Sampling::default(), model.vocabulary());
+            let mut answer = Vec::with_capacity(tokens);
+            let mut logits = session.next_until(&prompt, until);
+            while let Some(found) = logits
+                && answer.len() < tokens
+            {
+                answer.push(sampler.choose(found));
+                logits = session.next_until(&answer[answer.len() - 1..], until);
+            }
+            let ended = Instant::now();
+            if ended >= due {
+                reserve.ended(due, ended);
+            }
+            answers.push(ended - begun);
+            empty += usize::from(answer.is_empty());
+            all += answer.len();
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    answers.sort();
+    Ok(InTime {
+        requests: count,
+        late: answers.iter().filter(|&&answer| answer > deadline + GRACE).count(),
+        empty,
+        tokens: all,
+        answer_ms: [0.5, 0.9, 0.99, 0.999, 1.0].map(|share| percentile_ms(&answers, share)),
+        deadline_ms: deadline.as_secs_f64() * 1e3,
+        hogs,
+        threads: engine.threads(),
+    })
+}
+
+impl InTime {
+    pub fn to_json(&self) -> Value {
+        let [p50, p90, p99, p99_9, max] = self.answer_ms;
+        json!({
+            "deadline_ms": self.deadline_ms, "requests": self.requests, "answers": self.requests, "late": self.late,
+            "empty": self.empty, "tokens": self.tokens, "hogs": self.hogs, "threads": self.threads,
+            "answer_ms": {"p50": p50, "p90": p90, "p99": p99, "p99.9": p99_9, "max": max},
+        })
+    }
+
+    pub fn to_text(&self) -> String {
+        let Self { requests, late, empty, tokens, answer_ms, deadline_ms, hogs, threads } = self;
+        let [p50, p90, p99, p99_9, max] = answer_ms;
+        format!(
+            "{requests} answers, {late} of them later than {deadline_ms:.0} ms and {} ms; {:.1} tokens each, {empty} without any\n\
+             an answer: p50 {p50:.2} ms, p90 {p90:.2} ms, p99 {p99:.2} ms, p99.9 {p99_9:.2} ms, at most {max:.2} ms \
+             ({threads} threads beside {hogs} that take time)",
+            GRACE.as_millis(),
+            *tokens as f64 / (*requests).max(1) as f64,
+        )
+    }
+}

@@ -1,0 +1,118 @@
+//! A whole model on this device, with any number of adapters for it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use model::stage::{KvCache, Lora};
+use model::{Adapter, ComputeDevice, Part, Source, Stage};
+use quant::inference::{Adapter as IntegerAdapter, Model as IntegerModel, Session};
+
+use crate::ParticipantError;
+use crate::integer::{self, Engine};
+
+/// A directory in PEFT's format, and what it is called here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedAdapter {
+    pub name: String,
+    pub directory: PathBuf,
+}
+
+/// Ready to run. Adapters are told apart by their place in the list that the runner was opened with; no place is the model
+/// as it is.
+pub struct Runner {
+    pub source: Arc<dyn Source>,
+    pub(crate) engine: Running,
+    adapters: Vec<String>,
+}
+
+/// What computes.
+pub(crate) enum Running {
+    /// Weights as the file has them, activations as bytes.
+    Integer { model: IntegerModel, adapters: Vec<Arc<IntegerAdapter>> },
+    /// Weights as the device says. The first of the adapters is none.
+    Float { stage: Box<Stage>, adapters: Vec<Lora> },
+}
+
+/// One text on its way through the model.
+pub(crate) enum Sequence<'a> {
+    Integer(Box<Session>),
+    Float { stage: &'a Stage, lora: &'a Lora, cache: Box<KvCache>, logits: Vec<f32> },
+}
+
+impl Runner {
+    pub fn open(
+        model: &Path,
+        adapters: &[NamedAdapter],
+        device: &experiment::Device,
+        engine: Option<Engine>,
+    ) -> Result<Self, ParticipantError> {
+        for (i, NamedAdapter { name, directory }) in adapters.iter().enumerate() {
+            if let Some(other) = adapters[..i].iter().find(|other| other.name == *name) {
+                let (a, b) = (other.directory.display(), directory.display());
+                let what = format!("the adapters {a} and {b} are both called `{name}`; give --adapter NAME=DIR");
+                return Err(ParticipantError::Usage(what));
+            }
+        }
+        let source = model::source::open(model)?;
+        let load = |adapter: &NamedAdapter| Adapter::load(&adapter.directory, source.config());
+        let engine = match engine.unwrap_or_else(|| Engine::of(&*source)) {
+            Engine::Integer => {
+                let model = integer::load(model, device.threads)?;
+                // One after the other: their files are not held together.
+                let adapters = adapters.iter().map(|adapter| integer::adapter(&model, &load(adapter)?));
+                Running::Integer { adapters: adapters.collect::<Result<_, ParticipantError>>()?, model }
+            }
+            Engine::Float => {
+                let device = ComputeDevice::new(device)?;
+                let stage = Stage::load(&*source, Part::whole(source.config().blocks), &device, None)?;
+                let mut attached = vec![stage.attach(&Adapter::none())?];
+                for adapter in adapters {
+                    attached.push(stage.attach(&load(adapter)?)?);
+                }
+                Running::Float { stage: Box::new(stage), adapters: attached }
+            }
+        };
+        let adapters = adapters.iter().map(|adapter| adapter.name.clone()).collect();
+        Ok(Self { source, engine, adapters })
+    }
+
+    /// Their names.
+    pub fn adapters(&self) -> &[String] {
+        &self.adapters
+    }
+
+    /// Whether computing can be broken off at a time.
+    pub fn keeps_deadlines(&self) -> bool {
+        matches!(self.engine, Running::Integer { .. })
+    }
+
+    /// A new sequence of at most `tokens`.
+    pub(crate) fn sequence(&self, tokens: usize, adapter: Option<usize>) -> Sequence<'_> {
+        match &self.engine {
+            Running::Integer { model, adapters } => {
+                let mut session = model.session(tokens);
+                session.adapt(adapter.map(|i| adapters[i].clone()));
+                Sequence::Integer(Box::new(session))
+            }
+            Running::Float { stage, adapters } => {
+                let lora = &adapters[adapter.map_or(0, |i| i + 1)];
+                Sequence::Float { stage, lora, cache: Box::new(stage.cache()), logits: Vec::new() }
+            }
+        }
+    }
+}
+
+impl Sequence<'_> {
+    /// The logits behind the last of these tokens, or none if that takes longer than `until`: then nothing has happened.
+    /// Floats are not broken off.
+    pub(crate) fn next(&mut self, tokens: &[u32], until: Option<Instant>) -> Result<Option<&[f32]>, ParticipantError> {
+        match self {
+            Self::Integer(session) => Ok(session.next_until(tokens, until)),
+            Self::Float { stage, lora, cache, logits } => {
+                *logits = stage.next_logits(tokens, cache, lora)?;
+                Ok(Some(logits))
+            }
+        }
+    }
+}
