@@ -1,7 +1,8 @@
 //! A participant: a device that keeps its data, trains the head and tail of a model on it, and leaves the body to the
 //! coordinator.
 //!
-//! Text, token ids and labels live in this crate alone; nothing here serializes them for the network. Start from
+//! Text, token ids and labels live in this crate alone; nothing here serializes them for the network, but for [`serve`],
+//! which answers the programs that its owner lets ask. Start from
 //! [`join`] for a device, [`trainer`] for what a step is, and [`cli`] for the commands.
 #![recursion_limit = "512"]
 
@@ -29,6 +30,7 @@ mod parts;
 mod progress;
 pub mod runner;
 pub mod sampler;
+pub mod serve;
 pub mod session;
 pub mod stages;
 mod stop;

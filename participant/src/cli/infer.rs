@@ -243,6 +243,12 @@ pub(super) fn logits(arguments: LogitsArguments) -> anyhow::Result<()> {
 }
 
 impl ModelArguments {
+    /// The file's name without its ending.
+    pub(super) fn name(&self) -> String {
+        let path = self.model.canonicalize().unwrap_or_else(|_| self.model.clone());
+        path.file_stem().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
+    }
+
     /// `default` where neither `--engine` nor the other options say what computes.
     pub(super) fn open(&self, default: Option<Engine>) -> anyhow::Result<Runner> {
         let Self { model, adapter, engine, device } = self;

@@ -2,6 +2,7 @@
 
 mod bench;
 mod infer;
+mod serve;
 mod train;
 
 use std::fmt::Display;
@@ -17,6 +18,7 @@ use tokio::sync::watch;
 
 use self::bench::{BenchCommand, bench_adapters, bench_infer, bench_train};
 use self::infer::{EvaluateArguments, GenerateArguments, LogitsArguments, evaluate, generate, logits};
+use self::serve::{ServeArguments, serve};
 use self::train::{JoinArguments, SwarmArguments, TrainArguments, join, swarm, train};
 use crate::calibrate::CalibrateArguments;
 use crate::device_choice::DeviceChoice;
@@ -56,6 +58,13 @@ enum Command {
         after_help = "Example:\n  participant generate --model exports/model-q8_0.gguf --prompt \"Who are you?\""
     )]
     Generate(GenerateArguments),
+    /// Answer other programs on this machine, in the words of OpenAI's HTTP interface
+    #[command(
+        after_help = "Example:\n  participant serve --model exports/model-q4_0.gguf --adapter press=runs/demo/adapter --deadline 5s\n  \
+        curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\\n       \
+        -d '{\"model\": \"press\", \"messages\": [{\"role\": \"user\", \"content\": \"Who are you?\"}], \"stream\": true}'"
+    )]
+    Serve(ServeArguments),
     /// Loss and perplexity per token of a model on a file
     #[command(after_help = "Example:\n  participant evaluate --model exports/hf --data held-out.jsonl")]
     Evaluate(EvaluateArguments),
@@ -148,6 +157,7 @@ impl Cli {
     /// Runs the command until it is done or `interrupted`.
     pub async fn run(self, interrupted: impl Future<Output = ()>) -> anyhow::Result<()> {
         let leaves = matches!(&self.command, Command::Join(_) | Command::Swarm(_));
+        let serves = matches!(&self.command, Command::Serve(_));
         let again = match &self.command {
             Command::Join(_) | Command::Swarm(_) => {
                 "the coordinator goes on at quorum; run the same command again to rejoin"
@@ -163,6 +173,10 @@ impl Cli {
         }
         // Who is connected takes leave; whatever else is going on is not waited for.
         let _ = stop.send(true);
+        if serves {
+            // That is how serving ends: answers under way are given a moment.
+            return work.await.context("the command failed")?;
+        }
         if leaves {
             let _ = tokio::time::timeout(Duration::from_secs(2), work).await;
         }
@@ -177,6 +191,7 @@ impl Command {
             Self::Train(arguments) => train(arguments).await,
             Self::Swarm(arguments) => swarm(arguments, stop).await,
             Self::Generate(arguments) => off_the_runtime(|| generate(arguments)),
+            Self::Serve(arguments) => serve(arguments, stop).await,
             Self::Evaluate(arguments) => off_the_runtime(|| evaluate(arguments)),
             Self::Calibrate(arguments) => {
                 let (out, tokens) = off_the_runtime(|| arguments.run())?;

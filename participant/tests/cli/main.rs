@@ -1,6 +1,8 @@
 //! What a user gets wrong at the command line, and what `participant` says about it: one line that names the file or the
 //! key, exit code 1, and never a panic.
 
+mod serve;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};

@@ -1,0 +1,197 @@
+//! The thread that makes answers: a step of each in turn, off the threads that serve connections.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+
+use super::Limits;
+use crate::ParticipantError;
+use crate::answer::{Answer, Finish, Request, Reserve, Step};
+use crate::runner::Runner;
+
+/// Where requests go. When all of it is gone, the thread ends.
+pub(super) struct Queue {
+    jobs: mpsc::Sender<Job>,
+    /// Requests that wait or are being answered.
+    places: Arc<Semaphore>,
+}
+
+pub(super) enum Event {
+    Text(String),
+    /// The last.
+    Finished {
+        finish: Finish,
+        prompt_tokens: usize,
+        tokens: usize,
+    },
+    /// The last as well.
+    Failed(ParticipantError),
+}
+
+struct Job {
+    request: Request,
+    begun: Instant,
+    events: mpsc::Sender<Event>,
+    _place: OwnedSemaphorePermit,
+}
+
+struct Active<'a> {
+    answer: Answer<'a>,
+    job: Job,
+}
+
+/// Why a request is not taken.
+pub(super) enum Refused {
+    /// As many wait as may.
+    Full,
+    /// The thread is gone.
+    Ended,
+}
+
+impl Queue {
+    pub(super) fn start(runner: Runner, limits: Limits) -> Result<(Self, JoinHandle<()>), ParticipantError> {
+        let all = limits.answers + limits.waiting;
+        let (jobs, received) = mpsc::channel(all);
+        let work = move || Worker { runner: &runner, jobs: received, limits }.run();
+        let worker = std::thread::Builder::new().name("answers".into()).spawn(work);
+        let worker = worker.map_err(|error| ParticipantError::Usage(format!("failed to start a thread: {error}")))?;
+        Ok((Self { jobs, places: Arc::new(Semaphore::new(all)) }, worker))
+    }
+
+    pub(super) fn ask(&self, request: Request) -> Result<mpsc::Receiver<Event>, Refused> {
+        let place = self.places.clone().try_acquire_owned().map_err(|_| Refused::Full)?;
+        // A token has an event at most: the thread never waits for who reads slowly.
+        let (events, received) = mpsc::channel(request.tokens_max + 4);
+        let job = Job { request, begun: Instant::now(), events, _place: place };
+        self.jobs.try_send(job).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => Refused::Full,
+            mpsc::error::TrySendError::Closed(_) => Refused::Ended,
+        })?;
+        Ok(received)
+    }
+}
+
+struct Worker<'a> {
+    runner: &'a Runner,
+    jobs: mpsc::Receiver<Job>,
+    limits: Limits,
+}
+
+impl Worker<'_> {
+    fn run(self) {
+        let Self { runner, mut jobs, limits } = self;
+        let (mut waiting, mut active) = (VecDeque::new(), VecDeque::new());
+        let mut reserve = Reserve::default();
+        loop {
+            if waiting.is_empty() && active.is_empty() {
+                match jobs.blocking_recv() {
+                    Some(job) => waiting.push_back(job),
+                    None => return,
+                }
+            }
+            while let Ok(job) = jobs.try_recv() {
+                waiting.push_back(job);
+            }
+            end_due(&mut waiting, &mut active, &mut reserve);
+            while active.len() < limits.answers
+                && let Some(job) = waiting.pop_front()
+            {
+                active.extend(begin(runner, job, reserve));
+            }
+            let Some(mut turn) = active.pop_front() else { continue };
+            // Nobody else's answer comes too late because of this one's step.
+            let others = active
+                .iter()
+                .filter_map(|other| other.answer.due())
+                .chain(waiting.iter().filter_map(|job| job.due(reserve)));
+            if turn.step(others.min(), &mut reserve) {
+                active.push_back(turn);
+            }
+        }
+    }
+}
+
+fn begin(runner: &Runner, job: Job, reserve: Reserve) -> Option<Active<'_>> {
+    if job.events.is_closed() {
+        return None;
+    }
+    match catch_unwind(AssertUnwindSafe(|| runner.answer(&job.request, job.due(reserve)))) {
+        Ok(Ok(answer)) => return Some(Active { answer, job }),
+        Ok(Err(error)) => job.send(Event::Failed(error)),
+        Err(_) => job.send(Event::Failed(panicked())),
+    }
+    None
+}
+
+/// Ends what has no time for another step.
+fn end_due(waiting: &mut VecDeque<Job>, active: &mut VecDeque<Active<'_>>, reserve: &mut Reserve) {
+    let now = Instant::now();
+    waiting.retain(|job| {
+        let over = job.due(*reserve).is_some_and(|due| due <= now);
+        if over {
+            job.send(Event::Finished { finish: Finish::Deadline, prompt_tokens: 0, tokens: 0 });
+        }
+        !over
+    });
+    active.retain_mut(|active| {
+        let Some(due) = active.answer.due().filter(|due| *due <= now) else { return true };
+        reserve.ended(due, now);
+        let step = active.answer.finish(String::new(), Finish::Deadline);
+        active.tell(step)
+    });
+}
+
+fn panicked() -> ParticipantError {
+    ParticipantError::Usage("the engine failed; the server's log says why".into())
+}
+
+impl Job {
+    fn due(&self, reserve: Reserve) -> Option<Instant> {
+        self.request.deadline.map(|deadline| reserve.due(self.begun, deadline))
+    }
+
+    fn send(&self, event: Event) {
+        // Who has gone away hears nothing.
+        let _ = self.events.try_send(event);
+    }
+}
+
+impl Active<'_> {
+    /// Whether there is another.
+    fn step(&mut self, others_due: Option<Instant>, reserve: &mut Reserve) -> bool {
+        if self.job.events.is_closed() {
+            return false;
+        }
+        match catch_unwind(AssertUnwindSafe(|| self.answer.step(others_due))) {
+            Ok(Ok(step)) => {
+                if let (Some(Finish::Deadline), Some(due)) = (step.finish, self.answer.due()) {
+                    reserve.ended(due, Instant::now());
+                }
+                self.tell(step)
+            }
+            Ok(Err(error)) => {
+                self.job.send(Event::Failed(error));
+                false
+            }
+            Err(_) => {
+                self.job.send(Event::Failed(panicked()));
+                false
+            }
+        }
+    }
+
+    fn tell(&self, Step { text, finish }: Step) -> bool {
+        if !text.is_empty() {
+            self.job.send(Event::Text(text));
+        }
+        if let Some(finish) = finish {
+            let (prompt_tokens, tokens) = (self.answer.prompt_tokens, self.answer.tokens.len());
+            self.job.send(Event::Finished { finish, prompt_tokens, tokens });
+        }
+        finish.is_none()
+    }
+}

@@ -1,0 +1,255 @@
+//! Requests in, responses out: which path is what, and how much of a body is read.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use http_body_util::{BodyExt, Either, Full, LengthLimitError, Limited};
+use hyper::body::{Body, Bytes, Frame, Incoming};
+use hyper::header::{ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HOST, HeaderValue, RETRY_AFTER};
+use hyper::{Method, Request, Response, StatusCode};
+use serde_json::Value;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use super::Limits;
+use super::engine::{Event, Queue, Refused};
+use super::request::{Asked, Defaults, Kind};
+use super::response::{Head, Refusal, models, usage};
+use crate::ParticipantError;
+
+pub(super) struct Service {
+    pub queue: Queue,
+    pub models: Vec<String>,
+    pub deadline: Option<Duration>,
+    pub tokens_max: usize,
+    pub seed: u64,
+    pub limits: Limits,
+    /// Only programs on this machine are meant: a page in its browser, which may get at it by a name of its own (DNS
+    /// rebinding), is none of them.
+    pub only_local: bool,
+}
+
+type Answer = Response<Either<Full<Bytes>, Pieces>>;
+
+static REQUESTS: AtomicU64 = AtomicU64::new(0);
+
+impl Service {
+    pub(super) async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Result<Answer, Infallible> {
+        let begun = Instant::now();
+        let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+        let answer = self.route(request, begun).await;
+        let answer = answer.unwrap_or_else(|refusal| refused(&refusal));
+        // Paths are the peer's words: only known ones are repeated.
+        let known = PATHS.into_iter().find(|known| *known == path).unwrap_or("another path");
+        let (status, took_ms) = (answer.status().as_u16(), begun.elapsed().as_millis());
+        tracing::info!("{method} {known}: {status} after {took_ms} ms");
+        Ok(answer)
+    }
+
+    async fn route(&self, request: Request<Incoming>, begun: Instant) -> Result<Answer, Refusal> {
+        if self.only_local && !names_this_machine(request.headers().get(HOST)) {
+            let what = "the request is for another host; this server answers as localhost, 127.0.0.1 or [::1]";
+            return Err(Refusal::new(StatusCode::FORBIDDEN, what));
+        }
+        let kind = match (request.uri().path(), request.method()) {
+            (MODELS, &Method::GET) => return Ok(json(StatusCode::OK, &models(&self.models))),
+            (CHAT, &Method::POST) => Kind::Chat,
+            (TEXT, &Method::POST) => Kind::Text,
+            (MODELS | CHAT | TEXT, _) => {
+                let refusal =
+                    Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "models are asked for by GET, answers by POST");
+                let mut answer = refused(&refusal);
+                let allowed = if request.uri().path() == MODELS { "GET" } else { "POST" };
+                answer.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
+                return Ok(answer);
+            }
+            _ => return Err(Refusal::new(StatusCode::NOT_FOUND, format!("there are {}", PATHS.join(", ")))),
+        };
+        // A page of some other site can send a form or plain text here unasked, but not this type.
+        let ty = request.headers().get(CONTENT_TYPE).and_then(|ty| ty.to_str().ok()).unwrap_or_default();
+        if !ty.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("application/json") {
+            let what = "the body's type is not application/json: set the header Content-Type";
+            return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, what));
+        }
+        let body = self.body(request.into_body()).await?;
+        let id = REQUESTS.fetch_add(1, Ordering::Relaxed);
+        let defaults = Defaults {
+            models: &self.models,
+            deadline: self.deadline,
+            tokens_max: self.tokens_max,
+            seed: self.seed.wrapping_add(id),
+            begun,
+        };
+        let Asked { request, model, stream, include_usage } = Asked::parse(kind, &body, &defaults)?;
+        let events = self.queue.ask(request).map_err(|refused| match refused {
+            Refused::Full => Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "too many requests wait; try again"),
+            Refused::Ended => {
+                Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the engine has ended; restart the server")
+            }
+        })?;
+        let head = Head::new(kind, id, model);
+        match stream {
+            true => self.streamed(head, include_usage, events).await,
+            false => whole(head, events).await,
+        }
+    }
+
+    async fn body(&self, body: Incoming) -> Result<Bytes, Refusal> {
+        let limit = self.limits.body_bytes;
+        let too_long = || Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the body has more than {limit} bytes"));
+        // What is announced is not waited for.
+        if body.size_hint().lower() > limit as u64 {
+            return Err(too_long());
+        }
+        match timeout(self.limits.patience, Limited::new(body, limit).collect()).await {
+            Ok(Ok(body)) => Ok(body.to_bytes()),
+            Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_long()),
+            Ok(Err(_)) => Err(Refusal::new(StatusCode::BAD_REQUEST, "the body ended early")),
+            Err(_) => Err(Refusal::new(StatusCode::REQUEST_TIMEOUT, "the body took too long to come")),
+        }
+    }
+
+    /// An answer piece by piece. What goes wrong before the first piece is a refusal like any other.
+    async fn streamed(
+        &self,
+        head: Head,
+        include_usage: bool,
+        mut events: mpsc::Receiver<Event>,
+    ) -> Result<Answer, Refusal> {
+        let first = events.recv().await;
+        if let Some(Event::Failed(error)) = &first {
+            return Err(failed(error));
+        }
+        let first = first.ok_or_else(gone)?;
+        let mut ready = head.role().map(|role| data(&role)).unwrap_or_default();
+        let last = push(&head, include_usage, first, &mut ready);
+        let pieces = Pieces { head, include_usage, events: (!last).then_some(events), ready };
+        let answer = Response::builder()
+            .header(CONTENT_TYPE, "text/event-stream")
+            .header(CACHE_CONTROL, "no-cache")
+            .body(Either::Right(pieces));
+        Ok(answer.expect("headers of our own"))
+    }
+}
+
+const MODELS: &str = "/v1/models";
+const CHAT: &str = "/v1/chat/completions";
+const TEXT: &str = "/v1/completions";
+const PATHS: [&str; 3] = [MODELS, CHAT, TEXT];
+
+async fn whole(head: Head, mut events: mpsc::Receiver<Event>) -> Result<Answer, Refusal> {
+    let mut all = String::new();
+    loop {
+        match events.recv().await {
+            Some(Event::Text(text)) => all.push_str(&text),
+            Some(Event::Finished { finish, prompt_tokens, tokens }) => {
+                return Ok(json(StatusCode::OK, &head.whole(&all, finish, usage(prompt_tokens, tokens))));
+            }
+            Some(Event::Failed(error)) => return Err(failed(&error)),
+            None => return Err(gone()),
+        }
+    }
+}
+
+/// An answer's events as server-sent ones.
+pub(super) struct Pieces {
+    head: Head,
+    include_usage: bool,
+    /// None behind the last.
+    events: Option<mpsc::Receiver<Event>>,
+    /// What has not been sent.
+    ready: String,
+}
+
+impl Body for Pieces {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let Self { head, include_usage, events, ready } = self.get_mut();
+        while ready.is_empty() {
+            let Some(open) = events else { return Poll::Ready(None) };
+            let event = ready!(open.poll_recv(context)).unwrap_or_else(|| Event::Failed(ended()));
+            if push(head, *include_usage, event, ready) {
+                *events = None;
+            }
+        }
+        Poll::Ready(Some(Ok(Frame::data(Bytes::from(std::mem::take(ready))))))
+    }
+}
+
+/// Adds an event's data; whether it is the last.
+fn push(head: &Head, include_usage: bool, event: Event, to: &mut String) -> bool {
+    match event {
+        Event::Text(text) => {
+            to.push_str(&data(&head.text(&text)));
+            return false;
+        }
+        Event::Finished { finish, prompt_tokens, tokens } => {
+            to.push_str(&data(&head.end(finish)));
+            if include_usage {
+                to.push_str(&data(&head.usage(usage(prompt_tokens, tokens))));
+            }
+        }
+        Event::Failed(error) => to.push_str(&data(&failed(&error).to_json())),
+    }
+    to.push_str("data: [DONE]\n\n");
+    true
+}
+
+/// JSON has no line breaks outside of strings, and escapes them inside.
+fn data(value: &Value) -> String {
+    format!("data: {value}\n\n")
+}
+
+fn json(status: StatusCode, value: &Value) -> Answer {
+    let body = Either::Left(Full::new(Bytes::from(value.to_string())));
+    let answer = Response::builder().status(status).header(CONTENT_TYPE, "application/json").body(body);
+    answer.expect("headers of our own")
+}
+
+fn refused(refusal: &Refusal) -> Answer {
+    let mut answer = json(refusal.status, &refusal.to_json());
+    let headers = answer.headers_mut();
+    match refusal.status {
+        StatusCode::SERVICE_UNAVAILABLE => {
+            headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        // What is left of such a body is not worth reading.
+        StatusCode::PAYLOAD_TOO_LARGE | StatusCode::REQUEST_TIMEOUT => {
+            headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        _ => {}
+    }
+    answer
+}
+
+/// Whose fault it was decides the status.
+fn failed(error: &ParticipantError) -> Refusal {
+    match error {
+        ParticipantError::Usage(what) => Refusal::invalid(None, what.clone()),
+        ParticipantError::Tokenizer(error) => Refusal::invalid(None, format!("failed to {error}")),
+        _ => Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the engine failed"),
+    }
+}
+
+fn ended() -> ParticipantError {
+    ParticipantError::Stopped
+}
+
+fn gone() -> Refusal {
+    failed(&ended())
+}
+
+fn names_this_machine(host: Option<&HeaderValue>) -> bool {
+    let Some(host) = host.and_then(|host| host.to_str().ok()) else { return false };
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|digit| digit.is_ascii_digit()) => name,
+        _ => host,
+    };
+    ["localhost", "127.0.0.1", "[::1]"].iter().any(|local| name.eq_ignore_ascii_case(local))
+}

@@ -1,0 +1,219 @@
+//! What a request's JSON asks for, checked field by field.
+
+use std::time::{Duration, Instant};
+
+use model::tokenizer::Message;
+use serde_json::{Map, Value};
+
+use super::response::Refusal;
+use crate::answer::{Prompt, Request};
+use crate::sampler::Sampling;
+
+/// The two kinds of completions.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Chat,
+    Text,
+}
+
+pub(super) struct Asked {
+    pub request: Request,
+    /// As the request calls it.
+    pub model: String,
+    pub stream: bool,
+    pub include_usage: bool,
+}
+
+/// Where requests say nothing.
+pub(super) struct Defaults<'a> {
+    /// By name; the first is the model without an adapter.
+    pub models: &'a [String],
+    pub deadline: Option<Duration>,
+    pub tokens_max: usize,
+    pub seed: u64,
+    /// When the request came.
+    pub begun: Instant,
+}
+
+const TOKENS_MAX: u64 = 1 << 20;
+const STOPS_MAX: usize = 16;
+const STOP_BYTES_MAX: usize = 256;
+const MESSAGES_MAX: usize = 1024;
+const DEADLINE_MS_MAX: f64 = 3_600_000.0;
+
+/// Fields of OpenAI's interface that change an answer and are not supported, with the values that ask for nothing.
+const UNSUPPORTED: [(&str, AsksNothing); 10] = [
+    ("n", |value| value == 1),
+    ("best_of", |value| value == 1),
+    ("echo", |value| value == false),
+    ("suffix", |value| value == ""),
+    ("logprobs", |value| value == false),
+    ("frequency_penalty", is_zero),
+    ("presence_penalty", is_zero),
+    ("logit_bias", |value| value.as_object().is_some_and(Map::is_empty)),
+    ("tools", |value| value.as_array().is_some_and(Vec::is_empty)),
+    ("response_format", |value| value["type"] == "text"),
+];
+
+type AsksNothing = fn(&Value) -> bool;
+
+fn is_zero(value: &Value) -> bool {
+    value.as_f64() == Some(0.0)
+}
+
+impl Asked {
+    pub(super) fn parse(kind: Kind, body: &[u8], defaults: &Defaults<'_>) -> Result<Self, Refusal> {
+        let value: Value = serde_json::from_slice(body)
+            .map_err(|error| Refusal::invalid(None, format!("the body is not JSON: {error}")))?;
+        let Value::Object(fields) = value else {
+            return Err(Refusal::invalid(None, "the body is JSON, but no object".into()));
+        };
+        let fields = Fields(fields);
+        for (name, asks_nothing) in UNSUPPORTED {
+            if fields.get(name).is_some_and(|value| !asks_nothing(value)) {
+                return Err(Refusal::invalid(Some(name), format!("`{name}` is not supported; leave it out")));
+            }
+        }
+        let model = fields.string("model")?.ok_or_else(|| missing("model"))?.to_owned();
+        let place = defaults.models.iter().position(|known| *known == model);
+        let place = place.ok_or_else(|| Refusal::unknown_model(&model, defaults.models))?;
+        let prompt = match kind {
+            Kind::Chat => Prompt::Chat(fields.messages()?),
+            Kind::Text => Prompt::Text(fields.prompt()?),
+        };
+        let tokens_max = match fields.whole("max_completion_tokens", TOKENS_MAX)? {
+            Some(tokens) => Some(tokens),
+            None => fields.whole("max_tokens", TOKENS_MAX)?,
+        };
+        let sampling = Sampling {
+            temperature: fields.number("temperature")?.unwrap_or(1.0),
+            top_k: fields.whole("top_k", TOKENS_MAX)?.unwrap_or(0) as usize,
+            top_p: fields.number("top_p")?.unwrap_or(1.0),
+            min_p: fields.number("min_p")?.unwrap_or(0.0),
+            repetition_penalty: fields.number("repetition_penalty")?.unwrap_or(1.0),
+            seed: fields.seed()?.unwrap_or(defaults.seed),
+        };
+        let field = |message: &str| message.split(' ').next().unwrap_or_default().to_owned();
+        sampling.check(str::to_owned).map_err(|error| {
+            let message = error.to_string();
+            Refusal::invalid(Some(&field(&message)), message)
+        })?;
+        let deadline = match fields.number("deadline_ms")? {
+            Some(ms) if ms > 0.0 && ms <= DEADLINE_MS_MAX => Some(Duration::from_secs_f64(ms / 1e3)),
+            Some(ms) => {
+                let what = format!("deadline_ms is {ms}; give more than 0 and at most {DEADLINE_MS_MAX}");
+                return Err(Refusal::invalid(Some("deadline_ms"), what));
+            }
+            None => defaults.deadline,
+        };
+        let request = Request {
+            prompt,
+            tokens_max: tokens_max.map_or(defaults.tokens_max, |tokens| tokens as usize),
+            sampling,
+            stops: fields.stops()?,
+            deadline: deadline.map(|deadline| defaults.begun + deadline),
+            adapter: place.checked_sub(1),
+        };
+        let include_usage = fields.get("stream_options").is_some_and(|options| options["include_usage"] == true);
+        Ok(Self { request, model, stream: fields.truth("stream")?.unwrap_or(false), include_usage })
+    }
+}
+
+struct Fields(Map<String, Value>);
+
+fn missing(name: &str) -> Refusal {
+    Refusal::invalid(Some(name), format!("`{name}` is missing"))
+}
+
+fn wrong(name: &str, expected: &str) -> Refusal {
+    Refusal::invalid(Some(name), format!("`{name}` is not {expected}"))
+}
+
+impl Fields {
+    /// None where it is null as well.
+    fn get(&self, name: &str) -> Option<&Value> {
+        self.0.get(name).filter(|value| !value.is_null())
+    }
+
+    fn string(&self, name: &str) -> Result<Option<&str>, Refusal> {
+        let value = self.get(name).map(|value| value.as_str().ok_or_else(|| wrong(name, "a string")));
+        value.transpose()
+    }
+
+    fn truth(&self, name: &str) -> Result<Option<bool>, Refusal> {
+        self.get(name).map(|value| value.as_bool().ok_or_else(|| wrong(name, "true or false"))).transpose()
+    }
+
+    fn number(&self, name: &str) -> Result<Option<f64>, Refusal> {
+        self.get(name).map(|value| value.as_f64().ok_or_else(|| wrong(name, "a number"))).transpose()
+    }
+
+    fn whole(&self, name: &str, max: u64) -> Result<Option<u64>, Refusal> {
+        let value = |value: &Value| {
+            let whole = value.as_u64().filter(|&whole| whole <= max);
+            whole.ok_or_else(|| wrong(name, &format!("a whole number of 0 to {max}")))
+        };
+        self.get(name).map(value).transpose()
+    }
+
+    /// Any whole number: negative ones have a seed of their own.
+    fn seed(&self) -> Result<Option<u64>, Refusal> {
+        let seed = |value: &Value| value.as_u64().or_else(|| value.as_i64().map(|seed| seed as u64));
+        self.get("seed").map(|value| seed(value).ok_or_else(|| wrong("seed", "a whole number"))).transpose()
+    }
+
+    fn stops(&self) -> Result<Vec<String>, Refusal> {
+        let stops: Vec<&str> = match self.get("stop") {
+            None => return Ok(Vec::new()),
+            Some(Value::String(stop)) => vec![stop],
+            Some(Value::Array(stops)) => {
+                let all: Option<_> = stops.iter().map(Value::as_str).collect();
+                all.ok_or_else(|| wrong("stop", "a string or a list of strings"))?
+            }
+            Some(_) => return Err(wrong("stop", "a string or a list of strings")),
+        };
+        if stops.len() > STOPS_MAX || stops.iter().any(|stop| stop.len() > STOP_BYTES_MAX) {
+            return Err(wrong("stop", &format!("at most {STOPS_MAX} strings of at most {STOP_BYTES_MAX} bytes")));
+        }
+        Ok(stops.into_iter().map(str::to_owned).collect())
+    }
+
+    fn prompt(&self) -> Result<String, Refusal> {
+        match self.get("prompt") {
+            None => Err(missing("prompt")),
+            Some(Value::String(prompt)) => Ok(prompt.clone()),
+            Some(Value::Array(prompts)) => match &prompts[..] {
+                [Value::String(prompt)] => Ok(prompt.clone()),
+                _ => Err(wrong("prompt", "one string")),
+            },
+            Some(_) => Err(wrong("prompt", "a string")),
+        }
+    }
+
+    fn messages(&self) -> Result<Vec<Message>, Refusal> {
+        let messages = self.get("messages").ok_or_else(|| missing("messages"))?;
+        let messages = messages.as_array().ok_or_else(|| wrong("messages", "a list"))?;
+        if messages.is_empty() || messages.len() > MESSAGES_MAX {
+            return Err(wrong("messages", &format!("a list of 1 to {MESSAGES_MAX} messages")));
+        }
+        messages.iter().map(message).collect()
+    }
+}
+
+fn message(value: &Value) -> Result<Message, Refusal> {
+    let role = match value["role"].as_str() {
+        Some("developer") => "system",
+        Some(role @ ("system" | "user" | "assistant")) => role,
+        _ => return Err(wrong("messages", "a list of messages whose `role` is system, user or assistant")),
+    };
+    let content = match &value["content"] {
+        Value::String(content) => Some(content.clone()),
+        Value::Array(parts) => {
+            let text = |part: &Value| part["text"].as_str().filter(|_| part["type"] == "text").map(str::to_owned);
+            parts.iter().map(text).collect::<Option<Vec<String>>>().map(|parts| parts.concat())
+        }
+        _ => None,
+    };
+    let content = content.ok_or_else(|| wrong("messages", "a list of messages whose `content` is text"))?;
+    Ok(Message { role: role.into(), content })
+}

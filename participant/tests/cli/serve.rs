@@ -1,0 +1,298 @@
+//! `participant serve` over raw sockets: what programs ask, and what nobody should.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::{Desk, SMOKE};
+
+/// A server of the desk's model as `base`, with the adapters `one` and `two`.
+struct Served {
+    process: Child,
+    address: SocketAddr,
+    _desk: Desk,
+}
+
+impl Served {
+    fn start(options: &str) -> Self {
+        let desk = Desk::new();
+        desk.weights("base.gguf");
+        desk.save_adapter("one", SMOKE);
+        desk.save_adapter("two", SMOKE);
+        let arguments =
+            format!("serve --model base.gguf --adapter one --adapter two --bind 127.0.0.1:0 --json {options}");
+        let mut command = desk.command(&arguments);
+        let mut process = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(process.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let told: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(told["models"], json!(["base", "one", "two"]));
+        let address = told["address"].as_str().unwrap().parse().unwrap();
+        Self { process, address, _desk: desk }
+    }
+
+    fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(self.address).unwrap();
+        // Far beyond every limit of the server's: a test that hangs ends.
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        stream
+    }
+
+    /// The whole response to some bytes, after which nothing more is sent.
+    fn raw(&self, bytes: &[u8]) -> Response {
+        let mut stream = self.connect();
+        // The server may have answered and closed before all is written.
+        let _ = stream.write_all(bytes);
+        Response::read(stream)
+    }
+
+    fn post(&self, path: &str, body: &Value) -> Response {
+        self.raw(request(path, &body.to_string()).as_bytes())
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn request(path: &str, body: &str) -> String {
+    let length = body.len();
+    format!(
+        "POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}"
+    )
+}
+
+struct Response {
+    status: u16,
+    head: String,
+    body: String,
+}
+
+impl Response {
+    /// Until the server closes; a status of 0 is a connection that was closed without an answer.
+    fn read(mut stream: TcpStream) -> Self {
+        let mut bytes = Vec::new();
+        // A reset is an end as well.
+        let _ = stream.read_to_end(&mut bytes);
+        let text = String::from_utf8(bytes).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
+        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
+        let body = match head.to_lowercase().contains("transfer-encoding: chunked") {
+            true => unchunked(body),
+            false => body.to_owned(),
+        };
+        Self { status, head: head.to_lowercase(), body }
+    }
+
+    fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {} {}", self.head, self.body))
+    }
+
+    /// The pieces of a stream, which ends as it should.
+    fn pieces(&self) -> Vec<Value> {
+        assert!(self.head.contains("text/event-stream"), "{} {}", self.head, self.body);
+        let mut events: Vec<&str> = self.body.split_terminator("\n\n").collect();
+        assert_eq!(events.pop(), Some("data: [DONE]"), "{}", self.body);
+        events.iter().map(|event| serde_json::from_str(event.strip_prefix("data: ").unwrap()).unwrap()).collect()
+    }
+}
+
+fn unchunked(mut chunks: &str) -> String {
+    let mut text = String::new();
+    while let Some((size, rest)) = chunks.split_once("\r\n") {
+        let size = usize::from_str_radix(size, 16).unwrap();
+        text.push_str(&rest[..size]);
+        chunks = rest[size..].strip_prefix("\r\n").unwrap();
+    }
+    text
+}
+
+const CHAT: &str = "/v1/chat/completions";
+const TEXT: &str = "/v1/completions";
+
+#[test]
+fn models_answer_whole_and_piece_by_piece() {
+    let served = Served::start("");
+    let models = served.raw(b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n").json();
+    let names: Vec<&str> =
+        models["data"].as_array().unwrap().iter().map(|model| model["id"].as_str().unwrap()).collect();
+    assert_eq!(names, ["base", "one", "two"]);
+
+    for model in names {
+        let mut body = json!({"model": model, "prompt": "press", "max_tokens": 12, "seed": 7});
+        let whole = served.post(TEXT, &body).json();
+        assert_eq!((&whole["object"], &whole["model"]), (&json!("text_completion"), &json!(model)));
+        assert_eq!(whole["choices"][0]["finish_reason"], "length");
+        assert_eq!(whole["usage"]["completion_tokens"], 12);
+        body["stream"] = json!(true);
+        body["stream_options"] = json!({"include_usage": true});
+        let pieces = served.post(TEXT, &body).pieces();
+        let text: String = pieces.iter().filter_map(|piece| piece["choices"][0]["text"].as_str()).collect();
+        assert_eq!(text, whole["choices"][0]["text"]);
+        assert_eq!(pieces.last().unwrap()["usage"], whole["usage"]);
+    }
+
+    let messages =
+        json!([{"role": "system", "content": "short"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]);
+    let mut body = json!({"model": "two", "messages": messages, "max_completion_tokens": 5, "temperature": 0});
+    let whole = served.post(CHAT, &body).json();
+    assert_eq!(
+        (&whole["object"], &whole["choices"][0]["message"]["role"]),
+        (&json!("chat.completion"), &json!("assistant"))
+    );
+    body["stream"] = json!(true);
+    let pieces = served.post(CHAT, &body).pieces();
+    assert_eq!(pieces[0]["choices"][0]["delta"]["role"], "assistant");
+    let text: String = pieces.iter().filter_map(|piece| piece["choices"][0]["delta"]["content"].as_str()).collect();
+    assert_eq!(text, whole["choices"][0]["message"]["content"]);
+    assert_eq!(pieces.last().unwrap()["choices"][0]["finish_reason"], "length");
+}
+
+#[test]
+fn wrong_requests_are_told_what_is_wrong() {
+    let served = Served::start("");
+    let text = |body: Value| request(TEXT, &body.to_string());
+    let ask = |name: &str, value: Value| {
+        let mut body = json!({"model": "base", "prompt": "x", "max_tokens": 1});
+        body[name] = value;
+        request(TEXT, &body.to_string())
+    };
+    let cases: Vec<(String, u16, &str)> = vec![
+        (request(TEXT, "{\"model\":"), 400, "not JSON"),
+        (request(TEXT, "[1]"), 400, "no object"),
+        (request(TEXT, &"[".repeat(100_000)), 400, "not JSON"),
+        (text(json!({"prompt": "x"})), 400, "`model` is missing"),
+        (text(json!({"model": 5, "prompt": "x"})), 400, "`model` is not a string"),
+        (text(json!({"model": "base"})), 400, "`prompt` is missing"),
+        (ask("model", json!("three")), 404, "there are: base, one, two"),
+        (ask("prompt", json!(["a", "b"])), 400, "`prompt` is not one string"),
+        (ask("max_tokens", json!(-1)), 400, "`max_tokens` is not a whole number"),
+        (ask("max_tokens", json!(1e300)), 400, "`max_tokens` is not a whole number"),
+        (ask("temperature", json!("hot")), 400, "`temperature` is not a number"),
+        (ask("temperature", json!(-1)), 400, "temperature is -1; give 0 or more"),
+        (ask("top_p", json!(0)), 400, "top_p is 0"),
+        (ask("stop", json!([1])), 400, "`stop` is not"),
+        (ask("stream", json!("yes")), 400, "`stream` is not true or false"),
+        (ask("deadline_ms", json!(0)), 400, "deadline_ms is 0"),
+        (ask("n", json!(2)), 400, "`n` is not supported"),
+        (ask("prompt", json!("x ".repeat(4000))), 400, "more than the model's context"),
+        (request(CHAT, &json!({"model": "base", "messages": "hi"}).to_string()), 400, "`messages` is not a list"),
+        (request(CHAT, &json!({"model": "base", "messages": [{"role": "x"}]}).to_string()), 400, "`role`"),
+        (text(json!({})).replace("/v1/completions", "/v2"), 404, "/v1/models"),
+        (text(json!({})).replace("POST", "PUT"), 405, "answers by POST"),
+        (text(json!({})).replace("application/json", "text/plain"), 415, "application/json"),
+        (text(json!({})).replace("localhost", "rebound.example"), 403, "another host"),
+        (text(json!({})).replace("Host: localhost\r\n", ""), 403, "another host"),
+    ];
+    for (request, status, message) in cases {
+        let answer = served.raw(request.as_bytes());
+        let shown: String = request.chars().take(400).collect();
+        assert_eq!(answer.status, status, "{shown}\n{}", answer.body);
+        let told = answer.json()["error"]["message"].as_str().unwrap().to_owned();
+        assert!(told.contains(message), "{shown}\n{told}");
+    }
+    assert_eq!(served.post(TEXT, &json!({"model": "base", "prompt": "x", "max_tokens": 1})).status, 200);
+}
+
+#[test]
+fn garbage_and_sizes_beyond_all_limits_are_refused() {
+    let served = Served::start("");
+    let head = |length: &str| request(TEXT, "").replace("Content-Length: 0", &format!("Content-Length: {length}"));
+    let cases: Vec<(Vec<u8>, &[u16])> = vec![
+        (b"\0\x01\x02\xff\r\n\r\n".to_vec(), &[0, 400]),
+        (b"GET\r\n\r\n".to_vec(), &[0, 400]),
+        // A TLS greeting.
+        (b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\r\n\r\n".to_vec(), &[0, 400]),
+        // A gigabyte that is announced, and one that no number holds.
+        (head("1073741824").into_bytes(), &[413]),
+        (head("99999999999999999999999").into_bytes(), &[0, 400]),
+        (head("-1").into_bytes(), &[0, 400]),
+        // Who is still sending when the answer comes may lose it.
+        (request(TEXT, &" ".repeat(2 << 20)).into_bytes(), &[0, 413]),
+        // A header without end.
+        (
+            format!("GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX: {}", "a".repeat(1 << 20)).into_bytes(),
+            &[0, 400, 431],
+        ),
+        (format!("GET /v1/models HTTP/1.1\r\n{}\r\n", "X: y\r\n".repeat(1000)).into_bytes(), &[0, 400, 431]),
+    ];
+    for (bytes, statuses) in cases {
+        let answer = served.raw(&bytes);
+        let shown = String::from_utf8_lossy(&bytes[..bytes.len().min(200)]).into_owned();
+        assert!(statuses.contains(&answer.status), "{shown}: {} {}", answer.status, answer.body);
+    }
+    // A chunked body without end.
+    let mut stream = served.connect();
+    let chunked = request(TEXT, "").replace("Content-Length: 0", "Transfer-Encoding: chunked");
+    let _ = stream.write_all(chunked.as_bytes());
+    let chunk = format!("10000\r\n{}\r\n", " ".repeat(0x10000));
+    // Until the server hangs up, at the latest behind a gigabyte.
+    let sent = (0..1 << 14).take_while(|_| stream.write_all(chunk.as_bytes()).is_ok()).count();
+    assert!(sent < 1 << 12, "{sent} chunks were taken");
+    // A body that ends early.
+    let mut stream = served.connect();
+    stream.write_all(head("100").as_bytes()).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    assert!([0, 400].contains(&Response::read(stream).status));
+    assert_eq!(served.post(TEXT, &json!({"model": "base", "prompt": "x", "max_tokens": 1})).status, 200);
+}
+
+#[test]
+fn who_is_slow_is_given_up_and_keeps_nobody_waiting() {
+    let served = Served::start("--patience 1s");
+    let begun = |bytes: &str| {
+        let mut stream = served.connect();
+        stream.write_all(bytes.as_bytes()).unwrap();
+        stream
+    };
+    let body = request(TEXT, "").replace("Content-Length: 0", "Content-Length: 100") + "{";
+    let slow: Vec<TcpStream> = (0..40).flat_map(|_| [begun(""), begun("POST /v1/comp"), begun(&body)]).collect();
+    assert_eq!(served.post(TEXT, &json!({"model": "base", "prompt": "x", "max_tokens": 1})).status, 200);
+    for stream in slow {
+        assert!([0, 400, 408].contains(&Response::read(stream).status));
+    }
+}
+
+#[test]
+fn what_finds_no_place_is_refused_and_what_has_a_deadline_ends() {
+    let served = Served::start("--concurrent 1 --queue 0");
+    // Long, and never read: the place is taken until somebody does.
+    let body = json!({"model": "base", "prompt": "x", "max_tokens": 2000, "stream": true, "seed": 1});
+    let mut long = served.connect();
+    long.write_all(request(TEXT, &body.to_string()).as_bytes()).unwrap();
+    let mut first = [0; 15];
+    long.read_exact(&mut first).unwrap();
+    assert_eq!(&first, b"HTTP/1.1 200 OK");
+    let short = served.post(TEXT, &json!({"model": "base", "prompt": "x", "max_tokens": 1}));
+    // The model is small: the long answer may be over.
+    assert!([200, 503].contains(&short.status), "{} {}", short.status, short.body);
+    assert!(short.status == 200 || short.head.contains("retry-after: 1"), "{}", short.head);
+    assert!(Response::read(long).body.is_empty() || short.status > 0);
+
+    let hurried = json!({"model": "base", "prompt": "x ".repeat(1000), "max_tokens": 1000, "deadline_ms": 2});
+    let answer = served.post(TEXT, &hurried);
+    // The long answer's place may still be taken.
+    assert!([200, 503].contains(&answer.status), "{}", answer.body);
+    if answer.status == 200 {
+        assert_eq!(answer.json()["choices"][0]["finish_detail"], "deadline");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interruption_ends_it_in_good_order() {
+    let mut served = Served::start("");
+    // An idle connection, and one in the middle of a request.
+    let _idle = served.connect();
+    let mut half = served.connect();
+    half.write_all(b"POST /v1/comp").unwrap();
+    let id = served.process.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &id]).status().unwrap().success());
+    assert_eq!(served.process.wait().unwrap().code(), Some(0));
+}
