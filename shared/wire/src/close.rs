@@ -64,12 +64,14 @@ pub enum CloseCode {
     NotAuthorized = 0x30,
     /// The same device has connected again, and goes on there.
     Superseded = 0x31,
+    /// The coordinator no longer counts the peer's certificate.
+    Revoked = 0x32,
     /// The coordinator serves as many connections as it will.
     NoRoom = 0x40,
 }
 
 impl CloseCode {
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Done,
         Self::GoingAway,
         Self::Internal,
@@ -84,6 +86,7 @@ impl CloseCode {
         Self::ExperimentDiffers,
         Self::NotAuthorized,
         Self::Superseded,
+        Self::Revoked,
         Self::NoRoom,
     ];
 
@@ -105,7 +108,8 @@ impl CloseCode {
             | Self::OverLimit
             | Self::NotFinite
             | Self::TooSlow
-            | Self::NotAuthorized => Fault::Told,
+            | Self::NotAuthorized
+            | Self::Revoked => Fault::Told,
             Self::Incompatible | Self::ExperimentDiffers => Fault::Both,
         }
     }

@@ -273,6 +273,7 @@ fn fetch_blob() {
 #[test]
 fn enrol() {
     check_golden(Request::Enrol { csr_der: vec![0x30, 0] }, "04 02 3000 # variant, request of 2 bytes");
+    check_golden(Request::Renew { csr_der: vec![0x30, 0] }, "05 02 3000 # variant, request of 2 bytes");
     check_golden(Enrolled { chain_pem: "PEM".into() }, "03 50454d # chain of 3 bytes");
 }
 
@@ -332,7 +333,7 @@ fn frame_header() {
 #[test]
 fn close_codes_keep_their_numbers() {
     let numbers = CloseCode::ALL.map(CloseCode::code);
-    let golden = [0, 1, 2, 3, 0x10, 0x11, 0x12, 0x13, 0x14, 0x15, 0x20, 0x21, 0x30, 0x31, 0x40];
+    let golden = [0, 1, 2, 3, 0x10, 0x11, 0x12, 0x13, 0x14, 0x15, 0x20, 0x21, 0x30, 0x31, 0x32, 0x40];
     assert_eq!(numbers, golden);
     for code in CloseCode::ALL {
         assert_eq!(CloseCode::from_code(u64::from(code.code())), Some(code));
@@ -346,6 +347,7 @@ fn debug_shows_no_contents() {
     let shown = [
         format!("{:?}", FromParticipant::Leaving { reason: secret.into() }),
         format!("{:?}", Request::Enrol { csr_der: secret.into() }),
+        format!("{:?}", Request::Renew { csr_der: secret.into() }),
         format!("{:?}", Enrolled { chain_pem: secret.into() }),
         format!("{:?}", AdapterListing { round: 1, adapter: secret.into(), tensors: tensors() }),
         format!("{:?}", UpdateReply::Refused { reason: RefusalReason::Late, text: secret.into() }),

@@ -29,7 +29,10 @@ pub use crc32c::crc32c;
 pub const ALPN: &[u8] = b"headwater/1";
 
 /// Minor version: both sides speak the smaller of the two.
-pub const MINOR: u16 = 1;
+pub const MINOR: u16 = 2;
+
+/// The first minor version in which a certificate is renewed over the live connection.
+pub const RENEWING_MINOR: u16 = 2;
 
 /// The only payload codec so far: values in the header's dtype, one after the other.
 pub const CODEC_PLAIN: u8 = 0;

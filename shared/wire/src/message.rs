@@ -86,6 +86,8 @@ pub enum Request {
     FetchBlob { sha256: [u8; 32], offset: u64 },
     /// A certificate request; answered by [`Enrolled`]. The name comes from the enrolment certificate, never from here.
     Enrol { csr_der: Vec<u8> },
+    /// A certificate request by a participant whose certificate is about to expire, for the same name and key; answered by [`Enrolled`].
+    Renew { csr_der: Vec<u8> },
 }
 
 /// Answers [`Request::FetchAdapter`]; one frame per tensor follows, in this order.
@@ -114,7 +116,7 @@ pub enum UpdateReply {
     },
 }
 
-/// Answers [`Request::Enrol`]: the device's certificate and those above it.
+/// Answers [`Request::Enrol`] and [`Request::Renew`]: the device's certificate and those above it.
 #[derive(Clone, PartialEq, Encode, Decode)]
 pub struct Enrolled {
     pub chain_pem: String,
@@ -330,7 +332,7 @@ impl Message for Request {
             Self::FetchAdapter { .. } => MessageKind::Adapter,
             Self::Update { .. } => MessageKind::Update,
             Self::FetchBlob { .. } => MessageKind::Blob,
-            Self::Enrol { .. } => MessageKind::Enrol,
+            Self::Enrol { .. } | Self::Renew { .. } => MessageKind::Enrol,
         }
     }
 
@@ -344,6 +346,7 @@ impl Message for Request {
                 check_loss("update.loss_nats", *loss_nats)?;
                 check_tensors("update.tensors", tensors)
             }
+            Self::Renew { csr_der } => within("renew.csr_der", csr_der.len(), limits::CERTIFICATE_BYTES_MAX),
             Self::Enrol { csr_der } => within("enrol.csr_der", csr_der.len(), limits::CERTIFICATE_BYTES_MAX),
             Self::FetchBlob { offset, .. } => within_u64("fetch_blob.offset", *offset, limits::BLOB_BYTES_MAX),
             Self::FetchAdapter { .. } => Ok(()),

@@ -152,6 +152,7 @@ impl Debug for Request {
             Self::FetchBlob { sha256, offset } => {
                 f.debug_struct("FetchBlob").field("sha256", &bytes(sha256)).field("offset", offset).finish()
             }
+            Self::Renew { csr_der } => f.debug_struct("Renew").field("csr_der", &bytes(csr_der)).finish(),
             Self::Enrol { csr_der } => f.debug_struct("Enrol").field("csr_der", &bytes(csr_der)).finish(),
         }
     }
