@@ -53,6 +53,20 @@ enum Command {
         after_help = "Examples:\n  coordinator invite home/ press-1\n  coordinator invite home/ device --count 16 --out invites/"
     )]
     Invite(InviteArguments),
+    /// Turn a device away: its certificates and invitations count no longer, and its connection is closed at once
+    #[command(
+        after_help = "Examples:\n  coordinator revoke home/ press-1\n  coordinator invite home/ press-1 --out new.invite   # lets it in again"
+    )]
+    Revoke(RevokeArguments),
+    /// Make another issuing authority, with the root's key from where it is kept
+    #[command(after_help = "Example:\n  coordinator renew-ca home/ --root-key /media/safe/ca.key")]
+    RenewCa(RenewCaArguments),
+    /// Who was invited, enrolled, renewed, revoked and refused, and which runs there were
+    #[command(
+        subcommand,
+        after_help = "Examples:\n  coordinator audit-log verify home/\n  coordinator audit-log show home/ --json"
+    )]
+    AuditLog(AuditLogCommand),
     /// Run an experiment, or go on with one: wait for participants, train round after round
     #[command(after_help = "Example:\n  coordinator run configs/demo.toml --home home/")]
     Run(RunArguments),
@@ -146,6 +160,43 @@ struct InviteArguments {
     /// Make an earlier invitation of the same name worthless
     #[arg(long)]
     replace: bool,
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct RevokeArguments {
+    home: PathBuf,
+    /// The device's name
+    name: String,
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct RenewCaArguments {
+    home: PathBuf,
+    /// The root's key: the file ca.key that `coordinator init` has made
+    #[arg(long, value_name = "FILE")]
+    root_key: PathBuf,
+}
+
+#[derive(Subcommand)]
+enum AuditLogCommand {
+    /// Check that no line was changed, removed, added or moved
+    #[command(after_help = "Example:\n  coordinator audit-log verify home/")]
+    Verify(AuditLogArguments),
+    /// Print it, verified
+    #[command(after_help = "Example:\n  coordinator audit-log show home/")]
+    Show(AuditLogArguments),
+}
+
+#[derive(Args)]
+struct AuditLogArguments {
+    home: PathBuf,
+    /// The hash of the last line, as an earlier `verify` has printed it and somebody has kept it elsewhere
+    #[arg(long, value_name = "HASH")]
+    head: Option<String>,
     #[arg(long)]
     json: bool,
 }
@@ -319,6 +370,9 @@ impl Command {
             Self::Init(InitArguments { home, address }) => {
                 let home = Home::init(&home, address, OffsetDateTime::now_utc()).map_err(failed)?;
                 print(format_args!("{}: a CA, an identity and experiment.toml", home.path().display()))?;
+                print(
+                    "ca.key is needed again only for `coordinator renew-ca`: move it to a safe place, off this machine",
+                )?;
                 print(format_args!("next: coordinator invite {} NAME", home.path().display()))
             }
             Self::Fetch(FetchArguments { name, to }) => {
@@ -326,6 +380,38 @@ impl Command {
                 Ok(())
             }
             Self::Invite(arguments) => invite(arguments),
+            Self::Revoke(RevokeArguments { home, name, json }) => {
+                let (home, name) = (Home::open(&home).map_err(failed)?, PeerName::new(&name)?);
+                let now = OffsetDateTime::now_utc();
+                home.revoke(&name, now).map_err(failed)?;
+                match json {
+                    true => print(json!({"name": name.to_string(), "revoked_unix": now.unix_timestamp()})),
+                    false => print(format_args!("{name} is revoked; a running coordinator closes its connection")),
+                }
+            }
+            Self::RenewCa(RenewCaArguments { home, root_key }) => {
+                let home = Home::open(&home).map_err(failed)?;
+                let until = home.renew_authority(&root_key, OffsetDateTime::now_utc()).map_err(failed)?;
+                print(format_args!(
+                    "{}: an issuing authority until {until}; restart the coordinator",
+                    home.path().display()
+                ))
+            }
+            Self::AuditLog(AuditLogCommand::Verify(AuditLogArguments { home, head, json })) => {
+                let entries = Home::open(&home).and_then(|home| home.audit_log(head.as_deref())).map_err(failed)?;
+                let (lines, last) = (entries.len(), entries.last().map_or("", |entry| &entry.hash));
+                match json {
+                    true => print(json!({"lines": lines, "head": last})),
+                    false => print(format_args!("{lines} lines, none changed, removed or moved; the last is {last}")),
+                }
+            }
+            Self::AuditLog(AuditLogCommand::Show(AuditLogArguments { home, head, json })) => {
+                let entries = Home::open(&home).and_then(|home| home.audit_log(head.as_deref())).map_err(failed)?;
+                entries.iter().try_for_each(|entry| match json {
+                    true => print(serde_json::to_string(entry)?),
+                    false => print(entry),
+                })
+            }
             Self::Run(_) => bail!("a run is not performed here"),
             Self::Status(StatusArguments { run, json }) => {
                 let standing = status(&run).map_err(failed)?;

@@ -1,23 +1,32 @@
 //! The directory in which a coordinator keeps who it is: its certificate authority, its own certificate, where it is
 //! reached, and whom it has invited.
 //!
-//! This file owns the directory's layout and the coordinator's identity; invitations are in `invitations`. It never
-//! overwrites a directory that holds something, never reads the clock, and keeps no key of a participant. Start from
+//! This file owns the directory's layout and the coordinator's identity; invitations, revocations and the audit log have
+//! files of their own. It never overwrites a directory that holds something, never reads the clock, and keeps no key of a
+//! participant. The root's key, `ca.key`, is needed for [`Home::renew_authority`] alone and belongs elsewhere. Start from
 //! [`Home`].
 
+mod admission;
+pub mod audit;
 mod invitations;
+mod revocations;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use experiment::write_atomically;
-use net::{Authority, Identity, IdentityError, PeerIdentity, PeerName};
+use net::{Authority, Identity, IdentityError, PeerIdentity, PeerName, Root};
 use serde::{Deserialize, Serialize};
 use time::{Duration, OffsetDateTime};
 
+use audit::Event;
+
+pub use admission::{Admission, Keeper};
 pub use invitations::{INVITATION_VALID, RedeemError};
+pub use revocations::Revocations;
 
 /// Where a coordinator listens, and is reached, unless `coordinator init` is told otherwise.
 pub const ADDRESS_DEFAULT: &str = "127.0.0.1:4433";
@@ -29,10 +38,12 @@ const ADDRESSES_MAX: usize = 16;
 const RENEWAL: Duration = Duration::days(30);
 
 const SETTINGS: &str = "home.toml";
-const AUTHORITY: [&str; 2] = ["ca.pem", "ca.key"];
+const ROOT: [&str; 2] = ["ca.pem", "ca.key"];
+const ISSUING: [&str; 2] = ["issuing.pem", "issuing.key"];
 const COORDINATOR: [&str; 2] = ["coordinator.pem", "coordinator.key"];
 const EXPERIMENT: &str = "experiment.toml";
 const INVITATIONS: &str = "invitations";
+const REVOKED: &str = "revoked.toml";
 const LOCK: &str = "lock";
 
 /// An open home. Several threads, and several processes, may use one directory at a time.
@@ -40,6 +51,7 @@ pub struct Home {
     path: PathBuf,
     addresses: Addresses,
     authority: Authority,
+    admission: Arc<Admission>,
 }
 
 /// What is wrong with a home, and what to do about it.
@@ -75,6 +87,15 @@ pub enum HomeError {
     AlreadyInvited { name: PeerName, path: PathBuf, state: String },
     #[error("parse the invitation in {}: {reason}; delete that file, then invite again", path.display())]
     Invitation { path: PathBuf, reason: String },
+    #[error("revoke {name}: nobody of that name was invited; the names are those of the files in {}", path.display())]
+    Unknown { name: PeerName, path: PathBuf },
+    #[error("parse {}: {reason}; restore it from a backup: who is revoked must not be forgotten", path.display())]
+    Revocations { path: PathBuf, reason: String },
+    #[error(
+        "believe {}: {tampered}; somebody has changed it, or the disk has. Look into it, and move both audit files away \
+         to begin a new log", path.display()
+    )]
+    Audit { path: PathBuf, tampered: audit::Tampered },
     #[error(transparent)]
     File(#[from] experiment::Error),
 }
@@ -109,15 +130,18 @@ impl Home {
         fs::create_dir_all(path).map_err(file("make the directory", path))?;
         check_empty(path)?;
 
-        let [certificate, key] = AUTHORITY.map(|name| path.join(name));
-        let authority =
-            Authority::create(now).map_err(|source| HomeError::Issue { path: certificate.clone(), source })?;
-        write_private(&key, authority.key_pem())?;
-        write_atomically(&certificate, authority.certificate_pem().as_bytes())?;
+        let [certificate, key] = ROOT.map(|name| path.join(name));
+        let issue = |source| HomeError::Issue { path: certificate.clone(), source };
+        let root = Root::create(now).map_err(issue)?;
+        let authority = root.issue_authority(now).map_err(issue)?;
+        write_private(&key, root.key_pem())?;
+        write_atomically(&certificate, root.certificate_pem().as_bytes())?;
+        write_authority(path, &authority)?;
         let invitations = path.join(INVITATIONS);
         fs::create_dir(&invitations).map_err(file("make the directory", &invitations))?;
         write_atomically(&path.join(EXPERIMENT), experiment::skeleton().as_bytes())?;
         issue_coordinator(path, &authority, now)?;
+        audit::append(path, now, Event::HomeMade, None, "")?;
         // Last, because a directory with this file is a home.
         let settings = toml::to_string(&settings).expect("a list of strings can be written as TOML");
         write_atomically(&path.join(SETTINGS), (SETTINGS_COMMENT.to_owned() + &settings).as_bytes())?;
@@ -135,12 +159,48 @@ impl Home {
         let settings = toml::from_str(&text)
             .map_err(|source| HomeError::Settings { path: settings_path.clone(), source: Box::new(source) })?;
         let addresses = Addresses::read(&settings, &settings_path)?;
-        let [certificate, key] = AUTHORITY.map(|name| path.join(name));
-        let authority = Authority::from_pem(&read(&certificate)?, &read(&key)?).map_err(|source| {
-            let next_step = "restore it and ca.key from a backup, or make a new home and invite everyone again";
-            HomeError::Identity { path: certificate, source, next_step }
-        })?;
-        Ok(Self { path: path.to_owned(), addresses, authority })
+        let [root, root_key] = ROOT.map(|name| path.join(name));
+        let [mut certificate, mut key] = ISSUING.map(|name| path.join(name));
+        if !certificate.try_exists().map_err(file("look for", &certificate))? {
+            // A home of the first version, whose root signs for itself.
+            (certificate, key) = (root.clone(), root_key);
+        }
+        let unusable = |path: &Path| {
+            let path = path.to_owned();
+            let next_step = "restore it and its key from a backup, or make a new home and invite everyone again";
+            move |source| HomeError::Identity { path, source, next_step }
+        };
+        let root_pem = read(&root)?;
+        Root::check(&root_pem).map_err(unusable(&root))?;
+        let authority = Authority::from_pem(&root_pem, &read(&certificate)?, &read(&key)?);
+        let authority = authority.map_err(unusable(&certificate))?;
+        let admission = Arc::new(Admission::new(Revocations::read(&path.join(REVOKED))?));
+        Ok(Self { path: path.to_owned(), addresses, authority, admission })
+    }
+
+    /// Makes another issuing authority, with the root's key, which may lie anywhere. What the one before it has signed
+    /// stays good.
+    pub fn renew_authority(&self, root_key: &Path, now: OffsetDateTime) -> Result<OffsetDateTime, HomeError> {
+        let _lock = self.lock()?;
+        let next_step = "give --root-key the file ca.key that `coordinator init` made together with this home's ca.pem";
+        let unusable = |source| HomeError::Identity { path: root_key.to_owned(), source, next_step };
+        let root = Root::from_pem(&read(&self.path.join(ROOT[0]))?, &read(root_key)?).map_err(unusable)?;
+        let authority = root.issue_authority(now).map_err(unusable)?;
+        write_authority(&self.path, &authority)?;
+        issue_coordinator(&self.path, &authority, now)?;
+        let until = authority.not_after();
+        self.audit_locked(now, Event::AuthorityRenewed, None, &format!("until {until}"))?;
+        Ok(until)
+    }
+
+    /// When the issuing authority expires; then nobody gets in any more.
+    pub fn authority_not_after(&self) -> OffsetDateTime {
+        self.authority.not_after()
+    }
+
+    /// Who may come in, as far as `revoked.toml` has been read.
+    pub fn admission(&self) -> &Arc<Admission> {
+        &self.admission
     }
 
     pub fn path(&self) -> &Path {
@@ -170,7 +230,7 @@ impl Home {
             return issue_coordinator(&self.path, &self.authority, now);
         }
         let next_step = "delete it, and the next start makes a new one";
-        let identity = Identity::from_pem(&read(&certificate)?, &read(&key)?, self.authority.certificate_pem())
+        let identity = Identity::from_pem(&read(&certificate)?, &read(&key)?, self.authority.root_pem())
             .and_then(|identity| match identity.peer() {
                 PeerIdentity::Coordinator => Ok(identity),
                 other => Err(IdentityError::Certificate { reason: format!("it is that of {other}") }),
@@ -242,13 +302,19 @@ fn check_address(address: &str) -> Result<(), String> {
 /// next start makes a new one, and never a certificate with another one's key.
 fn issue_coordinator(home: &Path, authority: &Authority, now: OffsetDateTime) -> Result<Identity, HomeError> {
     let [certificate, key] = COORDINATOR.map(|name| home.join(name));
-    let identity = authority
-        .issue_coordinator(now)
-        .map_err(|source| HomeError::Issue { path: home.join(AUTHORITY[0]), source })?;
+    let identity =
+        authority.issue_coordinator(now).map_err(|source| HomeError::Issue { path: home.join(ISSUING[0]), source })?;
     remove(&certificate)?;
     write_private(&key, identity.key_pem())?;
     write_atomically(&certificate, identity.chain_pem().as_bytes())?;
     Ok(identity)
+}
+
+/// The certificate first: with a key that is not its own, the next command says so, and does not sign with a forgotten one.
+fn write_authority(home: &Path, authority: &Authority) -> Result<(), HomeError> {
+    let [certificate, key] = ISSUING.map(|name| home.join(name));
+    write_atomically(&certificate, authority.certificate_pem().as_bytes())?;
+    write_private(&key, authority.key_pem())
 }
 
 fn check_empty(path: &Path) -> Result<(), HomeError> {
@@ -345,9 +411,11 @@ mod tests {
         let mut names: Vec<_> =
             fs::read_dir(home.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
-        let expected = "ca.key ca.pem coordinator.key coordinator.pem experiment.toml home.toml invitations";
+        let expected = "audit.head audit.jsonl ca.key ca.pem coordinator.key coordinator.pem experiment.toml home.toml invitations \
+                        issuing.key issuing.pem";
         assert_eq!(names.join(" "), expected);
         check_private(&home.path().join("ca.key"));
+        check_private(&home.path().join("issuing.key"));
         check_private(&home.path().join("coordinator.key"));
         assert_eq!(read(&home.path().join("experiment.toml")).unwrap(), experiment::skeleton());
         let opened = Home::open(home.path()).unwrap();
@@ -443,6 +511,36 @@ mod tests {
         check_private(&home.path().join("coordinator.key"));
         let after_expiry = late + Duration::days(400);
         assert!(home.identity(after_expiry).unwrap().not_after() > after_expiry);
+    }
+
+    #[test]
+    fn the_roots_key_is_needed_for_another_issuing_authority_alone() {
+        let (directory, home) = new_home();
+        let elsewhere = directory.path().join("offline.key");
+        fs::rename(home.path().join("ca.key"), &elsewhere).unwrap();
+        let home = Home::open(home.path()).unwrap();
+        let alice = PeerName::new("alice").unwrap();
+        home.invite(&alice, now(), Duration::DAY, false).unwrap();
+        let (before, later) = (home.authority_not_after(), now() + Duration::days(700));
+        home.renew_authority(&elsewhere, later).unwrap();
+        let renewed = Home::open(home.path()).unwrap();
+        assert!(renewed.authority_not_after() > before);
+        assert_eq!(renewed.authority.root_pem(), home.authority.root_pem());
+        renewed.identity(later).unwrap();
+        let (_other_directory, other) = new_home();
+        let error = home.renew_authority(&other.path().join("ca.key"), later).unwrap_err().to_string();
+        assert!(error.contains("ca.key") && error.contains("--root-key"), "{error}");
+    }
+
+    #[test]
+    fn a_home_whose_root_signs_for_itself_is_still_one() {
+        let (_directory, home) = new_home();
+        for name in ["issuing.pem", "issuing.key"] {
+            fs::remove_file(home.path().join(name)).unwrap();
+        }
+        let old = Home::open(home.path()).unwrap();
+        let identity = old.identity(now() + Duration::days(360)).unwrap();
+        assert_eq!(identity.chain_pem().matches("BEGIN").count(), 1);
     }
 
     #[test]

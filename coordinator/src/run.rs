@@ -22,13 +22,17 @@ use wire::CloseCode;
 use crate::aggregate::Aggregator;
 use crate::body::BodyHandle;
 use crate::checkpoint::Checkpoint;
-use crate::home::Home;
+use crate::home::audit::Event;
+use crate::home::{Home, Keeper};
 use crate::journal::{self, Journal, Recovered};
 use crate::round::Rounds;
 use crate::serve::{Blobs, Shared};
 use conductor::Conductor;
 
 pub const SOFTWARE: &str = concat!("headwater coordinator ", env!("CARGO_PKG_VERSION"));
+
+/// How long before the issuing authority expires its owner is told.
+const AUTHORITY_WARNING: time::Duration = time::Duration::days(60);
 
 /// The reason in the last row of a run that has nothing left to do.
 const COMPLETED: &str = "completed";
@@ -114,7 +118,8 @@ impl Run {
         let home = Home::open(&self.home)?;
         let identity = home.identity(OffsetDateTime::now_utc())?;
         let source = model::source::of_experiment(&experiment)?;
-        let mut listener = Listener::bind(home.listen_address()?, &identity, &transport(&experiment, &*source))?;
+        let (at, transport) = (home.listen_address()?, transport(&experiment, &*source));
+        let mut listener = Listener::bind_gated(at, &identity, &transport, home.admission().clone())?;
         let address = listener.local_address();
         let (accepted, connections) = mpsc::channel(16);
         let (close, mut closing) = oneshot::channel::<(CloseCode, String)>();
@@ -134,6 +139,11 @@ impl Run {
             listener.close(code, &reason).await;
         });
         watcher.note(&format!("listening on {address}"));
+        if home.authority_not_after() - OffsetDateTime::now_utc() < AUTHORITY_WARNING {
+            let (until, path) = (home.authority_not_after(), home.path().display());
+            let next_step = format!("then nobody gets in. Renew it: coordinator renew-ca {path} --root-key ca.key");
+            watcher.note(&format!("the issuing authority expires at {until}, {next_step}"));
+        }
         let ended = self.serve(experiment, source, home, connections, watcher, shutdown).await;
         // Where the task has ended by itself there is nothing left to close.
         let closing = match &ended {
@@ -196,6 +206,9 @@ impl Run {
             }
         };
 
+        let keeper = Keeper::start(&home)?;
+        let about = format!("{} {}", experiment.name, hex(&experiment.digest()));
+        home.audit(OffsetDateTime::now_utc(), Event::RunStarted, None, &about)?;
         let (incoming, events) = mpsc::channel(64);
         let shared = Arc::new(Shared {
             experiment: experiment.clone(),
@@ -215,13 +228,23 @@ impl Run {
             Some(open) => Rounds::resume(federation, seed, open.interrupted.clone(), 0),
             None => Rounds::new(federation, finished + 1, seed).with_attempt(recovered.next_attempt),
         };
-        let mut conductor = Conductor::new(rounds, directory, aggregator, adapter, finished, shared, watcher)?;
+        let mut conductor = Conductor::new(rounds, directory, aggregator, adapter, finished, shared.clone(), watcher)?;
         conductor.remember(&rows);
         conductor.announce()?;
         if let Some(open) = recovered.open {
             conductor.recover(open).await?;
         }
-        conductor.conduct(connections, events, shutdown).await
+        let ended = conductor.conduct(connections, events, shutdown).await;
+        keeper.stop().await;
+        let outcome = match &ended {
+            Ok(Ended { rounds, of, .. }) => format!("{about}: {rounds} of {of} rounds"),
+            Err(error) => format!("{about}: {error}"),
+        };
+        // The run's own end is what counts; on a full disk it is not written down.
+        if let Err(error) = shared.home.audit(OffsetDateTime::now_utc(), Event::RunEnded, None, &outcome) {
+            tracing::error!(%error, "the audit log cannot be written");
+        }
+        ended
     }
 
     /// The adapter and optimizers of the newest finished round, or the experiment's start.

@@ -23,6 +23,7 @@ use wire::{
 };
 
 use crate::body::{self, BodyError, BodyHandle, Forward, Place, RoundKey};
+use crate::home::audit::Event;
 use crate::home::{Home, RedeemError};
 use crate::journal::Journal;
 use crate::round::ParticipantName;
@@ -168,7 +169,13 @@ pub async fn serve(connection: Connection, shared: Arc<Shared>) {
             let name = ParticipantName::new(name.to_string());
             Session::run(name, &connection, &shared).await
         }
-        PeerIdentity::Enrol { .. } => enrol(&connection, &shared).await,
+        PeerIdentity::Enrol { name, .. } => {
+            let enrolled = enrol(&connection, &shared).await;
+            if let Err(ServeError::Close(CloseCode::NotAuthorized, reason)) = &enrolled {
+                shared.home.admission().note(Event::Refused, name, reason);
+            }
+            enrolled
+        }
         PeerIdentity::Coordinator => {
             Err(ServeError::Close(CloseCode::NotAuthorized, "a coordinator joins no run".into()))
         }
@@ -240,21 +247,25 @@ async fn enrol(connection: &Connection, shared: &Arc<Shared>) -> Result<(), Serv
     receive.end().await?;
     let (redeemer, of) = (shared.clone(), name.clone());
     let redeem = move || redeemer.home.redeem(&of, fingerprint, &csr_der, OffsetDateTime::now_utc());
-    let redeemed = offload::beside(redeem).await;
-    let chain_pem = match redeemed {
-        Ok(Ok(chain_pem)) => chain_pem,
-        // Paths of the home are for the log alone.
-        Ok(Err(RedeemError::Home(error))) => {
-            tracing::error!(%error, "an invitation cannot be redeemed");
-            return Err(ServeError::Close(CloseCode::Internal, "the coordinator cannot read its home".into()));
-        }
-        Ok(Err(error)) => return Err(ServeError::Close(CloseCode::NotAuthorized, error.to_string())),
-        Err(error) => return Err(ServeError::Close(CloseCode::Internal, error.to_string())),
-    };
+    let chain_pem = issued(redeem).await?;
     tracing::info!(participant = %name, "enrolled");
     send.message(&Enrolled { chain_pem }).await?;
     send.finish();
     Ok(send.delivered().await?)
+}
+
+/// A certificate chain, if the home issues one.
+async fn issued(issue: impl FnOnce() -> Result<String, RedeemError> + Send + 'static) -> Result<String, ServeError> {
+    match offload::beside(issue).await {
+        Ok(Ok(chain_pem)) => Ok(chain_pem),
+        // Paths of the home are for the log alone.
+        Ok(Err(RedeemError::Home(error))) => {
+            tracing::error!(%error, "no certificate can be issued");
+            Err(ServeError::Close(CloseCode::Internal, "the coordinator cannot read its home".into()))
+        }
+        Ok(Err(error)) => Err(ServeError::Close(CloseCode::NotAuthorized, error.to_string())),
+        Err(error) => Err(ServeError::Close(CloseCode::Internal, error.to_string())),
+    }
 }
 
 async fn within<T>(deadline: Duration, what: impl Future<Output = T>) -> Result<T, ServeError> {
@@ -280,11 +291,37 @@ impl Session<'_> {
         let id = shared.sessions.fetch_add(1, Ordering::Relaxed);
         let witness = Arc::new(Mutex::new(Witness::new(&shared.experiment)));
         let mut session = Session { id, participant, connection, shared, minor: 0, witness };
+        let PeerIdentity::Participant { name } = connection.peer() else {
+            return Err(ServeError::Close(CloseCode::NotAuthorized, "no participant".into()));
+        };
+        // Whatever it is busy with, or does not do: a peer that is revoked goes.
+        let ended = tokio::select! {
+            biased;
+            ended = session.until_over() => ended,
+            () = shared.home.admission().revoked(name, connection.issued_unix()) => {
+                let reason = "its certificate has been revoked; ask the coordinator for a new invitation";
+                Err(ServeError::Close(CloseCode::Revoked, reason.into()))
+            }
+        };
+        let reason = match &ended {
+            Ok(()) => "the run is over".to_owned(),
+            Err(error) => error.close().1,
+        };
+        let may_return = matches!(&ended, Err(error) if error.may_return());
+        let (participant, session) = (session.participant.clone(), session.id);
+        // It fails when the run loop has ended, which then knows. Of a session that never joined it is not news.
+        let _ = shared.incoming.send(Incoming::Departed { participant, session, reason, may_return }).await;
+        ended
+    }
+
+    async fn until_over(&mut self) -> Result<(), ServeError> {
+        let (connection, session) = (self.connection, self);
         let (mut send, mut receive) = within(HELLO_DEADLINE, connection.accept()).await??;
         send.prioritize(StreamKind::Control);
         let hello: FromParticipant = within(HELLO_DEADLINE, receive.message()).await??;
         if let FromParticipant::Hello { minor, .. } = hello {
             session.minor = minor;
+            connection.agree(minor.min(wire::MINOR));
         }
         if let Err(reason) = session.check_hello(&hello) {
             let code = CloseCode::Incompatible;
@@ -293,16 +330,7 @@ impl Session<'_> {
         }
         send.message(&session.welcome()).await?;
         let (messages, mut to_send) = mpsc::channel(16);
-        let ended = session.serve_streams(&mut send, &mut receive, messages, &mut to_send).await;
-        let reason = match &ended {
-            Ok(()) => "the run is over".to_owned(),
-            Err(error) => error.close().1,
-        };
-        let may_return = matches!(&ended, Err(error) if error.may_return());
-        let (participant, session) = (session.participant.clone(), session.id);
-        // It fails when the run loop has ended, which then knows.
-        let _ = shared.incoming.send(Incoming::Departed { participant, session, reason, may_return }).await;
-        ended
+        session.serve_streams(&mut send, &mut receive, messages, &mut to_send).await
     }
 
     fn check_hello(&self, hello: &FromParticipant) -> Result<(), String> {
@@ -350,6 +378,7 @@ impl Session<'_> {
                 biased;
                 joined = async { joining.as_mut().expect("guarded").await }, if joining.is_some() => {
                     joining = None;
+                    self.note_joining(&joined);
                     if let Ok(Err(reason)) = joined {
                         let code = CloseCode::NotAuthorized;
                         send.message(&FromCoordinator::Refused { code: code.code(), reason: reason.clone() }).await?;
@@ -387,6 +416,7 @@ impl Session<'_> {
                     let stream = Stream {
                         session: self.id,
                         participant: self.participant.clone(),
+                        connection: self.connection.clone(),
                         shared: self.shared.clone(),
                         witness: self.witness.clone(),
                         send: stream_send,
@@ -429,6 +459,17 @@ impl Session<'_> {
         }
     }
 
+    fn note_joining(&self, joined: &Result<Result<(), String>, oneshot::error::RecvError>) {
+        let PeerIdentity::Participant { name } = self.connection.peer() else { return };
+        let admission = self.shared.home.admission();
+        match joined {
+            Ok(Ok(())) => admission.note(Event::Joined, name, self.shared.experiment.name.clone()),
+            Ok(Err(reason)) => admission.note(Event::Refused, name, reason.clone()),
+            // The run is over.
+            Err(_) => {}
+        }
+    }
+
     fn check_report(&self, message: &FromParticipant) -> Result<(), ServeError> {
         let mut witness = locked(&self.witness);
         let judged = match *message {
@@ -450,6 +491,7 @@ impl Session<'_> {
 struct Stream {
     session: u64,
     participant: ParticipantName,
+    connection: Connection,
     shared: Arc<Shared>,
     witness: Arc<Mutex<Witness>>,
     send: SendStream,
@@ -537,6 +579,7 @@ impl Stream {
                 self.update(RoundKey { round, attempt }, tokens, loss_nats, tensors).await
             }
             Request::FetchBlob { sha256, offset } => self.fetch_blob(sha256, offset).await,
+            Request::Renew { csr_der } => self.renew(csr_der).await,
             Request::Enrol { .. } => Err(misbehaved("an enrolment by a participant that is enrolled".into())),
         }
     }
@@ -727,6 +770,20 @@ impl Stream {
         for chunk in rest.chunks(BLOB_CHUNK_BYTES) {
             self.send.bytes(MessageKind::Blob, chunk).await?;
         }
+        self.finish();
+        Ok(())
+    }
+
+    async fn renew(mut self, csr_der: Vec<u8>) -> Result<(), ServeError> {
+        self.receive.end().await?;
+        let PeerIdentity::Participant { name } = self.connection.peer().clone() else {
+            return Err(misbehaved("a renewal by somebody who is no participant".into()));
+        };
+        let (renewer, of, key) = (self.shared.clone(), name.clone(), self.connection.peer_key());
+        let renew = move || renewer.home.renew(&of, key, &csr_der, OffsetDateTime::now_utc());
+        let chain_pem = issued(renew).await?;
+        tracing::info!(participant = %name, "certificate renewed");
+        self.send.message(&Enrolled { chain_pem }).await?;
         self.finish();
         Ok(())
     }

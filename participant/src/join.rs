@@ -51,7 +51,11 @@ impl Join {
                             std::future::pending::<()>().await;
                         }
                     };
-                    let ran = participant.run_until(&connection, stopped).await;
+                    let ran = tokio::select! {
+                        biased;
+                        ran = participant.run_until(&connection, stopped) => ran,
+                        never = device.keep_renewed(&connection) => match never {},
+                    };
                     let ran = finish(&connection, ran).await;
                     dialer.close().await;
                     return ran;
@@ -70,8 +74,8 @@ impl Join {
         transport: &Transport,
     ) -> Result<(Dialer, Connection), ParticipantError> {
         let identity: Identity = match device.identity()? {
-            Some(identity) => identity,
-            None => device.enrol(&self.invitation, address, transport).await?,
+            Some(identity) if !device.is_invited_anew(&self.invitation)? => identity,
+            _ => device.enrol(&self.invitation, address, transport).await?,
         };
         let dialer = Dialer::new(&identity, transport)?;
         let connection = dialer.connect(address).await?;

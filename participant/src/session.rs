@@ -214,6 +214,7 @@ impl Participant {
             FromCoordinator::Welcome {
                 session,
                 dtype,
+                minor,
                 head_blocks,
                 tail_blocks,
                 experiment_toml,
@@ -221,6 +222,7 @@ impl Participant {
                 manifest,
                 ..
             } => {
+                connection.agree(minor.min(wire::MINOR));
                 let experiment = Experiment::from_toml(&experiment_toml, "the coordinator's experiment")?;
                 if experiment.digest() != experiment_digest {
                     let (ours, theirs) = (experiment::hex(&experiment.digest()), experiment::hex(&experiment_digest));

@@ -2,19 +2,20 @@
 //!
 //! Of an invitation only its fingerprint is kept, in `invitations/<name>.toml`; the secret is in the file that is
 //! handed over. Deleting a record withdraws the invitation, and so does replacing it. A certificate that has been
-//! issued stays good until it expires: nothing here revokes it. Start from [`Home::invite`] and [`Home::redeem`].
+//! issued stays good until it expires, or its name is revoked. Start from [`Home::invite`] and [`Home::redeem`].
 
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use experiment::{hex, write_atomically};
-use net::{IdentityError, Invitation, PeerName};
+use net::{IdentityError, Invitation, PeerName, certified_key};
 use serde::{Deserialize, Serialize};
 use time::format_description::well_known::Rfc3339;
 use time::{Duration, OffsetDateTime};
 
-use super::{AUTHORITY, Home, HomeError, INVITATIONS, file};
+use super::audit::Event;
+use super::{Home, HomeError, INVITATIONS, ISSUING, file};
 
 /// How long an invitation can be used, unless `coordinator invite` is told otherwise.
 pub const INVITATION_VALID: Duration = Duration::DAY;
@@ -37,6 +38,8 @@ pub enum RedeemError {
     Replaced { name: PeerName },
     #[error("enrol {name}: {source}; the invitation can still be used")]
     Request { name: PeerName, source: IdentityError },
+    #[error("renew the certificate of {name}: {reason}")]
+    Renewal { name: PeerName, reason: String },
     /// The coordinator's own trouble: it names paths, and is not for the peer.
     #[error(transparent)]
     Home(#[from] HomeError),
@@ -76,9 +79,11 @@ impl Home {
         {
             return Err(HomeError::AlreadyInvited { name: name.clone(), path, state });
         }
+        let now = self.issue_time(name, now)?;
         let identity = self.authority.issue_enrolment(name, now, valid).map_err(|source| self.cannot_issue(source))?;
         let expires_unix = identity.not_after().unix_timestamp();
         Record { fingerprint: hex(&identity.fingerprint()), expires_unix, redeemed_unix: None }.write(&path)?;
+        self.audit_locked(now, Event::Invited, Some(name), &format!("until {}", moment(expires_unix)))?;
         Ok(Invitation {
             name: name.clone(),
             addresses: self.addresses().to_vec(),
@@ -112,23 +117,50 @@ impl Home {
         if record.has_expired(now) {
             return Err(RedeemError::Expired { name: name.clone(), expired: moment(record.expires_unix) });
         }
-        let chain = self.authority.issue_participant(name, csr_der, now).map_err(|source| match source {
+        let issued = self.issue_time(name, now)?;
+        let chain = self.authority.issue_participant(name, csr_der, issued).map_err(|source| match source {
             IdentityError::Request { .. } => RedeemError::Request { name: name.clone(), source },
             source => self.cannot_issue(source).into(),
         })?;
         // The chain is worth something once it leaves this function, so by then the use is on disk.
         record.redeemed_unix = Some(now.unix_timestamp());
         record.write(&path)?;
+        self.audit_locked(now, Event::Enrolled, Some(name), &key_of(&chain))?;
         Ok(chain)
     }
 
-    fn record_path(&self, name: &PeerName) -> PathBuf {
+    /// Another certificate for a participant that holds one, by a request of the same key. The caller's peer has proved to hold
+    /// that key, and its certificate counts.
+    pub fn renew(
+        &self,
+        name: &PeerName,
+        key: [u8; 32],
+        csr_der: &[u8],
+        now: OffsetDateTime,
+    ) -> Result<String, RedeemError> {
+        let refused = |reason: String| RedeemError::Renewal { name: name.clone(), reason };
+        let _lock = self.lock()?;
+        let chain = self.authority.issue_participant(name, csr_der, now).map_err(|source| match source {
+            IdentityError::Request { .. } => refused(source.to_string()),
+            source => self.cannot_issue(source).into(),
+        })?;
+        if certified_key(&chain).ok() != Some(key) {
+            return Err(refused("the request is of another key".into()));
+        }
+        if self.revocations()?.revokes(name, now.unix_timestamp()) {
+            return Err(refused("it is revoked".into()));
+        }
+        self.audit_locked(now, Event::Renewed, Some(name), &key_of(&chain))?;
+        Ok(chain)
+    }
+
+    pub(super) fn record_path(&self, name: &PeerName) -> PathBuf {
         // A name has neither dots nor slashes, so this stays in the directory.
         self.path.join(INVITATIONS).join(format!("{name}.toml"))
     }
 
     fn cannot_issue(&self, source: IdentityError) -> HomeError {
-        HomeError::Issue { path: self.path.join(AUTHORITY[0]), source }
+        HomeError::Issue { path: self.path.join(ISSUING[0]), source }
     }
 }
 
@@ -164,6 +196,10 @@ impl Record {
             None => Some(format!("can be used until {}", moment(self.expires_unix))),
         }
     }
+}
+
+fn key_of(chain: &str) -> String {
+    certified_key(chain).map(|key| format!("key {}", hex(&key))).unwrap_or_default()
 }
 
 /// A time as people read it.
@@ -296,6 +332,24 @@ mod tests {
         assert!(matches!(result, Err(RedeemError::Home(HomeError::File(_)))));
         fs::remove_dir(&obstacle).unwrap();
         home.redeem(&alice(), fingerprint(&invitation), &request(), now()).unwrap();
+    }
+
+    #[test]
+    fn a_certificate_is_renewed_for_its_own_key_alone() {
+        let (_directory, home, invitation) = invited();
+        let key = DeviceKey::generate().unwrap();
+        let request = key.request_der().unwrap();
+        let chain = home.redeem(&alice(), fingerprint(&invitation), &request, now()).unwrap();
+        let certified = certified_key(&chain).unwrap();
+        let later = now() + Duration::days(20);
+        let renewed = home.renew(&alice(), certified, &request, later).unwrap();
+        let identity = Identity::from_pem(&renewed, key.pem(), &invitation.ca_pem).unwrap();
+        assert_eq!(identity.not_after(), later + Duration::days(30));
+        let other = DeviceKey::generate().unwrap().request_der().unwrap();
+        check_refused(home.renew(&alice(), certified, &other, later), "the request is of another key");
+        check_refused(home.renew(&alice(), certified, &[0x30, 0], later), "request is refused");
+        home.revoke(&alice(), later).unwrap();
+        check_refused(home.renew(&alice(), certified, &request, later), "it is revoked");
     }
 
     #[test]

@@ -22,13 +22,13 @@ use crate::world::{Holding, World, alone, run_to_the_end};
 const NAME: &str = "press-1";
 
 /// A home with a port of its own.
-struct Site {
-    world: World,
-    address: String,
+pub struct Site {
+    pub world: World,
+    pub address: String,
 }
 
 /// A coordinator on a runtime of its own, so that it can go down without a word.
-struct Running {
+pub struct Running {
     runtime: Runtime,
     stop: oneshot::Sender<()>,
     ended: JoinHandle<Result<Ended, RunError>>,
@@ -43,11 +43,11 @@ enum Happened {
 struct Teller(UnboundedSender<Happened>);
 
 /// A guard against hanging, and no measure of anything.
-async fn within_a_minute<T>(what: impl Future<Output = T>) -> T {
+pub async fn within_a_minute<T>(what: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(600), what).await.expect("somebody waits for ever")
 }
 
-fn check_refused(ended: Result<String, ParticipantError>, complaint: &str) {
+pub fn check_refused(ended: Result<String, ParticipantError>, complaint: &str) {
     let error = ended.unwrap_err();
     assert!(error.to_string().contains(complaint), "{error}");
     assert!(!error.is_retryable(), "{error}");
@@ -226,7 +226,7 @@ async fn a_round_goes_on_at_quorum_without_a_participant_that_went_away() {
 }
 
 impl Site {
-    fn new(change: impl Fn(&str) -> String) -> Self {
+    pub fn new(change: impl Fn(&str) -> String) -> Self {
         let world = World::new(change);
         // Nobody else is given this port so soon again.
         let address = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
@@ -234,17 +234,17 @@ impl Site {
         Self { world, address }
     }
 
-    fn home(&self) -> Home {
+    pub fn home(&self) -> Home {
         Home::open(&self.world.path("home")).unwrap()
     }
 
-    fn invite(&self, name: &str) -> Invitation {
+    pub fn invite(&self, name: &str) -> Invitation {
         let name = PeerName::new(name).unwrap();
         self.home().invite(&name, OffsetDateTime::now_utc(), INVITATION_VALID, false).unwrap()
     }
 
     /// A coordinator that listens; one that was here before must be gone.
-    async fn start(&self) -> Running {
+    pub async fn start(&self) -> Running {
         let run = Run {
             experiment: self.world.path("test.toml"),
             home: self.world.path("home"),
@@ -269,7 +269,7 @@ impl Site {
     }
 
     /// A device that keeps its identity in `state` and joins at this site, whatever the invitation's addresses are.
-    fn join(
+    pub fn join(
         &self,
         invitation: &Invitation,
         state: &str,
@@ -287,7 +287,7 @@ impl Site {
 }
 
 impl Running {
-    async fn until_noted(&mut self, beginning: &str) {
+    pub async fn until_noted(&mut self, beginning: &str) {
         loop {
             match self.happened.recv().await.expect("the run ended without such a note") {
                 Happened::Noted(text) if text.starts_with(beginning) => return,
@@ -296,7 +296,7 @@ impl Running {
         }
     }
 
-    async fn until_wrote(&mut self, fits: impl Fn(&Row) -> bool) -> Row {
+    pub async fn until_wrote(&mut self, fits: impl Fn(&Row) -> bool) -> Row {
         loop {
             match self.happened.recv().await.expect("the run ended without such a row") {
                 Happened::Wrote(row) if fits(&row) => return row,
@@ -305,20 +305,20 @@ impl Running {
         }
     }
 
-    async fn end(self) -> Result<Ended, RunError> {
+    pub async fn end(self) -> Result<Ended, RunError> {
         let ended = self.ended.await.unwrap();
         down(self.runtime).await;
         ended
     }
 
-    async fn stop(self) {
+    pub async fn stop(self) {
         self.stop.send(()).unwrap();
         assert!(self.ended.await.unwrap().unwrap().stopped);
         down(self.runtime).await;
     }
 
     /// Nothing is sent any more, not even that the connections are closed.
-    async fn kill(self) {
+    pub async fn kill(self) {
         down(self.runtime).await;
     }
 }

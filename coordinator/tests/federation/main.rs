@@ -1,6 +1,7 @@
 //! Whole runs: coordinator and participants in one process over in-memory connections, and once as real processes.
 #![recursion_limit = "512"]
 
+mod certificates;
 mod durability;
 mod hostile;
 mod identities;

@@ -1,7 +1,8 @@
-//! The certificate authority of one coordinator, and the key that a device makes for itself.
+//! The certificate authorities of one coordinator, and the key that a device makes for itself.
 //!
-//! The authority signs three kinds of certificates, each good for one role and one direction of TLS. A device's private key never leaves it:
-//! what travels is a certificate request, of which only the public key is used. The caller says what time it is.
+//! A root, which peers believe and which signs nothing but issuing authorities, so that its key can be kept offline; and an issuing
+//! authority, which signs three kinds of certificates, each good for one role and one direction of TLS. A device's private key never leaves
+//! it: what travels is a certificate request, of which only the public key is used. The caller says what time it is.
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
@@ -11,20 +12,32 @@ use rcgen::{
 use rustls_pki_types::CertificateSigningRequestDer;
 use time::{Duration, OffsetDateTime};
 
-use crate::identity::{COORDINATOR_DNS, Identity, IdentityError, PeerIdentity, PeerName};
+use crate::identity::{
+    COORDINATOR_DNS, Identity, IdentityError, PeerIdentity, PeerName, certified_key, fingerprint, not_after,
+};
 
-const AUTHORITY_DAYS: i64 = 3650;
+const ROOT_DAYS: i64 = 3650;
+const AUTHORITY_DAYS: i64 = 730;
 const COORDINATOR_DAYS: i64 = 365;
 const PARTICIPANT_DAYS: i64 = 30;
 
 /// How much earlier than now a certificate begins, because clocks differ.
-const CLOCK_SKEW: Duration = Duration::hours(1);
+pub(crate) const CLOCK_SKEW: Duration = Duration::hours(1);
 
-/// Signs for one coordinator and all of its participants.
-pub struct Authority {
+/// What everybody of one coordinator believes. Its key is needed again only to make another issuing authority.
+pub struct Root {
     certificate_pem: String,
     key_pem: String,
     issuer: Issuer<'static, KeyPair>,
+}
+
+/// Signs for one coordinator and all of its participants, in the name of the root.
+pub struct Authority {
+    root_pem: String,
+    certificate_pem: String,
+    key_pem: String,
+    issuer: Issuer<'static, KeyPair>,
+    not_after: OffsetDateTime,
 }
 
 /// A participant's private key, made on its own machine.
@@ -33,23 +46,25 @@ pub struct DeviceKey {
     pem: String,
 }
 
-impl Authority {
-    /// A new authority with a new key.
+impl Root {
+    /// A new root with a new key.
     pub fn create(now: OffsetDateTime) -> Result<Self, IdentityError> {
         let key = new_key()?;
-        let mut params = params("headwater authority", now, Duration::days(AUTHORITY_DAYS))?;
-        // Path length 0: whatever it signs cannot sign in turn.
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        let certificate = params.self_signed(&key).map_err(cannot_issue("authority's certificate"))?;
+        // Path length 1: what it signs may sign certificates, and those may not.
+        let params = authority_params("headwater root", now, Duration::days(ROOT_DAYS), 1)?;
+        let certificate = params.self_signed(&key).map_err(cannot_issue("root's certificate"))?;
         Self::from_pem(&certificate.pem(), &key.serialize_pem())
     }
 
+    /// Refuses a key that is not the certificate's.
     pub fn from_pem(certificate_pem: &str, key_pem: &str) -> Result<Self, IdentityError> {
-        let key = key_from_pem(key_pem)?;
-        let issuer = Issuer::from_ca_cert_pem(certificate_pem, key)
-            .map_err(|error| IdentityError::Pem { what: "authority's certificate", reason: error.to_string() })?;
+        let issuer = issuer(certificate_pem, key_pem, "root's certificate")?;
         Ok(Self { certificate_pem: certificate_pem.to_owned(), key_pem: key_pem.to_owned(), issuer })
+    }
+
+    /// Whether this is a certificate at all; the key may be far away.
+    pub fn check(certificate_pem: &str) -> Result<(), IdentityError> {
+        not_after(certificate_pem, "root's certificate").map(drop)
     }
 
     pub fn certificate_pem(&self) -> &str {
@@ -60,11 +75,56 @@ impl Authority {
         &self.key_pem
     }
 
+    /// A new issuing authority with a new key.
+    pub fn issue_authority(&self, now: OffsetDateTime) -> Result<Authority, IdentityError> {
+        let key = new_key()?;
+        let mut params = authority_params("headwater issuing authority", now, Duration::days(AUTHORITY_DAYS), 0)?;
+        params.use_authority_key_identifier_extension = true;
+        let certificate = params.signed_by(&key, &self.issuer).map_err(cannot_issue("authority's certificate"))?;
+        Authority::from_pem(&self.certificate_pem, &certificate.pem(), &key.serialize_pem())
+    }
+}
+
+impl Authority {
+    /// A new authority under a new root, whose key is forgotten at once.
+    pub fn create(now: OffsetDateTime) -> Result<Self, IdentityError> {
+        Root::create(now)?.issue_authority(now)
+    }
+
+    /// The issuing authority with this certificate, under the root whose certificate is `root_pem`. The two may be one.
+    pub fn from_pem(root_pem: &str, certificate_pem: &str, key_pem: &str) -> Result<Self, IdentityError> {
+        Ok(Self {
+            root_pem: root_pem.to_owned(),
+            certificate_pem: certificate_pem.to_owned(),
+            key_pem: key_pem.to_owned(),
+            issuer: issuer(certificate_pem, key_pem, "authority's certificate")?,
+            not_after: not_after(certificate_pem, "authority's certificate")?,
+        })
+    }
+
+    /// What peers believe.
+    pub fn root_pem(&self) -> &str {
+        &self.root_pem
+    }
+
+    pub fn certificate_pem(&self) -> &str {
+        &self.certificate_pem
+    }
+
+    pub fn key_pem(&self) -> &str {
+        &self.key_pem
+    }
+
+    /// When its certificate expires, and with it every one that it has signed.
+    pub fn not_after(&self) -> OffsetDateTime {
+        self.not_after
+    }
+
     /// The coordinator's own certificate, with a new key.
     pub fn issue_coordinator(&self, now: OffsetDateTime) -> Result<Identity, IdentityError> {
         let key = new_key()?;
         let chain = self.issue(&PeerIdentity::Coordinator, &key, now, Duration::days(COORDINATOR_DAYS))?;
-        Identity::from_pem(&chain, &key.serialize_pem(), &self.certificate_pem)
+        Identity::from_pem(&chain, &key.serialize_pem(), &self.root_pem)
     }
 
     /// A certificate and key to be handed to the person who will enrol a device as `name`.
@@ -77,7 +137,7 @@ impl Authority {
         let key = new_key()?;
         let role = PeerIdentity::Enrol { name: name.clone(), fingerprint: [0; 32] };
         let chain = self.issue(&role, &key, now, valid)?;
-        Identity::from_pem(&chain, &key.serialize_pem(), &self.certificate_pem)
+        Identity::from_pem(&chain, &key.serialize_pem(), &self.root_pem)
     }
 
     /// A device's certificate chain in PEM. Of the request only the public key counts, and its holder has proved to own it; the name is
@@ -114,7 +174,9 @@ impl Authority {
             PeerIdentity::Participant { .. } | PeerIdentity::Enrol { .. } => vec![ExtendedKeyUsagePurpose::ClientAuth],
         };
         params.use_authority_key_identifier_extension = true;
-        params.signed_by(key, &self.issuer).map(|certificate| certificate.pem()).map_err(cannot_issue("certificate"))
+        let leaf = params.signed_by(key, &self.issuer).map_err(cannot_issue("certificate"))?.pem();
+        // Peers have the root; what is between it and the leaf travels with the leaf.
+        Ok(if self.certificate_pem == self.root_pem { leaf } else { leaf + &self.certificate_pem })
     }
 }
 
@@ -140,6 +202,27 @@ impl DeviceKey {
             CertificateParams::default().serialize_request(&self.key).map_err(cannot_issue("certificate request"))?;
         Ok(request.der().to_vec())
     }
+}
+
+fn authority_params(
+    common_name: &str,
+    now: OffsetDateTime,
+    valid: Duration,
+    path_length: u8,
+) -> Result<CertificateParams, IdentityError> {
+    let mut params = params(common_name, now, valid)?;
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(path_length));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    Ok(params)
+}
+
+fn issuer(certificate_pem: &str, key_pem: &str, what: &'static str) -> Result<Issuer<'static, KeyPair>, IdentityError> {
+    let key = key_from_pem(key_pem)?;
+    if fingerprint(&key.subject_public_key_info()) != certified_key(certificate_pem)? {
+        return Err(IdentityError::Pem { what, reason: "the key is another one's".into() });
+    }
+    Issuer::from_ca_cert_pem(certificate_pem, key)
+        .map_err(|error| IdentityError::Pem { what, reason: error.to_string() })
 }
 
 fn params(common_name: &str, now: OffsetDateTime, valid: Duration) -> Result<CertificateParams, IdentityError> {

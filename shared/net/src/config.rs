@@ -3,7 +3,7 @@
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use quinn::{
-    ClientConfig, IdleTimeout, ServerConfig, TransportConfig, VarInt,
+    ClientConfig, IdleTimeout, ServerConfig, TransportConfig, ValidationTokenConfig, VarInt,
     congestion::{BbrConfig, CubicConfig},
     crypto::rustls::{QuicClientConfig, QuicServerConfig},
 };
@@ -12,7 +12,7 @@ use rustls::{
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::{NetError, identity::Identity};
+use crate::{Gate, NetError, gate::GatedVerifier, identity::Identity};
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
@@ -32,6 +32,9 @@ const IDLE: Duration = Duration::from_secs(20);
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// A device that waits says something this often: a coordinator that was started again answers that it does not know it.
 const DIALER_KEEP_ALIVE: Duration = Duration::from_secs(2);
+/// How long an address may take to show that it can receive.
+const RETRY_LIFETIME: Duration = Duration::from_secs(15);
+const CRYPTO_BUFFER_BYTES: usize = 16 * KIB as usize;
 const SOCKET_BUFFER_BYTES: usize = 4 * MIB as usize;
 const SEND_WINDOW_BYTES: u64 = 16 * MIB;
 const STREAM_WINDOW_BYTES_MIN: u64 = MIB;
@@ -80,15 +83,19 @@ impl TransportLimits {
 }
 
 /// For the coordinator: TLS 1.3 with a client certificate of our own authority, no 0-RTT, no resumption.
-pub(crate) fn hardened_listener(identity: &Identity, transport: &Transport) -> Result<ServerConfig, NetError> {
+pub(crate) fn hardened_listener(
+    identity: &Identity,
+    transport: &Transport,
+    gate: Arc<dyn Gate>,
+) -> Result<ServerConfig, NetError> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots(identity)?), provider.clone())
+    let certificates = WebPkiClientVerifier::builder_with_provider(Arc::new(roots(identity)?), provider.clone())
         .build()
         .map_err(misconfigured)?;
     let mut tls = rustls::ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&TLS13])
         .map_err(misconfigured)?
-        .with_client_cert_verifier(verifier)
+        .with_client_cert_verifier(Arc::new(GatedVerifier { certificates, gate }))
         .with_single_cert(identity.chain()?, identity.key()?)
         .map_err(misconfigured)?;
     tls.alpn_protocols = vec![wire::ALPN.to_vec()];
@@ -102,8 +109,17 @@ pub(crate) fn hardened_listener(identity: &Identity, transport: &Transport) -> R
         .max_incoming(HANDSHAKES_MAX)
         .incoming_buffer_size(64 * KIB)
         .incoming_buffer_size_total(16 * MIB)
+        .retry_token_lifetime(RETRY_LIFETIME)
+        // A token for the next connection would spare it the proof that it can receive.
+        .validation_token_config(no_tokens())
         .migration(true);
     Ok(config)
+}
+
+fn no_tokens() -> ValidationTokenConfig {
+    let mut config = ValidationTokenConfig::default();
+    config.sent(0);
+    config
 }
 
 /// For a participant: TLS 1.3 that believes our own authority alone, no 0-RTT, no resumption.
@@ -137,6 +153,9 @@ fn hardened_transport(transport: &Transport, streams_accepted: u32) -> Result<Tr
         .receive_window(window(transport.limits.connection_window())?)
         .send_window(SEND_WINDOW_BYTES)
         .datagram_receive_buffer_size(None)
+        .datagram_send_buffer_size(0)
+        // Handshake bytes that came ahead of others, for which memory is taken before anybody has proved anything.
+        .crypto_buffer_size(CRYPTO_BUFFER_BYTES)
         .allow_spin(false);
     match transport.congestion {
         Congestion::Cubic => config.congestion_controller_factory(Arc::new(CubicConfig::default())),

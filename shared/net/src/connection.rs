@@ -2,6 +2,7 @@
 
 use std::{net::SocketAddr, sync::Arc};
 
+use tokio::sync::SetOnce;
 use wire::CloseCode;
 
 use crate::{
@@ -18,6 +19,8 @@ pub struct Connection {
     link: Link,
     peer: Arc<PeerIdentity>,
     peer_key: [u8; 32],
+    issued_unix: i64,
+    minor: Arc<SetOnce<u16>>,
     ledger: Arc<Ledger>,
 }
 
@@ -63,17 +66,17 @@ impl Connection {
 
     fn in_memory(end: Arc<memory::End>, peer: PeerIdentity) -> Self {
         let key = fingerprint(peer.uri().as_bytes());
-        Self::new(Link::Memory(end), peer, key)
+        Self::new(Link::Memory(end), peer, key, 0)
     }
 
     /// The connection after its handshake, with the peer that its certificate names.
     pub(crate) fn authenticated(connection: quinn::Connection) -> Result<Self, NetError> {
-        let (peer, peer_key) = peer_of(&connection)?;
-        Ok(Self::new(Link::Quic(connection), peer, peer_key))
+        let (peer, peer_key, issued_unix) = peer_of(&connection)?;
+        Ok(Self::new(Link::Quic(connection), peer, peer_key, issued_unix))
     }
 
-    fn new(link: Link, peer: PeerIdentity, peer_key: [u8; 32]) -> Self {
-        Self { link, peer: Arc::new(peer), peer_key, ledger: Arc::default() }
+    fn new(link: Link, peer: PeerIdentity, peer_key: [u8; 32], issued_unix: i64) -> Self {
+        Self { link, peer: Arc::new(peer), peer_key, issued_unix, minor: Arc::default(), ledger: Arc::default() }
     }
 
     /// Who the peer's certificate says it is.
@@ -85,6 +88,22 @@ impl Connection {
     /// memory every name has a key of its own.
     pub fn peer_key(&self) -> [u8; 32] {
         self.peer_key
+    }
+
+    /// The second in which the peer's certificate was issued; in memory 0.
+    pub fn issued_unix(&self) -> i64 {
+        self.issued_unix
+    }
+
+    /// To be told once hello and welcome have crossed: the minor version of the protocol that both sides speak.
+    pub fn agree(&self, minor: u16) {
+        // A second hello is refused elsewhere.
+        let _ = self.minor.set(minor);
+    }
+
+    /// Waits until that is known.
+    pub async fn agreed_minor(&self) -> u16 {
+        *self.minor.wait().await
     }
 
     pub fn remote_address(&self) -> Option<SocketAddr> {
@@ -182,15 +201,15 @@ impl std::fmt::Debug for Connection {
     }
 }
 
-fn peer_of(connection: &quinn::Connection) -> Result<(PeerIdentity, [u8; 32]), NetError> {
+fn peer_of(connection: &quinn::Connection) -> Result<(PeerIdentity, [u8; 32], i64), NetError> {
     let untrusted = |reason: String| NetError::PeerUntrusted { reason };
     let chain = connection
         .peer_identity()
         .and_then(|identity| identity.downcast::<Vec<rustls_pki_types::CertificateDer<'static>>>().ok())
         .ok_or_else(|| untrusted("it presented no certificate".into()))?;
     let leaf = chain.first().ok_or_else(|| untrusted("it presented no certificate".into()))?;
-    let identity = PeerIdentity::from_certificate(leaf).map_err(|error| untrusted(error.to_string()))?;
-    Ok((identity, key_digest(leaf).map_err(|error| untrusted(error.to_string()))?))
+    let (identity, issued_unix) = PeerIdentity::issued(leaf).map_err(|error| untrusted(error.to_string()))?;
+    Ok((identity, key_digest(leaf).map_err(|error| untrusted(error.to_string()))?, issued_unix))
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use tokio::{
 use wire::{CloseCode, ProtocolError};
 
 use crate::{
-    Connection, NetError, Transport,
+    Connection, Everyone, Gate, NetError, Transport,
     config::{
         HANDSHAKE_DEADLINE, HANDSHAKES_BEFORE_RETRY, HANDSHAKES_MAX, hardened_dialer, hardened_listener,
         hardened_socket,
@@ -48,9 +48,19 @@ pub struct Dialer {
 }
 
 impl Listener {
-    /// Listens on `address`. Must be called within a tokio runtime.
+    /// Listens on `address` for everybody whose certificate is good. Must be called within a tokio runtime.
     pub fn bind(address: SocketAddr, identity: &Identity, transport: &Transport) -> Result<Self, NetError> {
-        let config = hardened_listener(identity, transport)?;
+        Self::bind_gated(address, identity, transport, Arc::new(Everyone))
+    }
+
+    /// The same for those of them whom `gate` admits.
+    pub fn bind_gated(
+        address: SocketAddr,
+        identity: &Identity,
+        transport: &Transport,
+        gate: Arc<dyn Gate>,
+    ) -> Result<Self, NetError> {
+        let config = hardened_listener(identity, transport, gate)?;
         let endpoint = endpoint(address, reset::endpoint_config(identity)?, Some(config))?;
         let local_address = endpoint.local_addr().map_err(|error| cannot_bind(address, &error))?;
         let (sender, accepted) = mpsc::channel(ACCEPTED_MAX);

@@ -14,7 +14,7 @@ pub enum NetError {
     #[error("the peer is not who it should be: {reason}")]
     PeerUntrusted { reason: String },
     /// The peer does not believe this side's certificate: it has expired, was revoked, or belongs to another coordinator.
-    #[error("the peer refused our certificate: {reason}; enrol again")]
+    #[error("the peer refused our certificate: {reason}")]
     PeerRefused { reason: String },
     /// The two programs have no version in common.
     #[error("the peer is incompatible: {reason}")]
@@ -108,7 +108,7 @@ impl From<ConnectionError> for NetError {
                 Some(NO_APPLICATION_PROTOCOL | PROTOCOL_VERSION) => {
                     Self::Incompatible { reason: close.error_code.to_string() }
                 }
-                Some(_) => Self::PeerRefused { reason: close.error_code.to_string() },
+                Some(alert) => Self::PeerRefused { reason: refusal(alert, &close.error_code.to_string()) },
                 None => Self::Lost { reason: close.to_string(), retryable: true },
             },
             // What our TLS says about the peer.
@@ -157,6 +157,21 @@ impl From<WriteError> for NetError {
 /// TLS alerts (RFC 8446, section 6) that are about programs rather than people.
 const PROTOCOL_VERSION: u8 = 70;
 const NO_APPLICATION_PROTOCOL: u8 = 120;
+
+const CERTIFICATE_REVOKED: u8 = 44;
+const CERTIFICATE_EXPIRED: u8 = 45;
+
+/// What an alert means for the person whose certificate it is about, and what to do.
+fn refusal(alert: u8, otherwise: &str) -> String {
+    match alert {
+        CERTIFICATE_REVOKED => "it has been revoked; ask the coordinator for a new invitation".into(),
+        CERTIFICATE_EXPIRED => {
+            "it has expired or is not valid yet; check this device's clock, or ask the coordinator for a new invitation"
+                .into()
+        }
+        _ => format!("{otherwise}; ask the coordinator for a new invitation"),
+    }
+}
 
 /// The TLS alert within a QUIC transport error code (RFC 9001, section 4.8).
 fn tls_alert(code: u64) -> Option<u8> {

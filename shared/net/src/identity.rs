@@ -10,6 +10,8 @@ use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
 use x509_parser::{extensions::GeneralName, prelude::FromDer};
 
+use crate::authority::CLOCK_SKEW;
+
 /// The DNS name in every coordinator's certificate: participants verify the role, wherever the coordinator may listen.
 pub(crate) const COORDINATOR_DNS: &str = "coordinator.headwater";
 
@@ -41,6 +43,7 @@ pub struct Identity {
     ca_pem: String,
     peer: PeerIdentity,
     fingerprint: [u8; 32],
+    not_before: OffsetDateTime,
     not_after: OffsetDateTime,
 }
 
@@ -70,9 +73,11 @@ impl PeerName {
 }
 
 impl PeerIdentity {
-    /// The identity in a certificate whose signature has been verified.
-    pub(crate) fn from_certificate(der: &[u8]) -> Result<Self, IdentityError> {
-        Self::from_parsed(&parse_certificate(der)?, der)
+    /// The identity in a certificate whose signature has been verified, and the second in which it was issued.
+    pub(crate) fn issued(der: &[u8]) -> Result<(Self, i64), IdentityError> {
+        let certificate = parse_certificate(der)?;
+        let issued_unix = certificate.validity().not_before.timestamp().saturating_add(CLOCK_SKEW.whole_seconds());
+        Ok((Self::from_parsed(&certificate, der)?, issued_unix))
     }
 
     fn from_parsed(certificate: &x509_parser::certificate::X509Certificate, der: &[u8]) -> Result<Self, IdentityError> {
@@ -120,6 +125,7 @@ impl Identity {
             ca_pem: ca_pem.to_owned(),
             peer: PeerIdentity::from_parsed(&parsed, &leaf)?,
             fingerprint: fingerprint(&leaf),
+            not_before: parsed.validity().not_before.to_datetime(),
             not_after: parsed.validity().not_after.to_datetime(),
         })
     }
@@ -149,6 +155,11 @@ impl Identity {
     /// When the certificate expires.
     pub fn not_after(&self) -> OffsetDateTime {
         self.not_after
+    }
+
+    /// When it is time to ask for another one: two thirds of the certificate's own time are over.
+    pub fn renewal_due(&self) -> OffsetDateTime {
+        self.not_before + (self.not_after - self.not_before) * 2 / 3
     }
 
     pub(crate) fn chain(&self) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
@@ -202,9 +213,19 @@ impl fmt::Display for PeerIdentity {
     }
 }
 
+/// [`Connection::peer_key`](crate::Connection::peer_key) of whoever presents this chain.
+pub fn certified_key(chain_pem: &str) -> Result<[u8; 32], IdentityError> {
+    key_digest(&first_certificate(chain_pem, "certificate chain")?)
+}
+
 /// SHA-256 of the public key in a certificate, algorithm included: the same in every certificate of one key.
 pub(crate) fn key_digest(der: &[u8]) -> Result<[u8; 32], IdentityError> {
     Ok(fingerprint(parse_certificate(der)?.public_key().raw))
+}
+
+/// When the first certificate in `pem` expires.
+pub(crate) fn not_after(pem: &str, what: &'static str) -> Result<OffsetDateTime, IdentityError> {
+    Ok(parse_certificate(&first_certificate(pem, what)?)?.validity().not_after.to_datetime())
 }
 
 fn parse_certificate(der: &[u8]) -> Result<x509_parser::certificate::X509Certificate<'_>, IdentityError> {
@@ -243,7 +264,7 @@ mod tests {
         params.distinguished_name.push(DnType::CommonName, "headwater://coordinator");
         params.subject_alt_names = uris.iter().map(|uri| SanType::URI((*uri).try_into().unwrap())).collect();
         let certificate = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
-        assert_eq!(PeerIdentity::from_certificate(certificate.der()).ok(), expected, "{uris:?}");
+        assert_eq!(PeerIdentity::issued(certificate.der()).ok().map(|(peer, _)| peer), expected, "{uris:?}");
     }
 
     #[test]
@@ -288,7 +309,7 @@ mod tests {
         let request = params.serialize_request(&KeyPair::from_pem(key.pem()).unwrap()).unwrap();
         let name = PeerName::new("alice").unwrap();
         let chain = authority.issue_participant(&name, request.der(), now).unwrap();
-        let identity = Identity::from_pem(&chain, key.pem(), authority.certificate_pem()).unwrap();
+        let identity = Identity::from_pem(&chain, key.pem(), authority.root_pem()).unwrap();
         assert_eq!(*identity.peer(), PeerIdentity::Participant { name });
         let days = (identity.not_after() - now).whole_days();
         assert!((29..=30).contains(&days), "{days} days");
@@ -325,8 +346,8 @@ mod tests {
     fn authority_survives_its_files() {
         let now = OffsetDateTime::now_utc();
         let made = Authority::create(now).unwrap();
-        let read = Authority::from_pem(made.certificate_pem(), made.key_pem()).unwrap();
-        assert_eq!(read.certificate_pem(), made.certificate_pem());
+        let read = Authority::from_pem(made.root_pem(), made.certificate_pem(), made.key_pem()).unwrap();
+        assert_eq!((read.certificate_pem(), read.not_after()), (made.certificate_pem(), made.not_after()));
         assert!(read.issue_coordinator(now).is_ok());
     }
 

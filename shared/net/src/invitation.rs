@@ -148,7 +148,7 @@ mod tests {
         Invitation {
             name,
             addresses: vec!["example.org:4433".into(), "[::1]:4433".into()],
-            ca_pem: authority.certificate_pem().into(),
+            ca_pem: authority.root_pem().into(),
             enrol_cert_pem: identity.chain_pem().into(),
             enrol_key_pem: identity.key_pem().into(),
             expires_unix: identity.not_after().unix_timestamp(),

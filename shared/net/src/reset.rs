@@ -14,6 +14,9 @@ use sha2::{Digest, Sha256};
 
 use crate::{IdentityError, identity::Identity};
 
+/// RFC 9000, section 15.
+const QUIC_VERSION_1: u32 = 1;
+
 /// The endpoint of whoever holds `identity`'s key.
 pub(crate) fn endpoint_config(identity: &Identity) -> Result<EndpointConfig, IdentityError> {
     let key = identity.key()?;
@@ -23,6 +26,8 @@ pub(crate) fn endpoint_config(identity: &Identity) -> Result<EndpointConfig, Ide
     let [a, b, c, d, e, f, g, h, ..] = derived("headwater connection ids");
     let connection_ids = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
     let mut config = EndpointConfig::new(Arc::new(ResetKey(derived("headwater stateless reset"))));
+    // quinn would accept drafts too.
+    config.supported_versions(vec![QUIC_VERSION_1]);
     config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(connection_ids)));
     Ok(config)
 }

@@ -29,12 +29,12 @@ fn name(name: &str) -> PeerName {
 fn participant(authority: &Authority, who: &str, issued: OffsetDateTime) -> Identity {
     let key = DeviceKey::generate().unwrap();
     let chain = authority.issue_participant(&name(who), &key.request_der().unwrap(), issued).unwrap();
-    Identity::from_pem(&chain, key.pem(), authority.certificate_pem()).unwrap()
+    Identity::from_pem(&chain, key.pem(), authority.root_pem()).unwrap()
 }
 
 /// `identity`, but believing another authority.
 fn believing(identity: &Identity, authority: &Authority) -> Identity {
-    Identity::from_pem(identity.chain_pem(), identity.key_pem(), authority.certificate_pem()).unwrap()
+    Identity::from_pem(identity.chain_pem(), identity.key_pem(), authority.root_pem()).unwrap()
 }
 
 /// A connection between a coordinator and participant `alice`: her end, the coordinator's, and the sockets under them.
@@ -105,7 +105,7 @@ async fn device_is_the_same_by_its_key_and_not_by_its_name() {
     let key = DeviceKey::generate().unwrap();
     let issued = || {
         let chain = authority.issue_participant(&name("alice"), &key.request_der().unwrap(), now()).unwrap();
-        Identity::from_pem(&chain, key.pem(), authority.certificate_pem()).unwrap()
+        Identity::from_pem(&chain, key.pem(), authority.root_pem()).unwrap()
     };
     let mut keys = Vec::new();
     for identity in [issued(), issued(), participant(&authority, "alice", now())] {
@@ -169,7 +169,7 @@ async fn invitation_is_no_coordinator() {
 
 #[tokio::test]
 async fn certificates_outside_their_time_are_refused() {
-    let authority = Authority::create(now() - Duration::days(900)).unwrap();
+    let authority = Authority::create(now() - Duration::days(500)).unwrap();
     for issued in [now() - Duration::days(31), now() + Duration::days(2)] {
         let error = check_intruder(&authority, &participant(&authority, "eve", issued)).await;
         assert!(matches!(error, NetError::PeerRefused { .. }), "{error}");
@@ -187,7 +187,7 @@ async fn certificates_outside_their_time_are_refused() {
 async fn key_of_another_certificate_is_a_mistake_of_ours() {
     let authority = Authority::create(now()).unwrap();
     let (one, two) = (participant(&authority, "one", now()), participant(&authority, "two", now()));
-    let mixed = Identity::from_pem(one.chain_pem(), two.key_pem(), authority.certificate_pem()).unwrap();
+    let mixed = Identity::from_pem(one.chain_pem(), two.key_pem(), authority.root_pem()).unwrap();
     assert!(matches!(Dialer::new(&mixed, &TRANSPORT), Err(NetError::Misconfigured { .. })));
 }
 
@@ -206,7 +206,7 @@ async fn check_raw_intruder(tls: impl FnOnce(&Authority) -> rustls::ClientConfig
 
 fn raw_client(authority: &Authority) -> rustls::ConfigBuilder<rustls::ClientConfig, rustls::client::WantsClientCert> {
     let mut roots = rustls::RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_slice(authority.certificate_pem().as_bytes()).unwrap()).unwrap();
+    roots.add(CertificateDer::from_pem_slice(authority.root_pem().as_bytes()).unwrap()).unwrap();
     rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
         .with_protocol_versions(&[&rustls::version::TLS13])
         .unwrap()
@@ -258,7 +258,9 @@ async fn certificate_without_a_known_role_is_refused() {
         let usage = rcgen::ExtendedKeyUsagePurpose::ClientAuth;
         let (certificate, key) = forged(authority, "headwater://auditor/eve", usage);
         let key = rustls_pki_types::PrivateKeyDer::try_from(key.serialize_der()).unwrap();
-        let mut tls = raw_client(authority).with_client_auth_cert(vec![certificate.der().clone()], key).unwrap();
+        let issuing = CertificateDer::from_pem_slice(authority.certificate_pem().as_bytes()).unwrap();
+        let chain = vec![certificate.der().clone(), issuing];
+        let mut tls = raw_client(authority).with_client_auth_cert(chain, key).unwrap();
         tls.alpn_protocols = vec![wire::ALPN.to_vec()];
         tls
     })
@@ -271,7 +273,12 @@ async fn role_counts_even_where_tls_would_be_content() {
     let authority = Authority::create(now()).unwrap();
     let forged = |uri, usage| {
         let (certificate, key) = forged(&authority, uri, usage);
-        Identity::from_pem(&certificate.pem(), &key.serialize_pem(), authority.certificate_pem()).unwrap()
+        Identity::from_pem(
+            &(certificate.pem() + authority.certificate_pem()),
+            &key.serialize_pem(),
+            authority.root_pem(),
+        )
+        .unwrap()
     };
     let listening = forged("headwater://participant/mallory", rcgen::ExtendedKeyUsagePurpose::ServerAuth);
     let error = check_impostor(&authority, &listening).await;
