@@ -7,7 +7,7 @@ use wire::CloseCode;
 
 use crate::{
     Cable, LedgerSnapshot, NetError, Network, RecvStream, SendStream, Tap, TransportStats,
-    identity::{PeerIdentity, fingerprint, key_digest},
+    identity::{PeerIdentity, certified_key_der, fingerprint},
     ledger::Ledger,
     memory,
     stream::{ReadHalf, WriteHalf},
@@ -209,7 +209,7 @@ fn peer_of(connection: &quinn::Connection) -> Result<(PeerIdentity, [u8; 32], i6
         .ok_or_else(|| untrusted("it presented no certificate".into()))?;
     let leaf = chain.first().ok_or_else(|| untrusted("it presented no certificate".into()))?;
     let (identity, issued_unix) = PeerIdentity::issued(leaf).map_err(|error| untrusted(error.to_string()))?;
-    Ok((identity, key_digest(leaf).map_err(|error| untrusted(error.to_string()))?, issued_unix))
+    Ok((identity, certified_key_der(leaf).map_err(|error| untrusted(error.to_string()))?, issued_unix))
 }
 
 #[cfg(test)]

@@ -215,11 +215,11 @@ impl fmt::Display for PeerIdentity {
 
 /// [`Connection::peer_key`](crate::Connection::peer_key) of whoever presents this chain.
 pub fn certified_key(chain_pem: &str) -> Result<[u8; 32], IdentityError> {
-    key_digest(&first_certificate(chain_pem, "certificate chain")?)
+    certified_key_der(&first_certificate(chain_pem, "certificate chain")?)
 }
 
-/// SHA-256 of the public key in a certificate, algorithm included: the same in every certificate of one key.
-pub(crate) fn key_digest(der: &[u8]) -> Result<[u8; 32], IdentityError> {
+/// SHA-256 of the public key in a certificate in DER, algorithm included: the same in every certificate of one key.
+pub fn certified_key_der(der: &[u8]) -> Result<[u8; 32], IdentityError> {
     Ok(fingerprint(parse_certificate(der)?.public_key().raw))
 }
 

@@ -4,9 +4,10 @@
 //! decoding follows the bytes that are there, never a length that they claim.
 
 use bincode::config;
+use bincode::de::Decoder;
 pub use bincode::{Decode, Encode};
 
-use crate::{MessageKind, limits};
+use crate::{MessageKind, TensorInfo, limits};
 
 /// A message: what the two sides send each other, apart from tensor frames and blobs.
 pub trait Message: Encode + Decode<()> + std::fmt::Debug {
@@ -48,15 +49,7 @@ pub fn encode<M: Message>(message: &M) -> Result<Vec<u8>, CodecError> {
 /// The message whose body is exactly `body`.
 pub fn decode<M: Message>(body: &[u8]) -> Result<M, CodecError> {
     check_length::<M>(body.len())?;
-    // The serializer refuses a container before it takes memory for it, by size in memory. One byte of a body stands for at most 24 bytes in
-    // memory (an empty `TensorInfo`: 48 from 2), so that 32 times the body's length refuses no honest message and bounds what a lie costs;
-    // 2 MiB hold the largest listing that passes its own check.
-    let decoded = match body.len().saturating_mul(32) {
-        0..=0x1000 => bincode::decode_from_slice(body, config::standard().with_limit::<0x1000>()),
-        0x1001..=0x1_0000 => bincode::decode_from_slice(body, config::standard().with_limit::<0x1_0000>()),
-        0x1_0001..=0x10_0000 => bincode::decode_from_slice(body, config::standard().with_limit::<0x10_0000>()),
-        _ => bincode::decode_from_slice(body, config::standard().with_limit::<0x20_0000>()),
-    };
+    let decoded = decode_within(body, 2 * body.len() + SLACK_BYTES, M::BODY_BYTES_MAX > limits::MESSAGE_BYTES_MAX);
     let (message, used): (M, usize) =
         decoded.map_err(|error| CodecError::Malformed { message: M::NAME, reason: error.to_string() })?;
     if used != body.len() {
@@ -65,6 +58,46 @@ pub fn decode<M: Message>(body: &[u8]) -> Result<M, CodecError> {
     message.check()?;
     Ok(message)
 }
+
+/// What a message may take in memory beside twice its length.
+const SLACK_BYTES: usize = 63 * 1024;
+
+/// The serializer counts what a value takes in memory, a container before it takes memory for it, and refuses more than its limit, which is a
+/// constant. This takes the largest of a row of constants that is within `bytes`; neighbours differ by less than what an honest listing (1.8 times
+/// its length in memory, of names as PEFT has them) leaves of twice its length.
+fn decode_within<M: Message>(
+    body: &[u8],
+    bytes: usize,
+    is_long: bool,
+) -> Result<(M, usize), bincode::error::DecodeError> {
+    macro_rules! within {
+        ($($limit:literal)*) => {
+            $(if $limit <= bytes {
+                return bincode::decode_from_slice(body, config::standard().with_limit::<{ $limit }>());
+            })*
+        };
+    }
+    if is_long {
+        within!(
+            2_160_000 1_960_000 1_780_000 1_620_000 1_470_000 1_330_000 1_210_000 1_100_000 1_000_000 910_000 830_000 755_000
+            690_000 627_000 570_000 518_000 471_000 428_000 390_000 354_000 322_000 293_000 266_000 242_000 220_000
+        );
+    }
+    within!(193_000 160_000 128_000 100_000 80_000);
+    bincode::decode_from_slice(body, config::standard().with_limit::<64_500>())
+}
+
+/// Counted for what it takes in memory: derived, the struct itself would be counted for nothing once its fields are read.
+impl<Context> Decode<Context> for TensorInfo {
+    fn decode<D: Decoder<Context = Context>>(decoder: &mut D) -> Result<Self, bincode::error::DecodeError> {
+        let info = Self { name: String::decode(decoder)?, shape: Vec::decode(decoder)? };
+        // The two lengths have been counted as 8 bytes each.
+        decoder.claim_bytes_read(size_of::<Self>() - 2 * size_of::<u64>())?;
+        Ok(info)
+    }
+}
+
+bincode::impl_borrow_decode!(TensorInfo);
 
 fn check_length<M: Message>(found: usize) -> Result<(), CodecError> {
     if found > M::BODY_BYTES_MAX {
@@ -117,10 +150,27 @@ mod tests {
         let tensors = vec![TensorInfo { name: name.into(), shape: vec![64, 28_672] }; limits::TENSORS_MAX];
         let listing = AdapterListing { round: 1, adapter: "default".into(), tensors };
         assert_eq!(decode::<AdapterListing>(&encode(&listing).unwrap()).unwrap(), listing);
-        // The body that is largest in memory for its length on the wire.
-        let tensors = vec![TensorInfo { name: String::new(), shape: vec![1] }; limits::TENSORS_MAX];
-        let listing = AdapterListing { round: 1, adapter: String::new(), tensors };
-        assert_eq!(decode::<AdapterListing>(&encode(&listing).unwrap()).unwrap(), listing);
+        // Shorter names than any adapter of ours has, and as many short ones as are within the slack.
+        for (name_bytes, count) in [(50, limits::TENSORS_MAX), (1, 1000)] {
+            let tensors = vec![TensorInfo { name: "n".repeat(name_bytes), shape: vec![8, 576] }; count];
+            let listing = AdapterListing { round: 1, adapter: String::new(), tensors };
+            assert_eq!(decode::<AdapterListing>(&encode(&listing).unwrap()).unwrap(), listing);
+        }
+        let segments = vec![1; limits::SEGMENTS_MAX];
+        let (purpose, step) = (Purpose::Train, 1);
+        let request = Request::Step {
+            session: 1,
+            round: 1,
+            attempt: 1,
+            step,
+            micro: 0,
+            micros: 1,
+            purpose,
+            segments,
+            trained_tokens: 1,
+            step_tokens: 1,
+        };
+        assert_eq!(decode::<Request>(&encode(&request).unwrap()).unwrap(), request);
         let norms = SquaredNorms { blocks: vec![1.0; limits::BLOCKS_MAX] };
         assert_eq!(decode::<SquaredNorms>(&encode(&norms).unwrap()).unwrap(), norms);
     }

@@ -158,7 +158,7 @@ pub struct BlobRef {
 }
 
 /// One tensor of an adapter.
-#[derive(Clone, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, PartialEq, Eq, Encode)]
 pub struct TensorInfo {
     pub name: String,
     pub shape: Vec<u32>,
