@@ -31,6 +31,9 @@ use crate::witness::{Micro, Witness, Work};
 
 /// A peer that connects must say hello within this time.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+/// Streams that a participant may open and give up, one after the other, before it finishes one. A round that is closed costs an honest one
+/// those that are in flight.
+const STREAMS_GIVEN_UP_MAX: u32 = 256;
 const BLOB_CHUNK_BYTES: usize = 256 << 10;
 
 /// What every connection needs to know.
@@ -371,7 +374,7 @@ impl Session<'_> {
         // Dropped with everything it runs when this function returns.
         let mut streams: JoinSet<Result<(), ServeError>> = JoinSet::new();
         let mut joining: Option<oneshot::Receiver<Result<(), String>>> = None;
-        let mut is_ready = false;
+        let (mut is_ready, mut given_up) = (false, 0);
         loop {
             tokio::select! {
                 // What the peer can make ready without end comes last.
@@ -406,9 +409,16 @@ impl Session<'_> {
                     }
                 }
                 Some(served) = streams.join_next() => match served {
-                    // The participant gave this stream up; it has its reasons, and the connection lives.
-                    Ok(Err(ServeError::Net(NetError::Reset { .. }))) => {}
-                    Ok(served) => served?,
+                    // The participant gave this stream up; it has its reasons, and the connection lives, unless it does nothing else.
+                    Ok(Err(ServeError::Net(NetError::Reset { .. }))) if given_up < STREAMS_GIVEN_UP_MAX => given_up += 1,
+                    Ok(Err(ServeError::Net(NetError::Reset { .. }))) => {
+                        let what = format!("{given_up} streams were opened and given up in a row");
+                        return Err(ServeError::Close(CloseCode::OverLimit, what));
+                    }
+                    Ok(served) => {
+                        served?;
+                        given_up = 0;
+                    }
                     Err(error) => return Err(ServeError::Close(CloseCode::Internal, error.to_string())),
                 },
                 stream = self.connection.accept() => {
@@ -657,7 +667,7 @@ impl Stream {
             Purpose::Train => locked(&self.witness).trained(place.key, step.micro()).map_err(misbehaved)?,
             Purpose::Evaluate => locked(&self.witness).evaluated(place.key, step.trained_tokens),
         }
-        self.send.tensor(&header, y.values()).await?;
+        self.send.tensor(&header, y.values()).await.map_err(overflowed)?;
         if *purpose == Purpose::Evaluate || self.shared.experiment.split.mode != SplitMode::U {
             self.receive.end().await?;
             if *purpose == Purpose::Train {
@@ -674,7 +684,7 @@ impl Stream {
         let header = TensorHeader { kind: FrameKind::CutGradient, ..header };
         let gradient = Matrix::new(segments.tokens(), width, self.receive.tensor(&header).await?);
         let body::Backward { gradient, squared_norms } = body.backward(place.clone(), gradient).await?;
-        self.send.tensor(&header, gradient.values()).await?;
+        self.send.tensor(&header, gradient.values()).await.map_err(overflowed)?;
         if let Some(blocks) = squared_norms {
             self.send.message(&SquaredNorms { blocks }).await?;
             let Commit { squared_norms_head, squared_norms_tail } = self.receive.message().await?;
@@ -807,6 +817,17 @@ fn listing_of(adapter: &Adapter) -> Vec<TensorInfo> {
 fn misbehaved(found: String) -> ServeError {
     let error = ProtocolError::Unexpected { expected: "a request that fits the run", found };
     ServeError::Close(error.close_code(), error.to_string())
+}
+
+/// What the body makes of finite values is finite, unless these are beyond all measure.
+fn overflowed(error: NetError) -> ServeError {
+    match error {
+        NetError::Unsendable { error } => {
+            let what = format!("the values that it sent overflow in the body: {error}");
+            ServeError::Close(CloseCode::NotFinite, what)
+        }
+        error => error.into(),
+    }
 }
 
 enum StepError {

@@ -154,6 +154,43 @@ async fn a_tensor_that_is_not_finite_is_refused() {
     .await;
 }
 
+/// Above what the protocol allows, and below it but so that nothing finite comes of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn values_beyond_all_measure_are_refused() {
+    for (value, complaint) in [(1e38, "above 1e18 in magnitude"), (-3.4e38, "above 1e18 in magnitude")] {
+        check_refused(CloseCode::NotFinite, complaint, async |hostile| {
+            let step = hostile.step(0);
+            let (mut send, _receive) = hostile.ask(&step).await;
+            let mut values = step.values();
+            values[2] = value;
+            let activations = frame(&step.header(FrameKind::Activations), &values);
+            send.bytes(MessageKind::Activations, &activations).await.unwrap();
+        })
+        .await;
+        check_refused(CloseCode::NotFinite, complaint, async |hostile| {
+            let (mut send, _receive) = hostile.announce_update(1, 1, 10, &hostile.trained).await;
+            let header = hostile.update_header(1, 0, &hostile.trained[0]);
+            let mut values = vec![0.0; header.shape.elements()];
+            values[0] = value;
+            send.bytes(MessageKind::Update, &frame(&header, &values)).await.unwrap();
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_opened_and_given_up_all_the_time_end_the_connection() {
+    check_refused(CloseCode::OverLimit, "streams were opened and given up in a row", async |hostile| {
+        for _ in 0..400 {
+            let Ok((mut send, _receive)) = hostile.connection.open(StreamKind::Bulk).await else { return };
+            // Half a length, so that the stream is there at all.
+            let _ = send.bytes(MessageKind::Control, &[1, 0]).await;
+            send.reset(CloseCode::Stale);
+        }
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tensor_that_was_not_due_is_refused() {
     let check = async |complaint: &str, change: fn(&mut TensorHeader)| {

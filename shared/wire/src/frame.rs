@@ -72,7 +72,7 @@ pub enum FrameError {
     Expected { field: &'static str, found: String, expected: String },
     #[error("the payload's checksum is {found:08x}, the header says {expected:08x}")]
     Checksum { found: u32, expected: u32 },
-    #[error("value {index} of the tensor is not finite")]
+    #[error("value {index} of the tensor is not finite, or above {:e} in magnitude", limits::VALUE_MAX)]
     NotFinite { index: usize },
     #[error("the tensor has {found} values, its shape needs {expected}")]
     Values { found: usize, expected: usize },

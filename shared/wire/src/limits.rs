@@ -18,6 +18,10 @@ pub const DIMS_MAX: usize = 4;
 /// Payload of one tensor frame: 16,384 tokens of width 4,096 in f32 are exactly this.
 pub const PAYLOAD_BYTES_MAX: u64 = 256 * 1024 * 1024;
 
+/// Magnitude of a value in a tensor. Activations reach thousands; squares of what is above this have no sum in f32, so that a norm of them would
+/// be infinite, and a network of them NaN.
+pub const VALUE_MAX: f32 = 1e18;
+
 /// A file that travels by its digest, such as the manifest or a part of the base model.
 pub const BLOB_BYTES_MAX: u64 = 64 * 1024 * 1024 * 1024;
 

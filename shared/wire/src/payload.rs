@@ -7,7 +7,7 @@ use std::borrow::Cow;
 
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 
-use crate::{DType, FrameError, FrameHeader, TensorHeader};
+use crate::{DType, FrameError, FrameHeader, TensorHeader, limits};
 
 #[cfg(target_endian = "big")]
 compile_error!("payloads are little-endian, and are read and written without a copy");
@@ -101,16 +101,17 @@ impl PayloadBuffer {
     }
 }
 
-/// Place of the first value that is NaN or infinite.
+/// Place of the first value that is NaN, infinite, or above [`limits::VALUE_MAX`] in magnitude.
 pub fn first_not_finite(values: &[f32]) -> Option<usize> {
-    // A fold over a chunk is branch-free and fast; only a chunk that holds an offender is searched.
+    // A fold over a chunk is branch-free and fast; only a chunk that holds an offender is searched. Without their signs, bits of floats
+    // are in the order of what they mean, NaN behind infinity.
     const CHUNK: usize = 256;
-    const EXPONENT: u32 = 0x7f80_0000;
-    let clean =
-        |chunk: &[f32]| chunk.iter().fold(true, |clean, value| clean & (value.to_bits() & EXPONENT != EXPONENT));
+    const MAGNITUDE: u32 = 0x7fff_ffff;
+    let is_clean = |value: &f32| value.to_bits() & MAGNITUDE <= limits::VALUE_MAX.to_bits();
+    let clean = |chunk: &[f32]| chunk.iter().fold(true, |clean, value| clean & is_clean(value));
     let chunk = values.chunks(CHUNK).position(|chunk| !clean(chunk))?;
     let start = chunk * CHUNK;
-    values[start..].iter().position(|value| !value.is_finite()).map(|index| start + index)
+    values[start..].iter().position(|value| !is_clean(value)).map(|index| start + index)
 }
 
 #[cfg(test)]
@@ -154,7 +155,8 @@ mod tests {
         assert_eq!(carried(DType::F32, &values), Err(FrameError::NotFinite { index: 300 }));
         values[0] = f32::NEG_INFINITY;
         assert_eq!(first_not_finite(&values), Some(0));
-        assert_eq!(first_not_finite(&[f32::MAX, f32::MIN_POSITIVE / 2.0, -0.0]), None);
+        assert_eq!(first_not_finite(&[limits::VALUE_MAX, f32::MIN_POSITIVE / 2.0, -0.0]), None);
+        assert_eq!(first_not_finite(&[0.0, -limits::VALUE_MAX * 1.0001]), Some(1));
     }
 
     #[test]
@@ -191,7 +193,7 @@ mod tests {
             match carried(DType::F32, &values) {
                 Ok(arrived) => prop_assert_eq!(bytemuck::cast_slice::<f32, u32>(&arrived), bytemuck::cast_slice::<f32, u32>(&values)),
                 Err(error) => {
-                    let index = values.iter().position(|value| !value.is_finite()).unwrap();
+                    let index = values.iter().position(|value| !value.is_finite() || value.abs() > limits::VALUE_MAX).unwrap();
                     prop_assert_eq!(error, FrameError::NotFinite { index });
                 }
             }
