@@ -10,7 +10,8 @@ use wire::{
     MessageKind, Outcome, Request, Shape, TensorHeader, TensorInfo,
 };
 
-use super::{HONEST, frame, one_alone, within_a_minute};
+use super::participant::frame;
+use super::{HONEST, one_alone, within_a_minute};
 use crate::world::World;
 
 const SESSION: u64 = 4711;
