@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, Weak};
 use std::time::Duration;
 
 use experiment::{Experiment, SplitMode, WireDtype};
@@ -101,6 +101,8 @@ pub struct Blobs {
     manifest_digest: [u8; 32],
     tokenizer: [u8; 32],
     tensors: HashMap<[u8; 32], SourceTensor>,
+    /// Those that are being sent, so that a crowd that asks for one and does not read it holds it in memory once.
+    open: Mutex<HashMap<[u8; 32], Weak<Vec<u8>>>>,
 }
 
 impl Blobs {
@@ -111,7 +113,22 @@ impl Blobs {
             manifest_digest: manifest.digest(),
             tokenizer: manifest.tokenizer_json.sha256,
             tensors: tensors.collect(),
+            open: Mutex::default(),
         }
+    }
+
+    /// A blob that nobody has open is read while the others wait: read side by side, it would be there as often.
+    fn open(&self, digest: &[u8; 32], source: &dyn Source) -> Option<Result<Arc<Vec<u8>>, model::ModelError>> {
+        let mut open = self.open.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(bytes) = open.get(digest).and_then(Weak::upgrade) {
+            return Some(Ok(bytes));
+        }
+        open.retain(|_, bytes| bytes.strong_count() > 0);
+        let read = self.read(digest, source)?.map(Arc::new);
+        if let Ok(bytes) = &read {
+            open.insert(*digest, Arc::downgrade(bytes));
+        }
+        Some(read)
     }
 
     fn read(&self, digest: &[u8; 32], source: &dyn Source) -> Option<Result<Vec<u8>, model::ModelError>> {
@@ -764,7 +781,7 @@ impl Stream {
         self.receive.end().await?;
         self.send.prioritize(StreamKind::Bulk);
         let shared = self.shared.clone();
-        let read = offload::beside(move || shared.blobs.read(&sha256, &*shared.source)).await;
+        let read = offload::beside(move || shared.blobs.open(&sha256, &*shared.source)).await;
         let internal = |error: String| {
             tracing::error!(%error, "a part of the model cannot be read");
             ServeError::Close(CloseCode::Internal, "the coordinator cannot read the model".into())

@@ -16,8 +16,8 @@ use wire::{
     Request, Shape, TensorHeader, TensorInfo,
 };
 
-use crate::world::{Coordinator, Holding, Joined, World, alone, run_to_the_end};
 use self::participant::{Hostile, Step, frame, hello};
+use crate::world::{Coordinator, Holding, Joined, World, alone, run_to_the_end};
 
 const HONEST: &str = "press-1";
 const HOSTILE: &str = "mill-1";
