@@ -17,7 +17,7 @@ fn a_home_is_neither_overwritten_nor_taken_for_granted() {
     let desk = Desk::new();
     desk.write("file", "");
     let cases: [(&str, &[&str]); 5] = [
-        ("init home", &["failed to make a home in home", "already holds ca.key", "choose another directory"]),
+        ("init home", &["failed to make a home in home", "already holds audit.head, audit.jsonl, ca.key", "choose another directory"]),
         ("init file", &["failed to make the directory file", "move it away"]),
         ("init new --address nonsense", &["\"nonsense\" is not host:port", "127.0.0.1:4433"]),
         ("invite nowhere press-1", &["failed to open nowhere", "`coordinator init nowhere`"]),
@@ -29,6 +29,22 @@ fn a_home_is_neither_overwritten_nor_taken_for_granted() {
     }
     assert_eq!(fs::read(desk.path("home/ca.key")).unwrap(), before);
     assert!(!desk.path("new").exists());
+}
+
+#[test]
+fn a_device_is_revoked_by_its_name_and_the_audit_log_says_so() {
+    let desk = Desk::new();
+    desk.check_works("invite home press-1");
+    desk.check_fails("revoke home press-2", &["failed to revoke press-2", "nobody of that name was invited"]);
+    desk.check_works("revoke home press-1");
+    desk.check_works("invite home press-1 --out new.invite");
+    desk.check_works("audit-log verify home");
+    let log = fs::read_to_string(desk.path("home/audit.jsonl")).unwrap();
+    assert_eq!(log.matches("press-1").count(), 3, "{log}");
+    desk.check_fails("audit-log verify home --head 00", &["failed to believe home/audit.jsonl", "its last hash is"]);
+    desk.write("home/audit.jsonl", &log.replacen("press-1", "press-9", 1));
+    desk.check_fails("audit-log verify home", &["failed to believe home/audit.jsonl", "line 2", "its hash is another"]);
+    desk.check_fails("renew-ca home --root-key new.invite", &["failed to use new.invite", "--root-key"]);
 }
 
 #[test]
