@@ -17,7 +17,14 @@ fn a_home_is_neither_overwritten_nor_taken_for_granted() {
     let desk = Desk::new();
     desk.write("file", "");
     let cases: [(&str, &[&str]); 5] = [
-        ("init home", &["failed to make a home in home", "already holds audit.head, audit.jsonl, ca.key", "choose another directory"]),
+        (
+            "init home",
+            &[
+                "failed to make a home in home",
+                "already holds audit.head, audit.jsonl, ca.key",
+                "choose another directory",
+            ],
+        ),
         ("init file", &["failed to make the directory file", "move it away"]),
         ("init new --address nonsense", &["\"nonsense\" is not host:port", "127.0.0.1:4433"]),
         ("invite nowhere press-1", &["failed to open nowhere", "`coordinator init nowhere`"]),
