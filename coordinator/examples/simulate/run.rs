@@ -10,8 +10,8 @@ use coordinator::home::Home;
 use coordinator::journal::Settings;
 use coordinator::run::{Run, Watcher};
 use experiment::{Experiment, Row, RunDirectory, Seed};
-use net::{Connection, NetError, PeerIdentity, PeerName};
-use tokio::sync::{mpsc, watch};
+use net::{Connection, NetError, PeerIdentity, PeerName, Watched};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use wire::CloseCode;
@@ -52,7 +52,7 @@ pub struct Sim {
     coordinator: Arc<Machine>,
     began: Instant,
     /// Where the coordinator takes connections, while there is one.
-    door: watch::Sender<Option<mpsc::Sender<Connection>>>,
+    door: Watched<Option<mpsc::Sender<Connection>>>,
 }
 
 /// What has been seen from outside.
@@ -105,7 +105,7 @@ impl Sim {
         let devices: Vec<_> = plan.devices.iter().zip(NAMES).map(|(faults, name)| machine(name, faults)).collect();
         let seen = Mutex::new(Seen { steps: vec![0; devices.len()], ..Seen::default() });
         let experiment = Arc::new(experiment(plan.variant, usize::from(plan.lies > 0)));
-        let (plan, began, door) = (plan.clone(), Instant::now(), watch::Sender::new(None));
+        let (plan, began, door) = (plan.clone(), Instant::now(), Watched::new(None));
         Self { experiment, directory, plan, trace, devices, seen, coordinator, began, door }
     }
 
@@ -152,7 +152,7 @@ impl Sim {
             };
             let home = Home::open(&run.home).map_err(text)?;
             let (connections, accepted) = mpsc::channel(16);
-            self.door.send_replace(Some(connections));
+            self.door.set(Some(connections));
             let (experiment, source) = (self.experiment.clone(), site.source(self.plan.variant));
             let watcher = Box::new(Observer(self.clone()));
             let mut process = tokio::spawn(async move {
@@ -163,7 +163,7 @@ impl Sim {
                 restart = self.coordinator.killed() => Err(restart),
                 ended = &mut process => Ok(ended),
             };
-            self.door.send_replace(None);
+            self.door.set(None);
             match ended {
                 Ok(Ok(Ok(ended))) => {
                     self.coordinator.halt();
@@ -195,9 +195,7 @@ impl Sim {
             let dark = line.as_ref().and_then(|line| line.dark_until(self.began.elapsed()));
             sleep(dark.map_or(Duration::ZERO, |until| until - self.began.elapsed())).await;
             sleep(Duration::from_millis(line.map_or(1, |line| 2 * line.delay_ms))).await;
-            let mut door = self.door.subscribe();
-            let open = door.wait_for(Option::is_some).await.expect("the run holds the sender");
-            open.clone().expect("it is open")
+            self.door.wait_for(Option::clone).await
         };
         let door = timeout(HANDSHAKE, door).await.map_err(silent)?;
         let random = Seed(self.plan.seed).generator(&format!("lane/{name}/{}", self.began.elapsed().as_nanos()));

@@ -17,6 +17,7 @@ mod memory;
 mod overhead;
 mod reset;
 mod stream;
+mod watched;
 
 pub use authority::{Authority, DeviceKey, Root};
 pub use config::{Congestion, Transport, TransportLimits};
@@ -30,3 +31,4 @@ pub use ledger::LedgerSnapshot;
 pub use memory::{Cable, Network, Side, Tap};
 pub use overhead::{DirectionStats, TransportStats};
 pub use stream::{RecvStream, SendStream};
+pub use watched::Watched;

@@ -16,12 +16,12 @@ use std::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
     runtime::Handle,
-    sync::{Mutex, mpsc, watch},
+    sync::{Mutex, mpsc},
     time::sleep,
 };
 use wire::CloseCode;
 
-use crate::NetError;
+use crate::{NetError, Watched};
 
 /// Sees every byte that either end writes, in the order of each stream.
 pub type Tap = Arc<dyn Fn(&[u8]) + Send + Sync>;
@@ -36,7 +36,7 @@ pub trait Network: Send + Sync {
 #[derive(Clone)]
 pub struct Cable {
     closings: [Arc<Closings>; 2],
-    state: Arc<watch::Sender<Cut>>,
+    state: Arc<Watched<Cut>>,
 }
 
 /// Pieces of what is sent cross a [`Network`] one by one.
@@ -59,7 +59,7 @@ pub(crate) struct End {
 #[derive(Clone)]
 struct Way {
     network: Arc<dyn Network>,
-    state: Arc<watch::Sender<Cut>>,
+    state: Arc<Watched<Cut>>,
 }
 
 /// Whether anything arrives any more.
@@ -71,7 +71,7 @@ enum Cut {
     Noticed,
 }
 
-type Closings = watch::Sender<Option<Closing>>;
+type Closings = Watched<Option<Closing>>;
 
 pub(crate) struct Writer {
     end: Arc<End>,
@@ -119,7 +119,7 @@ struct Signals {
     reset: AtomicU64,
     stopped: AtomicU64,
     /// Whether the other end has all of it, and whether it never will.
-    arrived: watch::Sender<bool>,
+    arrived: Watched<bool>,
     lost: AtomicBool,
 }
 
@@ -131,8 +131,8 @@ pub(crate) fn pair(tap: Option<Tap>) -> (Arc<End>, Arc<End>) {
 pub(crate) fn pair_over(tap: Option<Tap>, network: Option<Arc<dyn Network>>) -> (Arc<End>, Arc<End>, Cable) {
     let (to_second, from_first) = mpsc::channel(STREAMS_WAITING);
     let (to_first, from_second) = mpsc::channel(STREAMS_WAITING);
-    let closings = [(); 2].map(|()| Arc::new(watch::Sender::new(None)));
-    let state = Arc::new(watch::Sender::new(Cut::No));
+    let closings = [(); 2].map(|()| Arc::new(Watched::new(None)));
+    let state = Arc::new(Watched::new(Cut::No));
     let end = |side, to_peer, from_peer, [closing, closing_there]: [&Arc<Closings>; 2]| {
         let way = network.clone().map(|network| Way { network, state: state.clone() });
         let (closing, closing_there) = (closing.clone(), closing_there.clone());
@@ -150,7 +150,7 @@ impl Cable {
     /// From now on nothing arrives any more; each end finds out after a while of its own. Before the ends are dropped, which
     /// would close the connection.
     pub fn cut(&self, first_notices: Duration, second_notices: Duration) {
-        let is_first = self.state.send_if_modified(|state| std::mem::replace(state, Cut::Yes) == Cut::No);
+        let is_first = self.state.change(|state| std::mem::replace(state, Cut::Yes) == Cut::No);
         if !is_first {
             return;
         }
@@ -161,13 +161,13 @@ impl Cable {
                 set(end, Closing::Lost);
             };
             tokio::join!(notice(first_notices, &first), notice(second_notices, &second));
-            let _ = state.send(Cut::Noticed);
+            state.set(Cut::Noticed);
         });
     }
 }
 
 fn set(closings: &Closings, closing: Closing) -> bool {
-    closings.send_if_modified(|known| {
+    closings.change(|known| {
         let is_first = known.is_none();
         known.get_or_insert(closing);
         is_first
@@ -177,18 +177,16 @@ fn set(closings: &Closings, closing: Closing) -> bool {
 impl Way {
     /// None where the cable is cut first, or has been.
     async fn unless_cut<T>(&self, what: impl Future<Output = T>) -> Option<T> {
-        let mut state = self.state.subscribe();
         tokio::select! {
             biased;
-            // The sender lives in `self`, so that waiting cannot fail.
-            _ = state.wait_for(|state| *state != Cut::No) => None,
+            () = self.state.wait_for(|state| (*state != Cut::No).then_some(())) => None,
             done = what => Some(done),
         }
     }
 
     /// What hangs on a cable that was cut is held until both ends know.
     async fn hold<T>(&self, held: T) {
-        let _ = self.state.subscribe().wait_for(|state| *state == Cut::Noticed).await;
+        self.state.wait_for(|state| (*state == Cut::Noticed).then_some(())).await;
         drop(held);
     }
 
@@ -205,13 +203,13 @@ impl Way {
             let crossed = async {
                 let read = sent.read(&mut piece).await.unwrap_or(0);
                 // As in QUIC, what is unsent when an end closes is dropped, and so is the end of a stream that goes with it.
-                if closing.borrow().is_some() {
+                if closing.get().is_some() {
                     signals.lost.store(true, SeqCst);
                     return false;
                 }
                 sleep(self.network.delay(from, read)).await;
                 if read == 0 {
-                    let _ = signals.arrived.send(true);
+                    signals.arrived.set(true);
                     return false;
                 }
                 // Who reads no more has said so.
@@ -235,7 +233,7 @@ impl End {
         let (our_write, their_read) = direction(self.side, &self.closing, self.way.as_ref());
         let (their_write, our_read) = direction(there, &self.closing_there, self.way.as_ref());
         let stream = Stream { write: their_write, read: their_read };
-        if let Some(way) = self.way.clone().filter(|way| *way.state.borrow() != Cut::No) {
+        if let Some(way) = self.way.clone().filter(|way| *way.state.get() != Cut::No) {
             tokio::spawn(async move { way.hold(stream).await });
         } else {
             tokio::select! {
@@ -283,14 +281,12 @@ impl End {
     }
 
     pub(crate) async fn closed(&self) -> NetError {
-        let mut closing = self.closing.subscribe();
-        // The sender lives in `self`, so that waiting cannot fail.
-        let _ = closing.wait_for(Option::is_some).await;
+        self.closing.wait_for(|closing| closing.is_some().then_some(())).await;
         self.closing_error().unwrap_or_else(|| self.vanished())
     }
 
     fn closing_error(&self) -> Option<NetError> {
-        match self.closing.borrow().as_ref()? {
+        match self.closing.get().as_ref()? {
             Closing::By { side, .. } if *side == self.side => Some(NetError::closed_here()),
             Closing::By { code, reason, .. } => Some(NetError::closed(u64::from(code.code()), reason.clone())),
             Closing::Lost => Some(NetError::Lost { reason: "the peer has gone silent".into(), retryable: true }),
@@ -346,10 +342,10 @@ impl Writer {
         if self.end.way.is_none() {
             return Ok(());
         }
-        let mut arrived = self.half.signals.arrived.subscribe();
+        let arrived = &self.half.signals.arrived;
         tokio::select! {
             biased;
-            _ = arrived.wait_for(|arrived| *arrived) => Ok(()),
+            () = arrived.wait_for(|arrived| arrived.then_some(())) => Ok(()),
             error = self.end.closed() => Err(error),
         }
     }
