@@ -178,8 +178,9 @@ mod tests {
         let keep = if sampling.top_k == 0 { logits.len() } else { sampling.top_k.min(logits.len()) };
         order.truncate(keep);
         let share = |order: &[usize]| -> Vec<f64> {
-            let weights: Vec<f64> =
-                order.iter().map(|&token| (penalized(token) / sampling.temperature).exp()).collect();
+            // Relative to the likeliest: e to the others' power alone may be beyond all numbers.
+            let below = |token: usize| (penalized(token) - penalized(order[0])) / sampling.temperature;
+            let weights: Vec<f64> = order.iter().map(|&token| below(token).exp()).collect();
             let sum: f64 = weights.iter().sum();
             weights.iter().map(|weight| weight / sum).collect()
         };
