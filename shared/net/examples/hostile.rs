@@ -64,10 +64,10 @@ async fn half(address: SocketAddr, count: usize) -> Result<(), Failure> {
     let pause = Duration::from_secs(5) / count.max(1) as u32;
     let mut begun: std::collections::VecDeque<(Instant, quinn_proto::ConnectionHandle)> = Default::default();
     loop {
-        if begun.front().is_some_and(|(at, _)| at.elapsed() > Duration::from_secs(9)) {
-            if let Some((_, handle)) = begun.pop_front() {
-                open.remove(&handle);
-            }
+        if begun.front().is_some_and(|(at, _)| at.elapsed() > Duration::from_secs(9))
+            && let Some((_, handle)) = begun.pop_front()
+        {
+            open.remove(&handle);
         }
         if open.len() < count {
             let (handle, mut connection) =
