@@ -35,7 +35,7 @@ cc -shared -fPIC -o "$work/mkl.so" "$work/mkl.c"
 
 say "== the same weights as a Hugging Face directory"
 PYTHONPATH=scripts/check .venv-check/bin/python -c \
-    "import reference; reference.load('$model').save_pretrained('$work/model')" >&2
+    "import reference; reference.save(reference.load('$model'), '$work/model')" >&2
 
 say "== steps"
 PYTHONPATH=scripts/check python3 scripts/bench/train.py --participant target/release/participant \

@@ -20,6 +20,14 @@ def load(model, adapter=None, trainable=False):
     return PeftModel.from_pretrained(base, adapter, is_trainable=trainable).eval()
 
 
+def save(model, directory):
+    """Writes a loaded model as a Hugging Face directory in float32."""
+    if hasattr(model, "hf_quantizer"):
+        # What came from a GGUF file is dequantized, but is remembered as quantized, and refused.
+        model.hf_quantizer.remove_quantization_config(model)
+    model.save_pretrained(directory)
+
+
 def tokenizer(model):
     return AutoTokenizer.from_pretrained(**_location(model))
 
