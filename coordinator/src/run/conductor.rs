@@ -1,7 +1,10 @@
 //! Keeps a run going: what happens becomes events for the round machine, and its actions are performed.
 //!
-//! Held here is what is between the machine and the streams: who is connected, which updates have come, what goes into
-//! the run directory.
+//! Held here is what is between the machine and the streams: who is connected, and which updates have come. How rounds end
+//! is in `closing`, what goes into the run directory in `record`.
+
+mod closing;
+mod record;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -15,22 +18,19 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use wire::{CloseCode, FromCoordinator, FromParticipant, Outcome, RefusalReason, UpdateReply};
 
-use super::{Arrivals, COMPLETED, Ended, RunError, SOFTWARE, Watcher, body_blocks, ledger};
-use crate::aggregate::{Aggregator, Member};
-use crate::body::{Closed, RoundKey, Standing};
-use crate::checkpoint::Checkpoint;
+use super::{Arrivals, Ended, RunError, SOFTWARE, Watcher, body_blocks};
+use crate::aggregate::Aggregator;
+use crate::body::{RoundKey, Standing};
 use crate::journal::{Entry, Health, OpenAttempt, Record};
-use crate::round::{Action, Contribution, DeviceId, Event, FinishReason, ParticipantName, Refusal, Rounds};
+use crate::round::{Action, DeviceId, Event, FinishReason, ParticipantName, Refusal, Rounds};
 use crate::serve::{self, Incoming, Shared, ToParticipant};
-use crate::status::{ParticipantStatus, Status};
+use crate::status::ParticipantStatus;
 
 /// Connections served at a time, unless the cohort asks for more. Every one of them takes memory before it has said hello.
 const CONNECTIONS_MAX: usize = 1024;
 
 /// How often a full disk is asked whether it has room again.
 const STORAGE_RETRY: Duration = Duration::from_millis(250);
-/// Rows that wait for a full disk at most.
-const UNWRITTEN_ROWS_MAX: usize = 65_536;
 /// The first minor version that can go on within a round.
 const RESUMING_MINOR: u16 = 1;
 
@@ -629,125 +629,6 @@ impl Conductor {
         self.record(&Row::Update { round, participant, tokens, accepted: false, reason, energy_j: None })
     }
 
-    async fn aggregate(&mut self, round: u32, contributions: Vec<Contribution>) -> Result<(), RunError> {
-        self.state = "aggregating".into();
-        let Some(mut open) = self.open.take() else { return Ok(()) };
-        let closed = match &self.shared.body {
-            Some(body) => body.close().await.ok_or(RunError::BodyFailed(self.finished))?,
-            None => Closed { shared: None, own: BTreeMap::new(), computing: Duration::ZERO, idle: Duration::ZERO },
-        };
-        let Closed { shared: shared_body, mut own, computing, idle } = closed;
-        let (mut members, mut nats, mut tokens) = (Vec::new(), 0.0, 0);
-        for contribution in &contributions {
-            let Some(update) = open.updates.remove(&contribution.participant) else { continue };
-            nats += update.loss_nats * contribution.tokens as f64;
-            tokens += contribution.tokens;
-            let adapter = match own.remove(&contribution.participant) {
-                Some(body) => Adapter::join([update.adapter, body])?,
-                None => update.adapter,
-            };
-            members.push(Member { weight: contribution.tokens as f64, adapter });
-        }
-        let aggregated = offload::in_place(|| self.aggregator.aggregate(&self.adapter, &members, shared_body))?;
-        self.adapter = Arc::new(aggregated.adapter);
-        self.keep_until_written(round).await?;
-        self.finished = round;
-
-        let row = Row::Round {
-            round,
-            members: contributions.iter().map(|contribution| contribution.participant.to_string()).collect(),
-            loss_nats: nats / tokens as f64,
-            tokens,
-            duration_ms: milliseconds(open.begun.elapsed()),
-            aggregation_error: Some(aggregated.error),
-            body_compute_ms: milliseconds(computing),
-            body_idle_ms: milliseconds(idle),
-            energy_j: None,
-        };
-        self.record(&row)?;
-        for participant in self.connections.keys().cloned().collect::<Vec<_>>() {
-            self.record_bytes(&participant)?;
-        }
-        for participant in open.cohort {
-            let counted = contributions.iter().any(|contribution| contribution.participant == participant);
-            let outcome = match counted {
-                true => Outcome::Aggregated,
-                false => {
-                    let text = "the round was closed without its update".to_owned();
-                    Outcome::Refused { reason: RefusalReason::Late, text }
-                }
-            };
-            self.set_state(&participant, "connected");
-            self.send(&participant, FromCoordinator::RoundClosed { round, outcome }).await;
-        }
-        self.write_status(true)
-    }
-
-    /// Keeps the round, as soon as the disk takes it.
-    async fn keep_until_written(&mut self, round: u32) -> Result<(), RunError> {
-        let mut stop = self.stop.clone();
-        loop {
-            match self.keep(round).await {
-                Err(error) if error.may_pass() => {
-                    self.trouble = Some(error.to_string());
-                    self.note_storage()?;
-                    tokio::select! {
-                        biased;
-                        () = tokio::time::sleep(STORAGE_RETRY) => {}
-                        // Nothing is lost: the journal has what the round is made of.
-                        Ok(_) = stop.wait_for(|stop| *stop) => return Err(error),
-                    }
-                }
-                kept => {
-                    kept?;
-                    self.trouble = None;
-                    return self.note_storage();
-                }
-            }
-        }
-    }
-
-    /// Writes the finished round; its marker comes last.
-    async fn keep(&mut self, round: u32) -> Result<(), RunError> {
-        let optimizers = match &self.shared.body {
-            Some(body) => body.optimizers().await,
-            None => Vec::new(),
-        };
-        let state = self.aggregator.strategy().state();
-        let strategy = state.into_iter().map(|(name, vector)| (name.to_owned(), vector.to_vec())).collect();
-        let checkpoint = Checkpoint { adapter: Adapter::clone(&self.adapter), optimizers, strategy };
-        let base = self.shared.source.origin().display().to_string();
-        let directory = self.directory.begin_round(round)?;
-        offload::in_place(|| checkpoint.save(&self.directory, &directory, &base))?;
-        Ok(self.directory.finish_round(round)?)
-    }
-
-    async fn end(mut self, reason: FinishReason, mut peers: JoinSet<()>) -> Result<Ended, RunError> {
-        let (rounds, of) = (self.finished, self.shared.experiment.federation.rounds);
-        let text = match reason {
-            FinishReason::Completed => COMPLETED.to_owned(),
-            FinishReason::Stopped => format!("stopped after round {rounds} of {of}"),
-            FinishReason::Failed { round, attempts } => format!("round {round} was abandoned {attempts} times"),
-        };
-        for participant in self.connections.keys().cloned().collect::<Vec<_>>() {
-            self.record_bytes(&participant)?;
-            self.set_state(&participant, "dismissed");
-            self.send(&participant, FromCoordinator::Finish { reason: text.clone() }).await;
-        }
-        let duration_ms = milliseconds(self.begun.elapsed());
-        self.record(&Row::Finished { rounds, reason: text.clone(), duration_ms, energy_j: None })?;
-        self.state = if reason == FinishReason::Completed { "finished".into() } else { text.clone() };
-        self.write_status(true)?;
-        // Everybody is told; whoever does not answer is not waited for.
-        let told = async { while peers.join_next().await.is_some() {} };
-        let _ = tokio::time::timeout(Duration::from_secs(10), told).await;
-        let directory = self.directory.path().to_owned();
-        match reason {
-            FinishReason::Failed { round, attempts } => Err(RunError::Abandoned { round, attempts }),
-            reason => Ok(Ended { directory, rounds, of, stopped: reason == FinishReason::Stopped }),
-        }
-    }
-
     async fn send(&self, participant: &ParticipantName, message: FromCoordinator) {
         self.send_all(participant, ToParticipant { message, committed: BTreeMap::new() });
     }
@@ -767,108 +648,11 @@ impl Conductor {
         body_blocks(&self.shared.experiment, self.shared.manifest.config.blocks)
     }
 
-    fn record(&mut self, row: &Row) -> Result<(), RunError> {
-        self.watcher.row(row);
-        self.unwritten.push_back(row.clone());
-        self.write_rows()
-    }
-
-    /// Writes the rows that wait. Where the disk is full they wait on.
-    fn write_rows(&mut self) -> Result<(), RunError> {
-        while let Some(row) = self.unwritten.front() {
-            match self.metrics.append(row) {
-                Ok(()) => drop(self.unwritten.pop_front()),
-                Err(error) if error.may_pass() && self.unwritten.len() < UNWRITTEN_ROWS_MAX => {
-                    self.trouble = Some(error.to_string());
-                    return Ok(());
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        self.trouble = None;
-        Ok(())
-    }
-
-    /// Says, once, that nothing can be written, or that it can again.
-    fn note_storage(&mut self) -> Result<(), RunError> {
-        let trouble = match &*self.health.borrow_and_update() {
-            Health::Failed(reason) => return Err(RunError::JournalFailed(reason.clone())),
-            Health::Degraded(reason) => Some(format!("failed to {reason}")),
-            Health::Good => self.trouble.as_ref().map(|reason| format!("failed to {reason}")),
-        };
-        match trouble {
-            Some(reason) if !self.degraded => {
-                self.degraded = true;
-                self.directory.release_reserve();
-                self.watcher.note(&format!("storage degraded: {reason}; nothing is lost, the run waits for the disk"));
-                self.write_status(true)
-            }
-            None if self.degraded => {
-                self.degraded = false;
-                self.directory.hold_reserve();
-                self.watcher.note("the storage is good again; the run goes on");
-                self.write_status(true)
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn record_bytes(&mut self, participant: &ParticipantName) -> Result<(), RunError> {
-        let Some(connected) = self.connections.get(participant) else { return Ok(()) };
-        let row = ledger::bytes_row(self.finished, participant, &connected.connection);
-        self.record(&row)
-    }
-
-    fn set_state(&mut self, participant: &ParticipantName, state: &str) {
-        let status = self.participants.entry(participant.clone()).or_insert_with(|| ParticipantStatus {
-            name: participant.to_string(),
-            state: String::new(),
-            round: 0,
-            step: 0,
-            loss_nats: None,
-        });
-        status.state = state.into();
-    }
-
-    /// At most once a second, unless something has changed that a reader waits for.
-    fn write_status(&mut self, now: bool) -> Result<(), RunError> {
-        if !now && self.status_written.is_some_and(|written| written.elapsed() < Duration::from_secs(1)) {
-            return Ok(());
-        }
-        self.status_written = Some(Instant::now());
-        let federation = &self.shared.experiment.federation;
-        let slowest = self.open.as_ref().map_or(0, |open| {
-            let steps = open.cohort.iter().filter_map(|name| self.participants.get(name));
-            let done =
-                steps.map(|status| if status.round == open.key.round { status.step + 1 - open.first_step } else { 0 });
-            done.min().unwrap_or(0)
-        });
-        let status = Status {
-            state: if self.degraded { STORAGE_DEGRADED.into() } else { self.state.clone() },
-            round: self.rounds.round().min(federation.rounds),
-            rounds: federation.rounds,
-            step: slowest,
-            steps: federation.local_steps,
-            participants: self.participants.values().cloned().collect(),
-            updated_unix_ms: self.shared.journal.unix_ms(),
-        };
-        match status.write(&self.directory) {
-            // What cannot be shown is no reason to stop.
-            Err(error) if error.may_pass() => {
-                tracing::warn!(%error, "the status cannot be written");
-                Ok(())
-            }
-            written => Ok(written?),
-        }
-    }
-
     /// Since the run began, on a clock that never goes back.
     fn now_ms(&self) -> u64 {
         self.begun.elapsed().as_millis() as u64
     }
 }
-
-const STORAGE_DEGRADED: &str = "storage degraded";
 
 fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3

@@ -1,0 +1,138 @@
+//! How a round, and the run, end: aggregation, the finished round's files, and what everybody is told.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use experiment::Row;
+use model::Adapter;
+use tokio::task::JoinSet;
+use wire::{FromCoordinator, Outcome, RefusalReason};
+
+use super::super::{COMPLETED, Ended, RunError};
+use super::{Conductor, STORAGE_RETRY, milliseconds};
+use crate::aggregate::Member;
+use crate::body::Closed;
+use crate::checkpoint::Checkpoint;
+use crate::round::{Contribution, FinishReason};
+
+impl Conductor {
+    pub(super) async fn aggregate(&mut self, round: u32, contributions: Vec<Contribution>) -> Result<(), RunError> {
+        self.state = "aggregating".into();
+        let Some(mut open) = self.open.take() else { return Ok(()) };
+        let closed = match &self.shared.body {
+            Some(body) => body.close().await.ok_or(RunError::BodyFailed(self.finished))?,
+            None => Closed { shared: None, own: BTreeMap::new(), computing: Duration::ZERO, idle: Duration::ZERO },
+        };
+        let Closed { shared: shared_body, mut own, computing, idle } = closed;
+        let (mut members, mut nats, mut tokens) = (Vec::new(), 0.0, 0);
+        for contribution in &contributions {
+            let Some(update) = open.updates.remove(&contribution.participant) else { continue };
+            nats += update.loss_nats * contribution.tokens as f64;
+            tokens += contribution.tokens;
+            let adapter = match own.remove(&contribution.participant) {
+                Some(body) => Adapter::join([update.adapter, body])?,
+                None => update.adapter,
+            };
+            members.push(Member { weight: contribution.tokens as f64, adapter });
+        }
+        let aggregated = offload::in_place(|| self.aggregator.aggregate(&self.adapter, &members, shared_body))?;
+        self.adapter = Arc::new(aggregated.adapter);
+        self.keep_until_written(round).await?;
+        self.finished = round;
+
+        let row = Row::Round {
+            round,
+            members: contributions.iter().map(|contribution| contribution.participant.to_string()).collect(),
+            loss_nats: nats / tokens as f64,
+            tokens,
+            duration_ms: milliseconds(open.begun.elapsed()),
+            aggregation_error: Some(aggregated.error),
+            body_compute_ms: milliseconds(computing),
+            body_idle_ms: milliseconds(idle),
+            energy_j: None,
+        };
+        self.record(&row)?;
+        for participant in self.connections.keys().cloned().collect::<Vec<_>>() {
+            self.record_bytes(&participant)?;
+        }
+        for participant in open.cohort {
+            let counted = contributions.iter().any(|contribution| contribution.participant == participant);
+            let outcome = match counted {
+                true => Outcome::Aggregated,
+                false => {
+                    let text = "the round was closed without its update".to_owned();
+                    Outcome::Refused { reason: RefusalReason::Late, text }
+                }
+            };
+            self.set_state(&participant, "connected");
+            self.send(&participant, FromCoordinator::RoundClosed { round, outcome }).await;
+        }
+        self.write_status(true)
+    }
+
+    /// Keeps the round, as soon as the disk takes it.
+    async fn keep_until_written(&mut self, round: u32) -> Result<(), RunError> {
+        let mut stop = self.stop.clone();
+        loop {
+            match self.keep(round).await {
+                Err(error) if error.may_pass() => {
+                    self.trouble = Some(error.to_string());
+                    self.note_storage()?;
+                    tokio::select! {
+                        biased;
+                        () = tokio::time::sleep(STORAGE_RETRY) => {}
+                        // Nothing is lost: the journal has what the round is made of.
+                        Ok(_) = stop.wait_for(|stop| *stop) => return Err(error),
+                    }
+                }
+                kept => {
+                    kept?;
+                    self.trouble = None;
+                    return self.note_storage();
+                }
+            }
+        }
+    }
+
+    /// Writes the finished round; its marker comes last.
+    async fn keep(&mut self, round: u32) -> Result<(), RunError> {
+        let optimizers = match &self.shared.body {
+            Some(body) => body.optimizers().await,
+            None => Vec::new(),
+        };
+        let state = self.aggregator.strategy().state();
+        let strategy = state.into_iter().map(|(name, vector)| (name.to_owned(), vector.to_vec())).collect();
+        let checkpoint = Checkpoint { adapter: Adapter::clone(&self.adapter), optimizers, strategy };
+        let base = self.shared.source.origin().display().to_string();
+        let directory = self.directory.begin_round(round)?;
+        offload::in_place(|| checkpoint.save(&self.directory, &directory, &base))?;
+        Ok(self.directory.finish_round(round)?)
+    }
+
+    pub(super) async fn end(mut self, reason: FinishReason, mut peers: JoinSet<()>) -> Result<Ended, RunError> {
+        let (rounds, of) = (self.finished, self.shared.experiment.federation.rounds);
+        let text = match reason {
+            FinishReason::Completed => COMPLETED.to_owned(),
+            FinishReason::Stopped => format!("stopped after round {rounds} of {of}"),
+            FinishReason::Failed { round, attempts } => format!("round {round} was abandoned {attempts} times"),
+        };
+        for participant in self.connections.keys().cloned().collect::<Vec<_>>() {
+            self.record_bytes(&participant)?;
+            self.set_state(&participant, "dismissed");
+            self.send(&participant, FromCoordinator::Finish { reason: text.clone() }).await;
+        }
+        let duration_ms = milliseconds(self.begun.elapsed());
+        self.record(&Row::Finished { rounds, reason: text.clone(), duration_ms, energy_j: None })?;
+        self.state = if reason == FinishReason::Completed { "finished".into() } else { text.clone() };
+        self.write_status(true)?;
+        // Everybody is told; whoever does not answer is not waited for.
+        let told = async { while peers.join_next().await.is_some() {} };
+        let _ = tokio::time::timeout(Duration::from_secs(10), told).await;
+        let directory = self.directory.path().to_owned();
+        match reason {
+            FinishReason::Failed { round, attempts } => Err(RunError::Abandoned { round, attempts }),
+            reason => Ok(Ended { directory, rounds, of, stopped: reason == FinishReason::Stopped }),
+        }
+    }
+}
