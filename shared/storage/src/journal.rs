@@ -62,9 +62,8 @@ impl Journal {
             Self { disk: disk.clone(), path: path.to_owned(), file, length: length as u64, tail, broken: false };
         if length < bytes.len() {
             journal.cut()?;
-            // Or else the old bytes could come back behind new ones.
-            journal.sync()?;
         }
+        journal.settle(&bytes[HEADER_BYTES..length])?;
         Ok(Some((journal, records)))
     }
 
@@ -102,6 +101,17 @@ impl Journal {
     /// Returns once everything appended is on disk. After an error nothing is known: open the journal again.
     pub fn sync(&mut self) -> Result<(), StorageError> {
         self.disk.sync(&self.file, &self.path).map_err(StorageError::sync(&self.path))
+    }
+
+    /// Brings the records that were read to the disk. Behind a sync that failed they may be in the system's memory alone, and
+    /// counted as written there: another sync of the same pages would write nothing. What was cut off must not come back
+    /// behind new records either.
+    fn settle(&mut self, records: &[u8]) -> Result<(), StorageError> {
+        match self.disk.write_at(&mut self.file, &self.path, HEADER_BYTES as u64, records) {
+            // A file system that needs new room for old bytes has none: they stay as they are.
+            Err(source) if source.kind() != ErrorKind::StorageFull => Err(StorageError::write(&self.path)(source)),
+            _ => self.sync(),
+        }
     }
 
     fn cut(&mut self) -> Result<(), StorageError> {
@@ -183,6 +193,34 @@ mod tests {
 
     fn records(path: &Path) -> Option<Vec<Vec<u8>>> {
         Journal::open(&Disk::default(), path, &OURS).unwrap().map(|(_, records)| records)
+    }
+
+    #[test]
+    fn what_is_read_counts_only_once_it_is_on_the_disk() {
+        let (_directory, path) = written(&payloads());
+        // As behind a sync that failed: the records can be read, and nobody knows where from.
+        let asked = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let seen = asked.clone();
+        let watched = Disk::with_faults(Arc::new(move |operation, _| {
+            seen.lock().unwrap().push(operation);
+            Fault::None
+        }));
+        Journal::open(&watched, &path, &OURS).unwrap().unwrap();
+        assert_eq!(*asked.lock().unwrap(), [Operation::Write, Operation::Sync]);
+        let fails = |which| {
+            Disk::with_faults(Arc::new(move |operation, _| match operation == which {
+                true => Fault::Fails { errno: EIO },
+                false => Fault::None,
+            }))
+        };
+        assert!(Journal::open(&fails(Operation::Sync), &path, &OURS).is_err());
+        assert!(Journal::open(&fails(Operation::Write), &path, &OURS).is_err());
+        // With no room for them elsewhere, the old bytes are synced where they are.
+        let full = Disk::with_faults(Arc::new(|operation, _| match operation {
+            Operation::Write => Fault::Fails { errno: ENOSPC },
+            _ => Fault::None,
+        }));
+        assert_eq!(Journal::open(&full, &path, &OURS).unwrap().unwrap().1, payloads());
     }
 
     #[test]
