@@ -503,7 +503,9 @@ impl Conductor {
         self.reported.clear();
         self.publish(key, cohort.clone(), first_step).await;
         let local_steps = self.shared.experiment.federation.local_steps;
-        for participant in &cohort {
+        // Otherwise what is trained now would belong to no round after a kill.
+        let is_kept = self.until_kept().await?;
+        for participant in cohort.iter().filter(|_| is_kept) {
             self.set_state(participant, "training");
             let start = FromCoordinator::StartRound { round, attempt, first_step, local_steps, evaluate, train: true };
             self.send(participant, start).await;
@@ -642,6 +644,25 @@ impl Conductor {
 
     async fn note(&self, record: Record) {
         self.shared.journal.append(Entry::new(record), || {}).await;
+    }
+
+    /// Waits until the journal has everything on disk, however long that is full; says no where the run is to stop first.
+    async fn until_kept(&mut self) -> Result<bool, RunError> {
+        let (tell, mut kept) = oneshot::channel();
+        self.shared.journal.flush(move || tell.send(()).unwrap_or(())).await;
+        let (mut stop, mut health) = (self.stop.clone(), self.health.clone());
+        loop {
+            tokio::select! {
+                biased;
+                kept = &mut kept => {
+                    // A journal that has failed has said why.
+                    self.note_storage()?;
+                    return Ok(kept.is_ok());
+                }
+                Ok(()) = health.changed() => self.note_storage()?,
+                Ok(_) = stop.wait_for(|stop| *stop) => return Ok(false),
+            }
+        }
     }
 
     fn body_blocks(&self) -> Option<std::ops::Range<usize>> {
