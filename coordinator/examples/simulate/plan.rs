@@ -77,6 +77,9 @@ impl Plan {
                 device => plan.devices[device - 1].push(fault),
             }
         }
+        // Each end takes up to 20 s to notice a cut: two of them in a row may outlast the 30 s that a place is kept.
+        let faults = plan.coordinator.iter().chain(plan.devices.iter().flatten());
+        plan.is_gentle &= faults.filter(|fault| matches!(fault.what, What::Cut)).count() < 2;
         if random.random_range(0..4) == 0 {
             plan.black_out(&mut random);
         }
