@@ -87,7 +87,7 @@ impl Home {
         Ok(Invitation {
             name: name.clone(),
             addresses: self.addresses().to_vec(),
-            ca_pem: self.authority.certificate_pem().to_owned(),
+            ca_pem: self.authority.root_pem().to_owned(),
             enrol_cert_pem: identity.chain_pem().to_owned(),
             enrol_key_pem: identity.key_pem().to_owned(),
             expires_unix,
