@@ -121,8 +121,10 @@ async fn keep(
             Some(note) = notes.recv() => {
                 let now = Instant::now();
                 noted.retain(|_, at| now.duration_since(*at) < SAME_NOTE);
-                let is_new = noted.len() < NAMES_MAX && noted.insert((note.event, note.name.clone()), now).is_none();
-                if is_new {
+                let known = (note.event, note.name.clone());
+                // The time of what was written down, not of the last knock: else who never stops would never be noted again.
+                if noted.len() < NAMES_MAX && !noted.contains_key(&known) {
+                    noted.insert(known, now);
                     write_down(home.clone(), note).await;
                 } else {
                     admission.lost.fetch_add(1, Ordering::Relaxed);
