@@ -500,8 +500,6 @@ fn failed(error: impl Display) -> anyhow::Error {
     anyhow::anyhow!("failed to {error}")
 }
 
-/// A line on the standard output. A closed pipe or a full disk behind it is an error like any other, where `println!`
-/// would panic.
 fn bench_body(arguments: BenchBodyArguments) -> anyhow::Result<()> {
     let BenchBodyArguments { model, head_blocks, tail_blocks, batch, lora, rank, steps, json, .. } = arguments;
     let BenchBodyArguments { backend, threads, weights, .. } = arguments;
@@ -518,6 +516,8 @@ fn bench_body(arguments: BenchBodyArguments) -> anyhow::Result<()> {
     }
 }
 
+/// A line on the standard output. A closed pipe or a full disk behind it is an error like any other, where `println!`
+/// would panic.
 fn print(line: impl Display) -> anyhow::Result<()> {
     writeln!(std::io::stdout(), "{line}").context("failed to print")
 }
