@@ -42,12 +42,13 @@ if wanted 5; then
 fi
 if wanted 6; then
     say "== 6: deadlines"
+    requests=${quick:+1000}
+    requests=${requests:-5000}
     for prompt in 16 512; do
-        requests=${quick:+1000}
-        participant bench infer --model "$work/base/model-q4_0.gguf" --deadline 20ms --requests "${requests:-5000}" \
+        participant bench infer --model "$work/base/model-q4_0.gguf" --deadline 20ms --requests "$requests" \
             --hogs 2 --prompt-tokens $prompt --json > "$work/deadline-$prompt.json"
         # The long prompt takes longer than the deadline: a thousand answers of nothing say enough.
-        quick=yes
+        requests=1000
     done
     python3 scripts/check/device.py deadlines "$work"
 fi
