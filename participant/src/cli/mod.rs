@@ -30,8 +30,8 @@ use crate::local::{check_digest, initial_adapter};
 #[command(
     version,
     max_term_width = 110,
-    after_help = "Exit codes: 0 when it is done, or the run is over, be it stopped by the coordinator; 1 when it failed, or was \
-        stopped by Ctrl-C or SIGTERM (it says how to go on); 2 for wrong arguments."
+    after_help = "Exit codes: 0 when it is done, or the run is over, be it stopped by the coordinator, or a server was stopped; 1 \
+        when it failed, or anything else was stopped by Ctrl-C or SIGTERM (it says how to go on); 2 for wrong arguments."
 )]
 pub struct Cli {
     #[command(subcommand)]
