@@ -60,7 +60,7 @@ pub enum FrameError {
     Magic { found: [u8; 4] },
     #[error("the frame's {field} is {found}, which this version does not know")]
     Unknown { field: &'static str, found: u8 },
-    #[error("the shape {found:?} has {ndim} dimensions, none may be 0 and the rest must be")]
+    #[error("the shape that begins with {found:?} has {ndim} dimensions, none may be 0 and the rest must be")]
     Shape { found: Vec<u32>, ndim: usize },
     #[error("reserved bytes of the header are not 0")]
     Reserved,
@@ -173,7 +173,8 @@ impl FrameKind {
 
 impl Shape {
     pub fn new(dims: &[u32]) -> Result<Self, FrameError> {
-        let refused = || FrameError::Shape { found: dims.to_vec(), ndim: dims.len() };
+        let refused =
+            || FrameError::Shape { found: dims[..dims.len().min(limits::DIMS_MAX)].to_vec(), ndim: dims.len() };
         if dims.is_empty() || dims.len() > limits::DIMS_MAX || dims.contains(&0) {
             return Err(refused());
         }
