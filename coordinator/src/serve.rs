@@ -806,8 +806,9 @@ impl Stream {
         let PeerIdentity::Participant { name } = self.connection.peer().clone() else {
             return Err(misbehaved("a renewal by somebody who is no participant".into()));
         };
-        let (renewer, of, key) = (self.shared.clone(), name.clone(), self.connection.peer_key());
-        let renew = move || renewer.home.renew(&of, key, &csr_der, OffsetDateTime::now_utc());
+        let (renewer, of) = (self.shared.clone(), name.clone());
+        let proved = (self.connection.peer_key(), self.connection.issued_unix());
+        let renew = move || renewer.home.renew(&of, proved, &csr_der, OffsetDateTime::now_utc());
         let chain_pem = issued(renew).await?;
         tracing::info!(participant = %name, "certificate renewed");
         self.send.message(&Enrolled { chain_pem }).await?;

@@ -394,7 +394,7 @@ mod tests {
         let key = net::DeviceKey::generate().unwrap();
         let request = key.request_der().unwrap();
         let chain = home.redeem(&name, fingerprint, &request, now()).unwrap();
-        home.renew(&name, net::certified_key(&chain).unwrap(), &request, now()).unwrap();
+        home.renew(&name, (net::certified_key(&chain).unwrap(), now().unix_timestamp()), &request, now()).unwrap();
         home.revoke(&name, now()).unwrap();
         let events: Vec<_> = home.audit_log(None).unwrap().iter().map(|entry| entry.event).collect();
         assert_eq!(events, [Event::HomeMade, Event::Invited, Event::Enrolled, Event::Renewed, Event::Revoked]);
