@@ -40,7 +40,7 @@ pub(super) struct BenchInferArguments {
     #[arg(long, default_value_t = 128, value_parser = positive)]
     tokens: usize,
     /// 0 takes all cores
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = at_most::<THREADS_MAX>)]
     threads: usize,
     /// The best of so many
     #[arg(long, default_value_t = 3, value_parser = positive)]
@@ -52,7 +52,7 @@ pub(super) struct BenchInferArguments {
     #[arg(long, default_value_t = 1000, value_parser = positive, requires = "deadline")]
     requests: usize,
     /// Threads beside them that do nothing but take time
-    #[arg(long, default_value_t = 0, requires = "deadline")]
+    #[arg(long, default_value_t = 0, requires = "deadline", value_parser = at_most::<THREADS_MAX>)]
     hogs: usize,
     #[arg(long)]
     json: bool,
@@ -73,14 +73,26 @@ pub(super) struct BenchAdaptersArguments {
     #[arg(long, default_value_t = 1000, value_parser = positive)]
     switches: usize,
     /// 0 takes all cores
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = at_most::<THREADS_MAX>)]
     threads: usize,
     #[arg(long)]
     json: bool,
 }
 
+/// More of anything that is counted would be a slip of the finger.
+const COUNT_MAX: usize = 1 << 20;
+/// No machine that this is for has as many cores.
+const THREADS_MAX: usize = 1024;
+
 pub(super) fn positive(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|&number| number > 0).ok_or_else(|| "give a number of at least 1".into())
+    match at_most::<COUNT_MAX>(text)? {
+        0 => Err("give a number of at least 1".into()),
+        number => Ok(number),
+    }
+}
+
+pub(super) fn at_most<const MAX: usize>(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&number| number <= MAX).ok_or_else(|| format!("give a number of at most {MAX}"))
 }
 
 #[derive(Args)]

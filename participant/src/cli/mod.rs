@@ -95,7 +95,7 @@ struct DeviceArguments {
     #[arg(long, value_enum)]
     backend: Option<BackendName>,
     /// Threads for tensor work; 0 takes all cores
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(..=1024))]
     threads: Option<u32>,
     /// How the native backend keeps frozen weights; the experiment's `[device] weights` otherwise
     #[arg(long, value_enum)]

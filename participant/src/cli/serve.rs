@@ -9,10 +9,12 @@ use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use super::bench::positive;
+use super::bench::{at_most, positive};
 use super::infer::{ModelArguments, duration};
 use super::print;
 use crate::serve::{Limits, Server};
+
+const QUEUE_MAX: usize = 65_536;
 
 #[derive(Args)]
 pub(super) struct ServeArguments {
@@ -34,7 +36,7 @@ pub(super) struct ServeArguments {
     #[arg(long, default_value_t = Limits::default().answers, value_parser = positive)]
     concurrent: usize,
     /// Requests that wait for their turn; more are refused
-    #[arg(long, default_value_t = Limits::default().waiting)]
+    #[arg(long, default_value_t = Limits::default().waiting, value_parser = at_most::<QUEUE_MAX>)]
     queue: usize,
     /// A request that takes longer to come, head and body each, is given up
     #[arg(long, value_parser = duration, default_value = "10s")]

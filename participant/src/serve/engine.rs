@@ -131,6 +131,10 @@ fn begin(runner: &Runner, job: Job, reserve: Reserve) -> Option<Active<'_>> {
 fn end_due(waiting: &mut VecDeque<Job>, active: &mut VecDeque<Active<'_>>, reserve: &mut Reserve) {
     let now = Instant::now();
     waiting.retain(|job| {
+        // Whoever has gone leaves its place to others.
+        if job.events.is_closed() {
+            return false;
+        }
         let over = job.due(*reserve).is_some_and(|due| due <= now);
         if over {
             job.send(Event::Finished { finish: Finish::Deadline, prompt_tokens: 0, tokens: 0 });
