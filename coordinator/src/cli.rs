@@ -183,7 +183,7 @@ struct RenewCaArguments {
 
 #[derive(Subcommand)]
 enum AuditLogCommand {
-    /// Check that no line was changed, removed, added or moved
+    /// Check that no line was changed, removed or moved
     #[command(after_help = "Example:\n  coordinator audit-log verify home/")]
     Verify(AuditLogArguments),
     /// Print it, verified
@@ -194,7 +194,7 @@ enum AuditLogCommand {
 #[derive(Args)]
 struct AuditLogArguments {
     home: PathBuf,
-    /// The hash of the last line, as an earlier `verify` has printed it and somebody has kept it elsewhere
+    /// The hash of a line, as an earlier `verify` has printed it and somebody has kept it elsewhere
     #[arg(long, value_name = "HASH")]
     head: Option<String>,
     #[arg(long)]

@@ -1,8 +1,8 @@
 //! What has been done to whom, and by whose request: `audit.jsonl`, a line for each event, chained by hashes.
 //!
 //! Every line holds the SHA-256 of the line before it and of itself, and `audit.head` the number and hash of the last one: a line that is
-//! changed, removed, added or moved does not verify. Whoever can write both files can write another history; the hash of the last line,
-//! noted elsewhere, shows that too. No text of a participant's data is ever here. Start from [`Home::audit`] and [`verify`].
+//! changed, removed or moved does not verify, nor one that is added before others or behind two. Whoever can write both files can write
+//! another history; the hash of a line, noted elsewhere, shows that too. No text of a participant's data is ever here. Start from [`Home::audit`] and [`verify`].
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
@@ -98,15 +98,19 @@ impl Home {
         append(&self.path, now, event, name, detail)
     }
 
-    /// All lines, verified to the last, against `audit.head` and against the hash of the last line where one is given.
+    /// All lines, verified to the last, against `audit.head`, and against the hash of a line where one was noted elsewhere.
     pub fn audit_log(&self, noted: Option<&str>) -> Result<Vec<Entry>, HomeError> {
         let _lock = self.lock()?;
         let tampered = |tampered| HomeError::Audit { path: self.path.join(LOG), tampered };
         let (text, head) = (read_log(&self.path)?, read_head(&self.path)?);
         let entries = verify(&text, head.as_ref()).map_err(tampered)?;
-        let last = entries.last().map_or(BEGINNING, |entry| &entry.hash);
-        if let Some(noted) = noted.filter(|noted| !noted.eq_ignore_ascii_case(last)) {
-            let reason = format!("its last hash is {last}, and not {noted}");
+        // The first line says that the home was made.
+        if entries.is_empty() {
+            return Err(tampered(Tampered { line: 1, reason: "it is missing".into() }));
+        }
+        let is_known = |noted: &&str| entries.iter().any(|entry| noted.eq_ignore_ascii_case(&entry.hash));
+        if let Some(noted) = noted.filter(|noted| !is_known(noted)) {
+            let reason = format!("no line up to here has the hash {noted}");
             return Err(tampered(Tampered { line: entries.len() as u64, reason }));
         }
         Ok(entries)
@@ -381,8 +385,22 @@ mod tests {
         let (_directory, home) = new_home();
         let hash = home.audit_log(None).unwrap()[0].hash.clone();
         home.audit_log(Some(&hash)).unwrap();
+        // What is noted later does not spoil it; another history does.
         home.audit(now(), Event::Joined, None, "").unwrap();
-        assert!(home.audit_log(Some(&hash)).unwrap_err().to_string().contains("its last hash is"));
+        home.audit_log(Some(&hash)).unwrap();
+        let (_another, other) = new_home();
+        other.audit(now(), Event::Joined, None, "elsewhere").unwrap();
+        let noted = other.audit_log(None).unwrap()[1].hash.clone();
+        assert!(home.audit_log(Some(&noted)).unwrap_err().to_string().contains("no line up to here has the hash"));
+    }
+
+    #[test]
+    fn a_log_that_is_gone_is_no_log_of_nothing() {
+        let (_directory, home) = new_home();
+        for file in [LOG, HEAD] {
+            fs::remove_file(home.path().join(file)).unwrap();
+        }
+        assert!(home.audit_log(None).unwrap_err().to_string().contains("line 1: it is missing"));
     }
 
     #[test]
