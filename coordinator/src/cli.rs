@@ -390,12 +390,8 @@ impl Command {
                 }
             }
             Self::RenewCa(RenewCaArguments { home, root_key }) => {
-                let home = Home::open(&home).map_err(failed)?;
-                let until = home.renew_authority(&root_key, OffsetDateTime::now_utc()).map_err(failed)?;
-                print(format_args!(
-                    "{}: an issuing authority until {until}; restart the coordinator",
-                    home.path().display()
-                ))
+                let until = Home::renew_authority(&home, &root_key, OffsetDateTime::now_utc()).map_err(failed)?;
+                print(format_args!("{}: an issuing authority until {until}; restart the coordinator", home.display()))
             }
             Self::AuditLog(AuditLogCommand::Verify(AuditLogArguments { home, head, json })) => {
                 let entries = Home::open(&home).and_then(|home| home.audit_log(head.as_deref())).map_err(failed)?;

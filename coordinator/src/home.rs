@@ -167,7 +167,8 @@ impl Home {
         }
         let unusable = |path: &Path| {
             let path = path.to_owned();
-            let next_step = "restore it and its key from a backup, or make a new home and invite everyone again";
+            let next_step =
+                "renew it with the root's key (coordinator renew-ca), or restore it and its key from a backup";
             move |source| HomeError::Identity { path, source, next_step }
         };
         let root_pem = read(&root)?;
@@ -180,16 +181,21 @@ impl Home {
 
     /// Makes another issuing authority, with the root's key, which may lie anywhere. What the one before it has signed
     /// stays good.
-    pub fn renew_authority(&self, root_key: &Path, now: OffsetDateTime) -> Result<OffsetDateTime, HomeError> {
-        let _lock = self.lock()?;
+    ///
+    /// It asks for no issuing authority that is in order: a home in which this was cut short is mended by doing it again.
+    pub fn renew_authority(home: &Path, root_key: &Path, now: OffsetDateTime) -> Result<OffsetDateTime, HomeError> {
+        if !home.join(SETTINGS).try_exists().map_err(file("look into", home))? {
+            return Err(HomeError::NotAHome { path: home.to_owned() });
+        }
+        let _lock = lock(home)?;
         let next_step = "give --root-key the file ca.key that `coordinator init` made together with this home's ca.pem";
         let unusable = |source| HomeError::Identity { path: root_key.to_owned(), source, next_step };
-        let root = Root::from_pem(&read(&self.path.join(ROOT[0]))?, &read(root_key)?).map_err(unusable)?;
+        let root = Root::from_pem(&read(&home.join(ROOT[0]))?, &read(root_key)?).map_err(unusable)?;
         let authority = root.issue_authority(now).map_err(unusable)?;
-        write_authority(&self.path, &authority)?;
-        issue_coordinator(&self.path, &authority, now)?;
+        write_authority(home, &authority)?;
+        issue_coordinator(home, &authority, now)?;
         let until = authority.not_after();
-        self.audit_locked(now, Event::AuthorityRenewed, None, &format!("until {until}"))?;
+        audit::append(home, now, Event::AuthorityRenewed, None, &format!("until {until}"))?;
         Ok(until)
     }
 
@@ -244,10 +250,14 @@ impl Home {
 
     /// Keeps other threads and processes from changing this home until the file is dropped.
     fn lock(&self) -> Result<File, HomeError> {
-        let path = self.path.join(LOCK);
-        let lock = OpenOptions::new().write(true).create(true).truncate(false).open(&path);
-        lock.and_then(|lock| lock.lock().map(|()| lock)).map_err(file("lock", &path))
+        lock(&self.path)
     }
+}
+
+fn lock(home: &Path) -> Result<File, HomeError> {
+    let path = home.join(LOCK);
+    let lock = OpenOptions::new().write(true).create(true).truncate(false).open(&path);
+    lock.and_then(|lock| lock.lock().map(|()| lock)).map_err(file("lock", &path))
 }
 
 impl Addresses {
@@ -520,16 +530,36 @@ mod tests {
         fs::rename(home.path().join("ca.key"), &elsewhere).unwrap();
         let home = Home::open(home.path()).unwrap();
         let alice = PeerName::new("alice").unwrap();
-        home.invite(&alice, now(), Duration::DAY, false).unwrap();
+        let invitation = home.invite(&alice, now(), Duration::DAY, false).unwrap();
         let (before, later) = (home.authority_not_after(), now() + Duration::days(700));
-        home.renew_authority(&elsewhere, later).unwrap();
+        Home::renew_authority(home.path(), &elsewhere, later).unwrap();
         let renewed = Home::open(home.path()).unwrap();
         assert!(renewed.authority_not_after() > before);
         assert_eq!(renewed.authority.root_pem(), home.authority.root_pem());
-        renewed.identity(later).unwrap();
+        // Whoever was invited before believes the coordinator still.
+        let identity = renewed.identity(later).unwrap();
+        Identity::from_pem(identity.chain_pem(), identity.key_pem(), &invitation.ca_pem).unwrap();
         let (_other_directory, other) = new_home();
-        let error = home.renew_authority(&other.path().join("ca.key"), later).unwrap_err().to_string();
+        let error = Home::renew_authority(home.path(), &other.path().join("ca.key"), later).unwrap_err().to_string();
         assert!(error.contains("ca.key") && error.contains("--root-key"), "{error}");
+    }
+
+    #[test]
+    fn a_renewal_that_was_cut_short_is_done_again() {
+        let (_directory, home) = new_home();
+        let [root_key, certificate, key] = ["ca.key", "issuing.pem", "issuing.key"].map(|name| home.path().join(name));
+        let old_key = fs::read(&key).unwrap();
+        Home::renew_authority(home.path(), &root_key, now()).unwrap();
+        // The new certificate was written, and its key was not, or only removed.
+        for cut in [Some(old_key), None] {
+            match cut {
+                Some(old_key) => fs::write(&key, old_key).unwrap(),
+                None => fs::remove_file(&key).unwrap(),
+            }
+            assert!(certificate.exists() && Home::open(home.path()).is_err());
+            Home::renew_authority(home.path(), &root_key, now()).unwrap();
+            Home::open(home.path()).unwrap().identity(now()).unwrap();
+        }
     }
 
     #[test]
