@@ -273,7 +273,7 @@ fn what_finds_no_place_is_refused_and_what_has_a_deadline_ends() {
     // The model is small: the long answer may be over.
     assert!([200, 503].contains(&short.status), "{} {}", short.status, short.body);
     assert!(short.status == 200 || short.head.contains("retry-after: 1"), "{}", short.head);
-    assert!(Response::read(long).body.is_empty() || short.status > 0);
+    drop(long);
 
     let hurried = json!({"model": "base", "prompt": "x ".repeat(1000), "max_tokens": 1000, "deadline_ms": 2});
     let answer = served.post(TEXT, &hurried);
