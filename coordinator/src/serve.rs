@@ -1,7 +1,9 @@
 //! One connection, served: hello and welcome, then whatever streams the participant opens.
 //!
-//! Nothing is decided here. What a peer says becomes an [`Incoming`] for the run loop or a job for the body, after it has
-//! been checked; what the run loop wants said arrives as a message. Who the peer is comes from its certificate.
+//! Nothing is decided here. What a peer says becomes an [`Incoming`] for the run loop or a job for the body, after it
+//! has been checked; what the run loop wants said arrives as a message. Who the peer is comes from its certificate.
+
+mod certificates;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,26 +15,25 @@ use model::source::{Manifest, TensorInfo as SourceTensor};
 use model::{Adapter, Cut, Matrix, Segments, Source};
 use net::{Connection, NetError, PeerIdentity, RecvStream, SendStream, StreamKind};
 use planted::Bug;
-use time::OffsetDateTime;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use wire::{
-    AdapterListing, BlobHeader, BlobRef, CODEC_PLAIN, CloseCode, Commit, DType, Enrolled, FrameKind, FromCoordinator,
+    AdapterListing, BlobHeader, BlobRef, CODEC_PLAIN, CloseCode, Commit, DType, FrameKind, FromCoordinator,
     FromParticipant, MessageKind, ProtocolError, Purpose, RefusalReason, Request, Shape, SquaredNorms, TensorHeader,
     TensorInfo, UpdateReply,
 };
 
 use crate::body::{self, BodyError, BodyHandle, Forward, Place, RoundKey};
+use crate::home::Home;
 use crate::home::audit::Event;
-use crate::home::{Home, RedeemError};
 use crate::journal::Journal;
 use crate::round::ParticipantName;
 use crate::witness::{Micro, Witness, Work};
 
 /// A peer that connects must say hello within this time.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
-/// Streams that a participant may open and give up, one after the other, before it finishes one. A round that is closed costs an honest one
-/// those that are in flight.
+/// Streams that a participant may open and give up, one after the other, before it finishes one. A round that is closed
+/// costs an honest one those that are in flight.
 const STREAMS_GIVEN_UP_MAX: u32 = 256;
 const BLOB_CHUNK_BYTES: usize = 256 << 10;
 
@@ -190,7 +191,7 @@ pub async fn serve(connection: Connection, shared: Arc<Shared>) {
             Session::run(name, &connection, &shared).await
         }
         PeerIdentity::Enrol { name, .. } => {
-            let enrolled = enrol(&connection, &shared).await;
+            let enrolled = certificates::enrol(&connection, &shared).await;
             if let Err(ServeError::Close(CloseCode::NotAuthorized, reason)) = &enrolled {
                 shared.home.admission().note(Event::Refused, name, reason);
             }
@@ -214,8 +215,8 @@ pub async fn serve(connection: Connection, shared: Arc<Shared>) {
     }
 }
 
-/// A peer that is dropped unserved is not sent away for good: without a word its connection would be closed as if all were
-/// done.
+/// A peer that is dropped unserved is not sent away for good: without a word its connection would be closed as if all
+/// were done.
 struct Leaving(Connection);
 
 impl Drop for Leaving {
@@ -253,38 +254,6 @@ impl ServeError {
             Self::Net(error) => (error.close_code(), error.to_string()),
             Self::Close(code, reason) => (*code, reason.clone()),
         }
-    }
-}
-
-async fn enrol(connection: &Connection, shared: &Arc<Shared>) -> Result<(), ServeError> {
-    let PeerIdentity::Enrol { name, fingerprint } = connection.peer().clone() else {
-        return Err(ServeError::Close(CloseCode::Internal, "no invitation".into()));
-    };
-    let (mut send, mut receive) = within(HELLO_DEADLINE, connection.accept()).await??;
-    let Request::Enrol { csr_der } = within(HELLO_DEADLINE, receive.message()).await?? else {
-        return Err(ServeError::Close(CloseCode::Unexpected, "an invitation is good for enrolling alone".into()));
-    };
-    receive.end().await?;
-    let (redeemer, of) = (shared.clone(), name.clone());
-    let redeem = move || redeemer.home.redeem(&of, fingerprint, &csr_der, OffsetDateTime::now_utc());
-    let chain_pem = issued(redeem).await?;
-    tracing::info!(participant = %name, "enrolled");
-    send.message(&Enrolled { chain_pem }).await?;
-    send.finish();
-    Ok(send.delivered().await?)
-}
-
-/// A certificate chain, if the home issues one.
-async fn issued(issue: impl FnOnce() -> Result<String, RedeemError> + Send + 'static) -> Result<String, ServeError> {
-    match offload::beside(issue).await {
-        Ok(Ok(chain_pem)) => Ok(chain_pem),
-        // Paths of the home are for the log alone.
-        Ok(Err(RedeemError::Home(error))) => {
-            tracing::error!(%error, "no certificate can be issued");
-            Err(ServeError::Close(CloseCode::Internal, "the coordinator cannot read its home".into()))
-        }
-        Ok(Err(error)) => Err(ServeError::Close(CloseCode::NotAuthorized, error.to_string())),
-        Err(error) => Err(ServeError::Close(CloseCode::Internal, error.to_string())),
     }
 }
 
@@ -426,7 +395,8 @@ impl Session<'_> {
                     }
                 }
                 Some(served) = streams.join_next() => match served {
-                    // The participant gave this stream up; it has its reasons, and the connection lives, unless it does nothing else.
+                    // The participant gave this stream up; it has its reasons, and the connection lives, unless it does
+                    // nothing else.
                     Ok(Err(ServeError::Net(NetError::Reset { .. }))) if given_up < STREAMS_GIVEN_UP_MAX => given_up += 1,
                     Ok(Err(ServeError::Net(NetError::Reset { .. }))) => {
                         let what = format!("{given_up} streams were opened and given up in a row");
@@ -513,8 +483,8 @@ impl Session<'_> {
     }
 }
 
-/// One stream that a participant opened. Dropped before its end, because it or the run is no longer wanted, it is given up:
-/// merely ended, it would look like an answer that breaks off.
+/// One stream that a participant opened. Dropped before its end, because it or the run is no longer wanted, it is given
+/// up: merely ended, it would look like an answer that breaks off.
 struct Stream {
     session: u64,
     participant: ParticipantName,
@@ -797,21 +767,6 @@ impl Stream {
         for chunk in rest.chunks(BLOB_CHUNK_BYTES) {
             self.send.bytes(MessageKind::Blob, chunk).await?;
         }
-        self.finish();
-        Ok(())
-    }
-
-    async fn renew(mut self, csr_der: Vec<u8>) -> Result<(), ServeError> {
-        self.receive.end().await?;
-        let PeerIdentity::Participant { name } = self.connection.peer().clone() else {
-            return Err(misbehaved("a renewal by somebody who is no participant".into()));
-        };
-        let (renewer, of) = (self.shared.clone(), name.clone());
-        let proved = (self.connection.peer_key(), self.connection.issued_unix());
-        let renew = move || renewer.home.renew(&of, proved, &csr_der, OffsetDateTime::now_utc());
-        let chain_pem = issued(renew).await?;
-        tracing::info!(participant = %name, "certificate renewed");
-        self.send.message(&Enrolled { chain_pem }).await?;
         self.finish();
         Ok(())
     }

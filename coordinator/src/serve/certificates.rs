@@ -1,0 +1,59 @@
+//! Certificates over the wire: the first one for an invitation, and the next one for a participant that holds one.
+
+use std::sync::Arc;
+
+use net::{Connection, PeerIdentity};
+use time::OffsetDateTime;
+use wire::{CloseCode, Enrolled, Request};
+
+use super::{HELLO_DEADLINE, ServeError, Shared, Stream, misbehaved, within};
+use crate::home::RedeemError;
+
+pub(super) async fn enrol(connection: &Connection, shared: &Arc<Shared>) -> Result<(), ServeError> {
+    let PeerIdentity::Enrol { name, fingerprint } = connection.peer().clone() else {
+        return Err(ServeError::Close(CloseCode::Internal, "no invitation".into()));
+    };
+    let (mut send, mut receive) = within(HELLO_DEADLINE, connection.accept()).await??;
+    let Request::Enrol { csr_der } = within(HELLO_DEADLINE, receive.message()).await?? else {
+        return Err(ServeError::Close(CloseCode::Unexpected, "an invitation is good for enrolling alone".into()));
+    };
+    receive.end().await?;
+    let (redeemer, of) = (shared.clone(), name.clone());
+    let redeem = move || redeemer.home.redeem(&of, fingerprint, &csr_der, OffsetDateTime::now_utc());
+    let chain_pem = issued(redeem).await?;
+    tracing::info!(participant = %name, "enrolled");
+    send.message(&Enrolled { chain_pem }).await?;
+    send.finish();
+    Ok(send.delivered().await?)
+}
+
+impl Stream {
+    pub(super) async fn renew(mut self, csr_der: Vec<u8>) -> Result<(), ServeError> {
+        self.receive.end().await?;
+        let PeerIdentity::Participant { name } = self.connection.peer().clone() else {
+            return Err(misbehaved("a renewal by somebody who is no participant".into()));
+        };
+        let (renewer, of) = (self.shared.clone(), name.clone());
+        let proved = (self.connection.peer_key(), self.connection.issued_unix());
+        let renew = move || renewer.home.renew(&of, proved, &csr_der, OffsetDateTime::now_utc());
+        let chain_pem = issued(renew).await?;
+        tracing::info!(participant = %name, "certificate renewed");
+        self.send.message(&Enrolled { chain_pem }).await?;
+        self.finish();
+        Ok(())
+    }
+}
+
+/// A certificate chain, if the home issues one.
+async fn issued(issue: impl FnOnce() -> Result<String, RedeemError> + Send + 'static) -> Result<String, ServeError> {
+    match offload::beside(issue).await {
+        Ok(Ok(chain_pem)) => Ok(chain_pem),
+        // Paths of the home are for the log alone.
+        Ok(Err(RedeemError::Home(error))) => {
+            tracing::error!(%error, "no certificate can be issued");
+            Err(ServeError::Close(CloseCode::Internal, "the coordinator cannot read its home".into()))
+        }
+        Ok(Err(error)) => Err(ServeError::Close(CloseCode::NotAuthorized, error.to_string())),
+        Err(error) => Err(ServeError::Close(CloseCode::Internal, error.to_string())),
+    }
+}
