@@ -1,8 +1,9 @@
 //! What has been done to whom, and by whose request: `audit.jsonl`, a line for each event, chained by hashes.
 //!
-//! Every line holds the SHA-256 of the line before it and of itself, and `audit.head` the number and hash of the last one: a line that is
-//! changed, removed or moved does not verify, nor one that is added before others or behind two. Whoever can write both files can write
-//! another history; the hash of a line, noted elsewhere, shows that too. No text of a participant's data is ever here. Start from [`Home::audit`] and [`verify`].
+//! Every line holds the SHA-256 of the line before it and of itself, and `audit.head` the number and hash of the last
+//! one: a line that is changed, removed or moved does not verify, nor one that is added before others or behind two.
+//! Whoever can write both files can write another history; the hash of a line, noted elsewhere, shows that too. No text
+//! of a participant's data is ever here. Start from [`Home::audit`] and [`verify`].
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
@@ -98,7 +99,8 @@ impl Home {
         append(&self.path, now, event, name, detail)
     }
 
-    /// All lines, verified to the last, against `audit.head`, and against the hash of a line where one was noted elsewhere.
+    /// All lines, verified to the last, against `audit.head`, and against the hash of a line where one was noted
+    /// elsewhere.
     pub fn audit_log(&self, noted: Option<&str>) -> Result<Vec<Entry>, HomeError> {
         let _lock = self.lock()?;
         let tampered = |tampered| HomeError::Audit { path: self.path.join(LOG), tampered };
@@ -160,8 +162,8 @@ impl Default for Head {
     }
 }
 
-/// The entries of a log whose every line is as it was written, in its place, and up to `head`. A crash between a line and its head leaves
-/// the head one line behind, and half a line without its end; both are passed.
+/// The entries of a log whose every line is as it was written, in its place, and up to `head`. A crash between a line
+/// and its head leaves the head one line behind, and half a line without its end; both are passed.
 pub fn verify(text: &[u8], head: Option<&Head>) -> Result<Vec<Entry>, Tampered> {
     let head = head.cloned().unwrap_or_default();
     let mut entries: Vec<Entry> = Vec::new();

@@ -129,8 +129,9 @@ impl Home {
         Ok(chain)
     }
 
-    /// Another certificate for a participant that holds one, by a request of the same key. The caller's peer has proved to hold
-    /// that key, by a certificate that was issued in the second `issued_unix`: it may have been revoked since it was let in.
+    /// Another certificate for a participant that holds one, by a request of the same key. The caller's peer has proved
+    /// to hold that key, by a certificate that was issued in the second `issued_unix`: it may have been revoked since
+    /// it was let in.
     pub fn renew(
         &self,
         name: &PeerName,

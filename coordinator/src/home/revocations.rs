@@ -1,7 +1,8 @@
 //! Whose certificates count no longer: `revoked.toml`, a second for each name.
 //!
-//! What was issued to a name up to that second, certificates and invitations, is refused; what is issued later counts, so that a device can
-//! be invited again. Nothing here closes a connection: that is the business of whoever serves it. Start from [`Home::revoke`].
+//! What was issued to a name up to that second, certificates and invitations, is refused; what is issued later counts,
+//! so that a device can be invited again. Nothing here closes a connection: that is the business of whoever serves it.
+//! Start from [`Home::revoke`].
 
 use std::collections::BTreeMap;
 use std::fs;
