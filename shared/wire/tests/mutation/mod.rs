@@ -9,8 +9,8 @@ use kernels::CountingAllocator;
 /// What any input may cost beside twice its size.
 const SLACK_BYTES: usize = 64 * 1024;
 
-/// Runs `decode` on mutations of `seeds` and on noise, and returns how many were accepted. Nothing may panic, hang, or have more memory at a
-/// time than twice the input and 64 KiB.
+/// Runs `decode` on mutations of `seeds` and on noise, and returns how many were accepted. Nothing may panic, hang, or
+/// have more memory at a time than twice the input and 64 KiB.
 pub fn check(memory: &CountingAllocator, what: &str, seeds: &[Vec<u8>], mut decode: impl FnMut(&[u8]) -> bool) -> u64 {
     let executions: u64 =
         std::env::var("HEADWATER_MUTATIONS").map_or(20_000, |number| number.parse().expect("a number"));
