@@ -5,6 +5,7 @@
 
 use super::Shape;
 use crate::path::Work;
+use crate::quantized::{GROUP, Region};
 use crate::simd::Simd;
 
 /// Ranks beyond this are refused.
@@ -49,14 +50,19 @@ impl Layer {
 }
 
 /// The factors of some layers.
+///
+/// A token reads each of them once, from the memory itself where a base and its adapters are larger than the caches: so they
+/// lie as they are read, from the first to the last, in huge pages.
 pub struct Adapter {
     shape: Shape,
     blocks: usize,
     rank: usize,
     /// Where each block's layers' factors are.
     places: Vec<[Option<usize>; 7]>,
-    /// A as `[rank, columns]`, and behind it B, scaled and transposed, `[rank, rows]`.
-    numbers: Vec<f32>,
+    /// A, and behind it B, scaled and transposed: each `[rank, length]`, in runs of [`GROUP`] along the length, the last of
+    /// them shorter: `[length / GROUP][rank][GROUP]`.
+    numbers: Region,
+    count: usize,
 }
 
 /// The factors of one layer: A is `[rank, columns]`, B is `[rows, rank]`.
@@ -72,23 +78,28 @@ impl Adapter {
     /// If sizes do not agree, a layer comes twice, or the rank is 0 or above [`RANK_MAX`].
     pub fn new(shape: &Shape, blocks: usize, rank: usize, scale: f32, layers: &[LayerFactors<'_>]) -> Self {
         assert!((1..=RANK_MAX).contains(&rank), "a rank of 1 to {RANK_MAX}");
+        let count = layers.iter().map(|layer| layer.a.len() + layer.b.len()).sum::<usize>();
+        let numbers = Region::new((count * size_of::<f32>()).max(1), true);
+        // SAFETY: so many numbers, zeros, that are nobody else's yet.
+        let mut rest = unsafe { std::slice::from_raw_parts_mut(numbers.start().as_ptr().cast::<f32>(), count) };
         let mut places = vec![[None; 7]; blocks];
-        let mut numbers = Vec::new();
-        numbers.reserve_exact(layers.iter().map(|layer| layer.a.len() + layer.b.len()).sum());
         for &LayerFactors { block, layer, a, b } in layers {
             let [rows, columns] = layer.sizes(shape);
             assert_eq!([a.len(), b.len()], [rank * columns, rows * rank], "the factors of block {block}'s {layer:?}");
-            let place = places[block][layer as usize].replace(numbers.len());
+            let place = places[block][layer as usize].replace(count - rest.len());
             assert_eq!(place, None, "block {block}'s {layer:?} once");
-            numbers.extend_from_slice(a);
-            numbers.extend((0..rank).flat_map(|r| (0..rows).map(move |row| scale * b[row * rank + r])));
+            let (to_a, behind) = rest.split_at_mut(a.len());
+            let (to_b, behind) = behind.split_at_mut(b.len());
+            in_runs(to_a, rank, |r, column| a[r * columns + column]);
+            in_runs(to_b, rank, |r, row| scale * b[row * rank + r]);
+            rest = behind;
         }
-        Self { shape: shape.clone(), blocks, rank, places, numbers }
+        Self { shape: shape.clone(), blocks, rank, places, numbers, count }
     }
 
     /// Bytes of the factors.
     pub fn bytes(&self) -> usize {
-        self.numbers.len() * size_of::<f32>()
+        self.count * size_of::<f32>()
     }
 
     pub(super) fn fits(&self, shape: &Shape, blocks: usize) -> bool {
@@ -98,7 +109,9 @@ impl Adapter {
     /// A and B of a layer that has them.
     fn factors(&self, block: usize, layer: Layer) -> Option<[&[f32]; 2]> {
         let [rows, columns] = layer.sizes(&self.shape);
-        let (a, b) = self.numbers[self.places[block][layer as usize]?..].split_at(self.rank * columns);
+        // SAFETY: `new` has written so many, and nobody writes them any more.
+        let all = unsafe { std::slice::from_raw_parts(self.numbers.start().as_ptr().cast::<f32>(), self.count) };
+        let (a, b) = all[self.places[block][layer as usize]?..].split_at(self.rank * columns);
         Some([a, &b[..self.rank * rows]])
     }
 
@@ -112,6 +125,20 @@ impl Adapter {
         Widen { adapter: self, block, layer, rows, low: std::ptr::null(), to: std::ptr::null_mut() }
     }
 }
+
+/// Writes a factor, of which `number` tells the numbers by place of the rank and place along its length.
+fn in_runs(to: &mut [f32], rank: usize, number: impl Fn(usize, usize) -> f32) {
+    for (i, run) in to.chunks_mut(rank * GROUP).enumerate() {
+        let width = run.len() / rank;
+        for (at, to) in run.iter_mut().enumerate() {
+            *to = number(at / width, i * GROUP + at % width);
+        }
+    }
+}
+
+/// So many bytes ahead of where it is read a factor is asked for: what comes behind it is the next to be read.
+const AHEAD: usize = 2048;
+const LINE: usize = 64;
 
 pub(super) struct Narrow<'a> {
     adapter: &'a Adapter,
@@ -133,18 +160,15 @@ impl Work for Narrow<'_> {
         let rank = adapter.rank;
         for &layer in layers {
             let Some([a, _]) = adapter.factors(block, layer) else { continue };
-            let columns = a.len() / rank;
             let mut row = 0;
             while row < rank {
-                // SAFETY: the caller's promise; A has these rows of these columns.
+                // SAFETY: the caller's promise; A has these rows.
                 unsafe {
-                    let (from, to) = (a.as_ptr().add(row * columns), to.add(layer.low() + row));
-                    if rank - row >= 4 {
-                        dots::<S, 4>(from, x, columns, to);
-                        row += 4;
-                    } else {
-                        dots::<S, 1>(from, x, columns, to);
-                        row += 1;
+                    let to = to.add(layer.low() + row);
+                    match rank - row {
+                        8.. => row += dots::<S, 8>(a, rank, row, x, to),
+                        4.. => row += dots::<S, 4>(a, rank, row, x, to),
+                        _ => row += dots::<S, 1>(a, rank, row, x, to),
                     }
                 }
             }
@@ -152,34 +176,49 @@ impl Work for Narrow<'_> {
     }
 }
 
-/// `to[i] = rows[i] · x` of `N` rows.
+/// `to[i] = A[row + i] · x` of `N` rows, which it returns.
 ///
 /// # Safety
-/// The CPU has `S`; the pointers reach so many numbers.
+/// The CPU has `S`; A has these rows; the pointers reach so many numbers.
 #[inline(always)]
-unsafe fn dots<S: Simd, const N: usize>(rows: *const f32, x: *const f32, columns: usize, to: *mut f32) {
+unsafe fn dots<S: Simd, const N: usize>(a: &[f32], rank: usize, row: usize, x: *const f32, to: *mut f32) -> usize {
+    let columns = a.len() / rank;
     // SAFETY: the caller's promise.
     unsafe {
         let mut sums = [S::splat(0.0); N];
+        let whole = columns / GROUP * GROUP;
+        let mut column = 0;
+        while column < whole {
+            let run = a.as_ptr().add(column * rank + row * GROUP);
+            for i in 0..N {
+                S::prefetch(run.cast::<u8>().wrapping_add(AHEAD + i * LINE));
+            }
+            let mut at = 0;
+            while at < GROUP {
+                let x = S::load(x.add(column + at));
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    *sum = S::fma(S::load(run.add(i * GROUP + at)), x, *sum);
+                }
+                at += S::LANES;
+            }
+            column += GROUP;
+        }
+        let width = columns - whole;
+        let run = a.as_ptr().add(whole * rank + row * width);
         let mut at = 0;
-        while at + S::LANES <= columns {
-            let x = S::load(x.add(at));
+        while at < width {
+            let n = S::LANES.min(width - at);
+            let x = S::load_n(x.add(whole + at), n);
             for (i, sum) in sums.iter_mut().enumerate() {
-                *sum = S::fma(S::load(rows.add(i * columns + at)), x, *sum);
+                *sum = S::fma(S::load_n(run.add(i * width + at), n), x, *sum);
             }
             at += S::LANES;
-        }
-        if at < columns {
-            let n = columns - at;
-            let x = S::load_n(x.add(at), n);
-            for (i, sum) in sums.iter_mut().enumerate() {
-                *sum = S::fma(S::load_n(rows.add(i * columns + at), n), x, *sum);
-            }
         }
         for (i, sum) in sums.into_iter().enumerate() {
             *to.add(i) = S::sum(sum);
         }
     }
+    N
 }
 
 pub(super) struct Widen<'a> {
@@ -202,26 +241,42 @@ impl Work for Widen<'_> {
     type Output = ();
 
     /// # Safety
-    /// Also: the rows of `to` are this thread's.
+    /// Also: the rows of `to` are this thread's; the first is that of a group.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let Self { adapter, block, layer, rows, low, to } = self;
         let Some([_, b]) = adapter.factors(block, layer) else { return };
         let (rank, all) = (adapter.rank, b.len() / adapter.rank);
         let end = rows.end.min(all);
-        let mut row = rows.start;
-        while row < end {
-            let n = S::LANES.min(end - row);
-            // SAFETY: the caller's promise; B has these rows.
-            unsafe {
-                let (low, b) = (low.add(layer.low()), b.as_ptr().add(row));
-                let mut sum = S::load_n(to.add(row), n);
+        // SAFETY: the caller's promise; B has these rows.
+        unsafe {
+            let low = low.add(layer.low());
+            let mut row = rows.start;
+            while row < end {
+                let run = b.as_ptr().add(row * rank);
+                let width = GROUP.min(all - row);
                 for r in 0..rank {
-                    sum = S::fma(S::splat(*low.add(r)), S::load_n(b.add(r * all), n), sum);
+                    S::prefetch(run.cast::<u8>().wrapping_add(AHEAD + r * LINE));
                 }
-                S::store_n(to.add(row), sum, n);
+                let mut at = 0;
+                while at < width {
+                    let (to, run, n) = (to.add(row + at), run.add(at), S::LANES.min(width - at));
+                    let whole = n == S::LANES;
+                    let mut sum = if whole { S::load(to) } else { S::load_n(to, n) };
+                    for r in 0..rank {
+                        let b = run.add(r * width);
+                        let b = if whole { S::load(b) } else { S::load_n(b, n) };
+                        sum = S::fma(S::splat(*low.add(r)), b, sum);
+                    }
+                    if whole {
+                        S::store(to, sum)
+                    } else {
+                        S::store_n(to, sum, n)
+                    }
+                    at += S::LANES;
+                }
+                row += GROUP;
             }
-            row += S::LANES;
         }
     }
 }
