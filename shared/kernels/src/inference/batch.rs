@@ -48,6 +48,16 @@ struct From<'a> {
     block: usize,
 }
 
+/// Where products of rows go: `to [rows, stride] (+)= input · Wᵀ`.
+#[derive(Clone, Copy)]
+struct Into {
+    /// The block, for an adapter.
+    block: usize,
+    stride: usize,
+    rows: usize,
+    accumulate: bool,
+}
+
 impl BatchPass<'_> {
     /// What every thread does; returns the next phase.
     pub(super) fn blocks(&self, slot: &SlotPlaces) -> usize {
@@ -70,7 +80,8 @@ impl BatchPass<'_> {
         let norm = Some(&self.decoder.norm[..]);
         let from = From { x, stride: shape.width, columns: shape.width, norm, gated: false, block: 0 };
         self.prepare(phase, slot, from, rows.len(), &[output], &[]);
-        self.product(phase, slot, 0, &[(output, self.room.logits.0, None)], shape.vocabulary, rows.len(), false);
+        let into = Into { block: 0, stride: shape.vocabulary, rows: rows.len(), accumulate: false };
+        self.product(phase, slot, &[(output, self.room.logits.0, None)], into);
     }
 
     fn attention(&self, phase: &mut usize, slot: &SlotPlaces, index: usize, block: &DecoderBlock) {
@@ -91,7 +102,7 @@ impl BatchPass<'_> {
             unsafe { (room.qkv.0.add(shape.queries()), room.qkv.0.add(shape.queries() + shape.keys())) };
         let products =
             [(q, room.qkv.0, Some(Layer::Query)), (k, keys, Some(Layer::Key)), (v, values, Some(Layer::Value))];
-        self.product(phase, slot, index, &products, stride, self.rows, false);
+        self.product(phase, slot, &products, Into { block: index, stride, rows: self.rows, accumulate: false });
         self.phases.run(*phase, self.rows.div_ceil(ROWS), |task| {
             for row in task * ROWS..self.rows.min((task + 1) * ROWS) {
                 self.finish(index, block, row);
@@ -122,7 +133,8 @@ impl BatchPass<'_> {
         let queries = shape.queries();
         let from = From { x: room.mixed.0, stride: queries, columns: queries, norm: None, gated: false, block: index };
         self.prepare(phase, slot, from, self.rows, &[&block.mix], &[Layer::Mix]);
-        self.product(phase, slot, index, &[(&block.mix, room.x.0, Some(Layer::Mix))], width, self.rows, true);
+        let into = Into { block: index, stride: width, rows: self.rows, accumulate: true };
+        self.product(phase, slot, &[(&block.mix, room.x.0, Some(Layer::Mix))], into);
     }
 
     /// Biases, norms and rotations of a row's heads, and their place in the cache.
@@ -161,10 +173,16 @@ impl BatchPass<'_> {
         // SAFETY: within the rows.
         let up = unsafe { room.gate_up.0.add(ffn) };
         let products = [(&block.gate, room.gate_up.0, Some(Layer::Gate)), (&block.up, up, Some(Layer::Up))];
-        self.product(phase, slot, index, &products, 2 * ffn, self.rows, false);
+        self.product(
+            phase,
+            slot,
+            &products,
+            Into { block: index, stride: 2 * ffn, rows: self.rows, accumulate: false },
+        );
         let from = From { x: room.gate_up.0, stride: 2 * ffn, columns: ffn, norm: None, gated: true, block: index };
         self.prepare(phase, slot, from, self.rows, &[&block.down], &[Layer::Down]);
-        self.product(phase, slot, index, &[(&block.down, room.x.0, Some(Layer::Down))], width, self.rows, true);
+        let into = Into { block: index, stride: width, rows: self.rows, accumulate: true };
+        self.product(phase, slot, &[(&block.down, room.x.0, Some(Layer::Down))], into);
     }
 
     /// Rows become the shared input of products with `matrices`, which are `layers` to an adapter.
@@ -198,18 +216,15 @@ impl BatchPass<'_> {
         *phase += 1;
     }
 
-    /// `to [rows, stride] (+)= input · Wᵀ` for each matrix, at its place, with what an adapter adds to its layer.
-    #[allow(clippy::too_many_arguments)]
+    /// The product with each matrix, at its place, with what an adapter adds to its layer.
     fn product(
         &self,
         phase: &mut usize,
         slot: &SlotPlaces,
-        block: usize,
         matrices: &[(&Matrix, *mut f32, Option<Layer>)],
-        stride: usize,
-        rows: usize,
-        accumulate: bool,
+        into: Into,
     ) {
+        let Into { block, stride, rows, accumulate } = into;
         let tasks = |matrix: &Matrix| matrix.group_count().div_ceil(GROUPS);
         let all = matrices.iter().map(|(matrix, ..)| tasks(matrix)).sum();
         self.phases.run(*phase, all, |mut task| {

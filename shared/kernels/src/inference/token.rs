@@ -51,7 +51,8 @@ impl TokenPass<'_> {
         }
         let (output, room) = (self.decoder.output(), &self.room);
         let prepared = self.prepare(slot, room.x.0, Some(&self.decoder.norm), &[output], (0, &[]));
-        self.product(&mut phase, slot, output, room.logits.0, false, LOGITS_TASKS, prepared);
+        let into = Into { to: room.logits.0, accumulate: false, tasks: LOGITS_TASKS };
+        self.product(&mut phase, slot, output, into, prepared);
     }
 
     fn attention(&self, phase: &mut usize, slot: &SlotPlaces, index: usize, block: &DecoderBlock) {
@@ -93,7 +94,7 @@ impl TokenPass<'_> {
         });
         *phase += 1;
         let prepared = self.prepare(slot, room.mixed.0, None, &[&block.mix], (index, &[Layer::Mix]));
-        self.product(phase, slot, &block.mix, room.x.0, true, TASKS, prepared);
+        self.product(phase, slot, &block.mix, Into { to: room.x.0, accumulate: true, tasks: TASKS }, prepared);
     }
 
     /// Bias, norm and rotation of a head, and its place in the cache.
@@ -138,20 +139,11 @@ impl TokenPass<'_> {
         });
         *phase += 1;
         let prepared = self.prepare(slot, room.gate_up.0, None, &[&block.down], (index, &[Layer::Down]));
-        self.product(phase, slot, &block.down, room.x.0, true, TASKS, prepared);
+        self.product(phase, slot, &block.down, Into { to: room.x.0, accumulate: true, tasks: TASKS }, prepared);
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn product(
-        &self,
-        phase: &mut usize,
-        slot: &SlotPlaces,
-        matrix: &Matrix,
-        to: *mut f32,
-        accumulate: bool,
-        tasks: usize,
-        mut prepared: Prepared<'_>,
-    ) {
+    fn product(&self, phase: &mut usize, slot: &SlotPlaces, matrix: &Matrix, into: Into, mut prepared: Prepared<'_>) {
+        let Into { to, accumulate, tasks } = into;
         let groups = matrix.group_count();
         let tasks = groups.min(tasks * self.threads);
         self.phases.run(*phase, tasks, |task| {
@@ -183,6 +175,14 @@ impl TokenPass<'_> {
         let (codes, floats) = wanted(matrices);
         Prepared { pass: self, slot, x, norm, codes, floats, columns: matrices[0].columns(), layers, done: false }
     }
+}
+
+/// Where a product goes, and in how many tasks for each thread.
+#[derive(Clone, Copy)]
+struct Into {
+    to: *mut f32,
+    accumulate: bool,
+    tasks: usize,
 }
 
 /// A thread's own input row of a product, made when its first task needs it.
