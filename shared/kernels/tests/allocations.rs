@@ -6,7 +6,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::Arc;
 
-use kernels::inference::{Adapter, Decoder, DecoderBlock, Layer, LayerFactors, Session, Shape};
+use kernels::inference::{Adapter, CacheType, Decoder, DecoderBlock, Layer, LayerFactors, Session, Shape};
 use kernels::quantized::{Layout as Kept, Matrix};
 use kernels::{Engine, Path};
 
@@ -66,7 +66,7 @@ fn a_token_allocates_nothing() {
     for path in Path::available() {
         for (threads, adapter) in [(1, None), (2, None), (2, Some(&adapter))] {
             let engine = Engine::new(path, threads, false);
-            let mut session = Session::new(&engine, &decoder, 300);
+            let mut session = Session::new(&engine, &decoder, 300, CacheType::F16);
             session.adapt(adapter.cloned());
             // The first prompt makes room for batches, and the threads begin.
             session.next(&[1; 3]);

@@ -1,8 +1,7 @@
 //! Causal attention over the cache, of one token or of a strip of a prompt's.
 
-use super::cache::{Head, RUN, padded};
+use super::cache::{Head, Kept, Number, RUN, padded};
 use crate::path::Work;
-use crate::simd::integer::Integers;
 use crate::simd::{Simd, exp};
 use crate::tile::Tile;
 
@@ -27,7 +26,22 @@ impl Work for Attend {
     /// Also: the pointers reach a head's numbers, and are this thread's where they are written.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { cache, tokens, query, mixed, scores } = self;
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.cache {
+                Head::F16(cache) => self.over::<S, u16>(cache),
+                Head::F32(cache) => self.over::<S, f32>(cache),
+            }
+        }
+    }
+}
+
+impl Attend {
+    /// # Safety
+    /// As for `run`; `cache` is the head's.
+    #[inline(always)]
+    unsafe fn over<S: Simd, T: Number>(self, cache: Kept<T>) {
+        let Self { cache: _, tokens, query, mixed, scores } = self;
         let size = cache.size;
         let scale = 1.0 / (size as f32).sqrt();
         let vectors = tokens.div_ceil(RUN) * RUN / S::LANES;
@@ -47,7 +61,7 @@ impl Work for Attend {
                     for channel in 0..size {
                         let q = S::splat(*query.add(channel));
                         for (sum, from) in sums.iter_mut().zip(from) {
-                            *sum = S::fma(q, S::Int::load_f16(from.add(channel * RUN)), *sum);
+                            *sum = S::fma(q, T::load::<S>(from.add(channel * RUN)), *sum);
                         }
                     }
                 } else {
@@ -56,7 +70,7 @@ impl Work for Attend {
                             let from = keys(vector + i);
                             for channel in 0..size {
                                 let q = S::splat(*query.add(channel));
-                                *sum = S::fma(q, S::Int::load_f16(from.add(channel * RUN)), *sum);
+                                *sum = S::fma(q, T::load::<S>(from.add(channel * RUN)), *sum);
                             }
                         }
                     }
@@ -93,14 +107,14 @@ impl Work for Attend {
                         let weight = S::splat(*scores.add(token));
                         let from = from.add(token * padded(size));
                         for (i, sum) in sums.iter_mut().enumerate() {
-                            *sum = S::fma(weight, S::Int::load_f16(from.add(i * S::LANES)), *sum);
+                            *sum = S::fma(weight, T::load::<S>(from.add(i * S::LANES)), *sum);
                         }
                     }
                 } else {
                     for (i, sum) in sums.iter_mut().enumerate() {
                         if i < many {
                             for token in 0..tokens {
-                                let value = S::Int::load_f16(from.add(token * padded(size) + i * S::LANES));
+                                let value = T::load::<S>(from.add(token * padded(size) + i * S::LANES));
                                 *sum = S::fma(S::splat(*scores.add(token)), value, *sum);
                             }
                         }
@@ -169,7 +183,22 @@ impl Work for AttendStrip {
     /// Also: the pointers reach the strip's heads, and are this thread's where they are written.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { cache, before, tokens, queries, query_stride, mixed, mixed_stride, scratch } = self;
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.cache {
+                Head::F16(cache) => self.over::<S, u16>(cache),
+                Head::F32(cache) => self.over::<S, f32>(cache),
+            }
+        }
+    }
+}
+
+impl AttendStrip {
+    /// # Safety
+    /// As for `run`; `cache` is the head's.
+    #[inline(always)]
+    unsafe fn over<S: Simd, T: Number>(self, cache: Kept<T>) {
+        let Self { cache: _, before, tokens, queries, query_stride, mixed, mixed_stride, scratch } = self;
         let (size, row) = (cache.size, padded(cache.size));
         let lanes = S::NV * S::LANES;
         let keys = (before + tokens).next_multiple_of(RUN);
@@ -192,7 +221,7 @@ impl Work for AttendStrip {
                 let from = cache.keys.add(first * size).cast_const();
                 let mut at = 0;
                 while at < size * RUN {
-                    S::store(run.add(at), S::Int::load_f16(from.add(at)));
+                    S::store(run.add(at), T::load::<S>(from.add(at)));
                     at += S::LANES;
                 }
                 let mut key = 0;
@@ -229,7 +258,7 @@ impl Work for AttendStrip {
                 let from = cache.value(first).cast_const();
                 let mut at = 0;
                 while at < count * row {
-                    S::store(values.add(at), S::Int::load_f16(from.add(at)));
+                    S::store(values.add(at), T::load::<S>(from.add(at)));
                     at += S::LANES;
                 }
                 let mut lane = 0;

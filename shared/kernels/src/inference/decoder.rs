@@ -1,5 +1,6 @@
 //! The weights of a decoder.
 
+use super::CacheType;
 use crate::quantized::Matrix;
 use crate::rope::HEAD_MAX;
 
@@ -114,9 +115,9 @@ impl Decoder {
     }
 
     /// Bytes of the keys and values of so many tokens.
-    pub fn kv_bytes(&self, tokens: usize) -> usize {
+    pub fn kv_bytes(&self, tokens: usize, ty: CacheType) -> usize {
         let size = self.shape.head_size;
-        self.blocks.len() * self.shape.kv_heads * tokens * 2 * (size + super::cache::padded(size))
+        self.blocks.len() * self.shape.kv_heads * tokens * ty.bytes() * (size + super::cache::padded(size))
     }
 
     /// Bytes of the matrices.

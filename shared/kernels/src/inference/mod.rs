@@ -20,5 +20,6 @@ mod tests;
 mod token;
 
 pub use adapter::{Adapter, Layer, LayerFactors, RANK_MAX};
+pub use cache::CacheType;
 pub use decoder::{Decoder, DecoderBlock, Shape};
 pub use session::Session;

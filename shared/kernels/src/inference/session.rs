@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::batch::BatchPass;
-use super::cache::Cache;
+use super::cache::{Cache, CacheType};
 use super::phases::Phases;
 use super::room::{BATCH, Room, Slot, SlotPlaces, StripRows};
 use super::token::TokenPass;
@@ -33,7 +33,7 @@ const SCORED: usize = 16;
 
 impl Session {
     /// For at most `context` tokens.
-    pub fn new(engine: &Engine, decoder: &Arc<Decoder>, context: usize) -> Self {
+    pub fn new(engine: &Engine, decoder: &Arc<Decoder>, context: usize, cache: CacheType) -> Self {
         let shape = decoder.shape();
         let strip = StripRows::of(engine.path());
         let mut slots: Vec<Slot> = (0..engine.threads()).map(|_| Slot::new(engine, decoder, context)).collect();
@@ -43,7 +43,7 @@ impl Session {
             engine: engine.clone(),
             decoder: decoder.clone(),
             adapter: None,
-            cache: Cache::new(shape, blocks, context),
+            cache: Cache::new(shape, blocks, context, cache),
             tokens: 0,
             context,
             strip,

@@ -10,7 +10,7 @@ mod pack;
 #[cfg(test)]
 mod tests;
 
-pub use kernels::inference::{Adapter, Layer, LayerFactors, RANK_MAX, Session};
+pub use kernels::inference::{Adapter, CacheType, Layer, LayerFactors, RANK_MAX, Session};
 pub use kernels::{Engine, Path as KernelPath};
 pub use model::Model;
 

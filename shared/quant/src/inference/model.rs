@@ -5,7 +5,7 @@ use super::pack::pack_row;
 use crate::gguf::{Reader, TensorType};
 use crate::{BlockType, Error};
 use kernels::Engine;
-use kernels::inference::{Adapter, Decoder, DecoderBlock, LayerFactors, Session};
+use kernels::inference::{Adapter, CacheType, Decoder, DecoderBlock, LayerFactors, Session};
 use kernels::quantized::{GROUP, Group, Matrix};
 use std::sync::{Arc, Mutex};
 
@@ -15,6 +15,7 @@ pub struct Model {
     engine: Engine,
     decoder: Arc<Decoder>,
     context: usize,
+    cache: CacheType,
 }
 
 /// A matrix on its way from the file.
@@ -116,7 +117,12 @@ impl Model {
         }
         let norm = vector("output_norm.weight".into(), shape.width)?;
         let decoder = Arc::new(Decoder::new(shape, embedding, decoder_blocks, norm, output));
-        Ok(Model { engine: engine.clone(), decoder, context })
+        Ok(Model { engine: engine.clone(), decoder, context, cache: CacheType::default() })
+    }
+
+    /// The same weights; sequences keep keys and values this way.
+    pub fn keeping(self, cache: CacheType) -> Model {
+        Model { cache, ..self }
     }
 
     /// The tokens that the model was made for.
@@ -139,7 +145,7 @@ impl Model {
 
     /// Bytes of the keys and values of so many tokens.
     pub fn kv_bytes(&self, tokens: usize) -> usize {
-        self.decoder.kv_bytes(tokens)
+        self.decoder.kv_bytes(tokens, self.cache)
     }
 
     /// A LoRA adapter for this model's sequences, which they [`adapt`](Session::adapt) to: `scale · B A` beside the weights.
@@ -153,7 +159,7 @@ impl Model {
 
     /// A new sequence of at most `context` tokens. The memory of keys and values is touched as tokens come.
     pub fn session(&self, context: usize) -> Session {
-        Session::new(&self.engine, &self.decoder, context.max(1))
+        Session::new(&self.engine, &self.decoder, context.max(1), self.cache)
     }
 }
 
