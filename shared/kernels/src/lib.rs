@@ -32,6 +32,7 @@ mod rope;
 mod rows;
 mod simd;
 mod tile;
+mod turns;
 
 pub use adapter::{BlockAdapter, LAYERS, Masks, Pair, PairGradients};
 pub use block::{Block, BlockGradients, BlockWeights, GroupSaved, Keep, Pass, Saved, Stream};

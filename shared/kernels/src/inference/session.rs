@@ -10,6 +10,7 @@ use super::room::{BATCH, Room, Slot, SlotPlaces, StripRows};
 use super::token::TokenPass;
 use super::{Adapter, Decoder, batch, token};
 use crate::engine::Engine;
+use crate::turns::ask_for_short_turns;
 
 /// Keys and values of the tokens so far, and room for the next. After the first prompt no call allocates.
 pub struct Session {
@@ -160,7 +161,10 @@ impl Session {
             at,
             room: room.places(),
         };
-        engine.together(|i| pass.run(&places[i]));
+        engine.together(|i| {
+            in_time(until);
+            pass.run(&places[i]);
+        });
         if self.phases.is_over() {
             return false;
         }
@@ -190,6 +194,7 @@ impl Session {
             room: room.places(),
         };
         engine.together(|i| {
+            in_time(until);
             let mut phase = pass.blocks(&places[i]);
             pass.logits(&mut phase, &places[i], logits.clone());
         });
@@ -217,6 +222,13 @@ impl Session {
             room: room.places(),
         };
         engine.together(|i| pass.logits(&mut 0, &places[i], rows.clone()));
+    }
+}
+
+/// A thread that waits for its next turn behind another program's longest one, would be late by that.
+fn in_time(until: Option<Instant>) {
+    if until.is_some() {
+        ask_for_short_turns();
     }
 }
 
