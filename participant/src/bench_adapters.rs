@@ -4,8 +4,6 @@ use std::path::Path;
 use std::time::Instant;
 
 use model::Adapter;
-use quant::gguf::Reader;
-use quant::inference::{Engine, KernelPath, Model};
 use serde_json::{Value, json};
 
 use crate::ParticipantError;
@@ -33,8 +31,7 @@ pub fn measure(
     switches: usize,
     threads: usize,
 ) -> Result<Costs, ParticipantError> {
-    let engine = Engine::new(KernelPath::detect().map_err(ParticipantError::Usage)?, threads, false);
-    let model = Model::load(&Reader::open(path)?, &engine)?;
+    let model = integer::load(path, threads)?;
     let source = model::source::open(path)?;
     let config = source.config().clone();
     // What it holds is no part of the base.

@@ -1,21 +1,27 @@
-//! Whether answers come in time: one request after the other, each with a deadline, beside other work for the CPU if asked
+//! Whether answers come in time: requests with deadlines, which come when they come, beside other work for the CPU if asked
 //! for.
+//!
+//! They arrive as a Poisson process, as in MLPerf's server scenario, and are answered in order. An answer's time counts from
+//! its request's arrival, whether anybody was awake or free by then or not.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use quant::gguf::Reader;
-use quant::inference::{Engine, KernelPath, Model};
+use experiment::Seed;
+use rand::Rng;
+use rand_distr::Exp1;
 use serde_json::{Value, json};
 
-use crate::ParticipantError;
 use crate::answer::Reserve;
 use crate::bench_infer::percentile_ms;
 use crate::sampler::{Sampler, Sampling};
+use crate::{ParticipantError, integer};
 
 pub struct Requests {
     pub deadline: Duration,
+    /// From one request to the next, in the mean.
+    pub gap: Duration,
     pub count: usize,
     pub prompt_tokens: usize,
     /// Of an answer at most.
@@ -33,8 +39,8 @@ pub struct InTime {
     pub requests: usize,
     /// Later than the deadline and [`GRACE`].
     pub late: usize,
-    /// Without a single token.
-    pub empty: usize,
+    /// Without a single token: as good as no answer.
+    pub missing: usize,
     pub tokens: usize,
     /// From a request to its answer: half of all took no longer, 90, 99, 99.9 %, none.
     pub answer_ms: [f64; 5],
@@ -44,9 +50,8 @@ pub struct InTime {
 }
 
 pub fn measure(path: &Path, requests: &Requests) -> Result<InTime, ParticipantError> {
-    let Requests { deadline, count, prompt_tokens, tokens, threads, hogs } = *requests;
-    let engine = Engine::new(KernelPath::detect().map_err(ParticipantError::Usage)?, threads, false);
-    let model = Model::load(&Reader::open(path)?, &engine)?;
+    let Requests { deadline, gap, count, prompt_tokens, tokens, threads, hogs } = *requests;
+    let model = integer::load(path, threads)?;
     if prompt_tokens + tokens > model.context() {
         let (all, context) = (prompt_tokens + tokens, model.context());
         let what = format!("prompt and answer of {all} tokens exceed the model's context of {context}");
@@ -58,7 +63,7 @@ pub fn measure(path: &Path, requests: &Requests) -> Result<InTime, ParticipantEr
     session.next(&prompt[..1]);
     let stop = AtomicBool::new(false);
     let mut reserve = Reserve::default();
-    let (mut answers, mut empty, mut all) = (Vec::with_capacity(count), 0, 0);
+    let (mut answers, mut missing, mut all) = (Vec::with_capacity(count), 0, 0);
     std::thread::scope(|scope| {
         for _ in 0..hogs {
             scope.spawn(|| {
@@ -67,8 +72,11 @@ pub fn measure(path: &Path, requests: &Requests) -> Result<InTime, ParticipantEr
                 }
             });
         }
+        let mut arrivals = Seed(0).generator("bench/arrivals");
+        let mut begun = Instant::now();
         for _ in 0..count {
-            let begun = Instant::now();
+            begun += gap.mul_f64(arrivals.sample::<f64, _>(Exp1));
+            std::thread::sleep(begun.saturating_duration_since(Instant::now()));
             let due = reserve.due(begun, begun + deadline);
             let until = Some(due);
             session.truncate(0);
@@ -86,7 +94,7 @@ pub fn measure(path: &Path, requests: &Requests) -> Result<InTime, ParticipantEr
                 reserve.ended(due, ended);
             }
             answers.push(ended - begun);
-            empty += usize::from(answer.is_empty());
+            missing += usize::from(answer.is_empty());
             all += answer.len();
         }
         stop.store(true, Ordering::Relaxed);
@@ -95,12 +103,12 @@ pub fn measure(path: &Path, requests: &Requests) -> Result<InTime, ParticipantEr
     Ok(InTime {
         requests: count,
         late: answers.iter().filter(|&&answer| answer > deadline + GRACE).count(),
-        empty,
+        missing,
         tokens: all,
         answer_ms: [0.5, 0.9, 0.99, 0.999, 1.0].map(|share| percentile_ms(&answers, share)),
         deadline_ms: deadline.as_secs_f64() * 1e3,
         hogs,
-        threads: engine.threads(),
+        threads: model.engine().threads(),
     })
 }
 
@@ -108,17 +116,17 @@ impl InTime {
     pub fn to_json(&self) -> Value {
         let [p50, p90, p99, p99_9, max] = self.answer_ms;
         json!({
-            "deadline_ms": self.deadline_ms, "requests": self.requests, "answers": self.requests, "late": self.late,
-            "empty": self.empty, "tokens": self.tokens, "hogs": self.hogs, "threads": self.threads,
+            "deadline_ms": self.deadline_ms, "requests": self.requests, "missing": self.missing, "late": self.late,
+            "tokens": self.tokens, "hogs": self.hogs, "threads": self.threads,
             "answer_ms": {"p50": p50, "p90": p90, "p99": p99, "p99.9": p99_9, "max": max},
         })
     }
 
     pub fn to_text(&self) -> String {
-        let Self { requests, late, empty, tokens, answer_ms, deadline_ms, hogs, threads } = self;
+        let Self { requests, late, missing, tokens, answer_ms, deadline_ms, hogs, threads } = self;
         let [p50, p90, p99, p99_9, max] = answer_ms;
         format!(
-            "{requests} answers, {late} of them later than {deadline_ms:.0} ms and {} ms; {:.1} tokens each, {empty} without any\n\
+            "{requests} answers, {late} of them later than {deadline_ms:.0} ms and {} ms; {:.1} tokens each, {missing} without any\n\
              an answer: p50 {p50:.2} ms, p90 {p90:.2} ms, p99 {p99:.2} ms, p99.9 {p99_9:.2} ms, at most {max:.2} ms \
              ({threads} threads beside {hogs} that take time)",
             GRACE.as_millis(),

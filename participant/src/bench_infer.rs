@@ -5,11 +5,10 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use quant::gguf::Reader;
-use quant::inference::{Engine, KernelPath, Model, bandwidth_gb_per_s};
+use quant::inference::bandwidth_gb_per_s;
 use serde_json::{Value, json};
 
-use crate::ParticipantError;
+use crate::{ParticipantError, integer};
 
 pub struct Workload {
     pub prompt_tokens: usize,
@@ -40,10 +39,10 @@ pub struct Measured {
 
 pub fn measure(path: &Path, workload: &Workload) -> Result<Measured, ParticipantError> {
     let Workload { prompt_tokens, tokens, threads, rounds } = *workload;
-    let engine = Engine::new(KernelPath::detect().map_err(ParticipantError::Usage)?, threads, false);
     let begun = Instant::now();
-    let model = Model::load(&Reader::open(path)?, &engine)?;
+    let model = integer::load(path, threads)?;
     let load = begun.elapsed();
+    let engine = model.engine();
     let longest = prompt_tokens.max(tokens);
     if longest > model.context() {
         let what = format!("{longest} tokens exceed the model's context of {}", model.context());
@@ -84,7 +83,7 @@ pub fn measure(path: &Path, workload: &Workload) -> Result<Measured, Participant
         kv_bytes: model.kv_bytes(longest),
         rss_bytes: process_bytes("VmRSS:"),
         peak_rss_bytes: process_bytes("VmHWM:"),
-        bandwidth_gb_per_s: bandwidth_gb_per_s(&engine),
+        bandwidth_gb_per_s: bandwidth_gb_per_s(engine),
     })
 }
 

@@ -70,6 +70,11 @@ impl Runner {
             if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocabulary) {
                 return Err(refused(format!("token {token} is none of a vocabulary of {vocabulary}")));
             }
+            let context = self.source.config().context;
+            if tokens.len() > context {
+                let what = format!("has {} tokens, more than the model's context of {context}; cut it", tokens.len());
+                return Err(refused(what));
+            }
             let segments = Segments::new(vec![tokens.len()]).map_err(|error| refused(error.to_string()))?;
             let logits = match self.sequence(tokens.len(), adapter) {
                 Sequence::Integer(session) => integer::logits(*session, &tokens),

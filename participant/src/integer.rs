@@ -36,11 +36,14 @@ impl Engine {
 }
 
 /// `threads` of 0 takes all cores.
-pub fn load(path: &Path, threads: u32) -> Result<Model, ParticipantError> {
+pub fn load(path: &Path, threads: usize) -> Result<Model, ParticipantError> {
     let instructions = KernelPath::detect().map_err(ParticipantError::Usage)?;
-    let engine = Kernels::new(instructions, threads as usize, false);
+    let engine = Kernels::new(instructions, threads, false);
     if path.is_dir() {
-        let what = format!("{} is a directory; the integer engine takes a GGUF file", path.display());
+        let what = format!(
+            "{} is a directory; the integer engine takes a GGUF file: `coordinator quantize` writes one",
+            path.display()
+        );
         return Err(ParticipantError::Usage(what));
     }
     Ok(Model::load(&Reader::open(path)?, &engine)?)

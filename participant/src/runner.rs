@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use model::stage::{KvCache, Lora};
 use model::{Adapter, ComputeDevice, Part, Source, Stage};
-use quant::inference::{Adapter as IntegerAdapter, Model as IntegerModel, Session};
+use quant::inference::{Adapter as IntegerAdapter, CacheType, Model as IntegerModel, Session};
 
 use crate::ParticipantError;
 use crate::integer::{self, Engine};
@@ -46,6 +46,7 @@ impl Runner {
         adapters: &[NamedAdapter],
         device: &experiment::Device,
         engine: Option<Engine>,
+        cache: Option<CacheType>,
     ) -> Result<Self, ParticipantError> {
         for (i, NamedAdapter { name, directory }) in adapters.iter().enumerate() {
             if let Some(other) = adapters[..i].iter().find(|other| other.name == *name) {
@@ -58,10 +59,14 @@ impl Runner {
         let load = |adapter: &NamedAdapter| Adapter::load(&adapter.directory, source.config());
         let engine = match engine.unwrap_or_else(|| Engine::of(&*source)) {
             Engine::Integer => {
-                let model = integer::load(model, device.threads)?;
+                let model = integer::load(model, device.threads as usize)?.keeping(cache.unwrap_or_default());
                 // One after the other: their files are not held together.
                 let adapters = adapters.iter().map(|adapter| integer::adapter(&model, &load(adapter)?));
                 Running::Integer { adapters: adapters.collect::<Result<_, ParticipantError>>()?, model }
+            }
+            Engine::Float if cache.is_some() => {
+                let what = "--cache is for the integer engine: give --engine integer and a GGUF file, or leave it out";
+                return Err(ParticipantError::Usage(what.into()));
             }
             Engine::Float => {
                 let device = ComputeDevice::new(device)?;

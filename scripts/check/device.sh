@@ -28,9 +28,11 @@ if wanted 5; then
     say "== 5: adapters"
     printf '{"text": "%s"}\n' "press-1> status of hydraulic pump 2?" "The quick brown fox jumps over the lazy dog." \
         "Once upon a time there was a machine that" > "$work/prompts.jsonl"
+    # Keys and values in f32: in f16 sums that differ in their last bit are rounded now to one side and now to the other, which
+    # is the same for an adapter and for another order of summing, and says nothing about adapters.
     logits() { participant logits --prompts "$work/prompts.jsonl" --out "$work/$1" "${@:2}" >&2; }
-    logits beside.safetensors --model "$work/base/model-f32.gguf" --engine integer --adapter "$work/adapter"
-    logits merged.safetensors --model "$work/merged/model-f32.gguf" --engine integer
+    logits beside.safetensors --model "$work/base/model-f32.gguf" --engine integer --cache f32 --adapter "$work/adapter"
+    logits merged.safetensors --model "$work/merged/model-f32.gguf" --engine integer --cache f32
     logits float.safetensors --model "$work/merged/model-f32.gguf" --engine float
     participant bench adapters --model "$work/base/model-q4_0.gguf" --adapter "$work/adapter" --count 64 --json \
         > "$work/adapters.json"

@@ -48,7 +48,10 @@ pub(super) struct BenchInferArguments {
     /// Measure whether answers come in time instead: 20ms
     #[arg(long, value_parser = duration)]
     deadline: Option<Duration>,
-    /// Answers, one after the other
+    /// From one of these requests to the next, in the mean; they arrive by chance [default: twice the deadline]
+    #[arg(long, value_parser = duration, requires = "deadline")]
+    gap: Option<Duration>,
+    /// Requests with a deadline
     #[arg(long, default_value_t = 1000, value_parser = positive, requires = "deadline")]
     requests: usize,
     /// Threads beside them that do nothing but take time
@@ -134,11 +137,12 @@ pub(super) fn bench_train(arguments: BenchTrainArguments) -> anyhow::Result<()> 
 }
 
 pub(super) fn bench_infer(arguments: BenchInferArguments) -> anyhow::Result<()> {
-    let BenchInferArguments { model, prompt_tokens, tokens, threads, rounds, deadline, requests, hogs, json } =
+    let BenchInferArguments { model, prompt_tokens, tokens, threads, rounds, deadline, gap, requests, hogs, json } =
         arguments;
     if let Some(deadline) = deadline {
         let prompt_tokens = prompt_tokens.unwrap_or(16);
-        let requests = Requests { deadline, count: requests, prompt_tokens, tokens, threads, hogs };
+        let gap = gap.unwrap_or(2 * deadline);
+        let requests = Requests { deadline, gap, count: requests, prompt_tokens, tokens, threads, hogs };
         let measured = bench_deadline::measure(&model, &requests)?;
         return match json {
             true => print(measured.to_json()),

@@ -8,6 +8,7 @@ use anyhow::bail;
 use clap::{Args, ValueEnum};
 use experiment::Columns;
 use model::tokenizer::Message;
+use quant::inference::CacheType;
 use serde_json::json;
 
 use super::{DeviceArguments, print};
@@ -27,6 +28,9 @@ pub(super) struct ModelArguments {
     /// What computes [default: integer for a quantized GGUF file]
     #[arg(long, value_enum)]
     engine: Option<EngineName>,
+    /// How the integer engine keeps keys and values [default: f16]
+    #[arg(long, value_enum)]
+    cache: Option<CacheName>,
     #[command(flatten)]
     device: DeviceArguments,
 }
@@ -37,6 +41,13 @@ pub(super) enum EngineName {
     Integer,
     /// Weights and activations as `--weights` and `--backend` say
     Float,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(super) enum CacheName {
+    F16,
+    /// Twice the memory; for comparing logits, which rounding to f16 moves now to one side and now to the other
+    F32,
 }
 
 #[derive(Args)]
@@ -251,7 +262,7 @@ impl ModelArguments {
 
     /// `default` where neither `--engine` nor the other options say what computes.
     pub(super) fn open(&self, default: Option<Engine>) -> anyhow::Result<Runner> {
-        let Self { model, adapter, engine, device } = self;
+        let Self { model, adapter, engine, cache, device } = self;
         let chosen = engine.map(|engine| match engine {
             EngineName::Integer => Engine::Integer,
             EngineName::Float => Engine::Float,
@@ -259,6 +270,10 @@ impl ModelArguments {
         // Who chooses how floats are kept and multiplied, wants floats.
         let of_floats = device.backend.is_some() || device.weights.is_some();
         let engine = chosen.or(of_floats.then_some(Engine::Float)).or(default);
-        Ok(Runner::open(model, adapter, &device.choice().over(&Default::default()), engine)?)
+        let cache = cache.map(|cache| match cache {
+            CacheName::F16 => CacheType::F16,
+            CacheName::F32 => CacheType::F32,
+        });
+        Ok(Runner::open(model, adapter, &device.choice().over(&Default::default()), engine, cache)?)
     }
 }

@@ -20,6 +20,7 @@ use self::bench::{BenchCommand, bench_adapters, bench_infer, bench_train};
 use self::infer::{EvaluateArguments, GenerateArguments, LogitsArguments, evaluate, generate, logits};
 use self::serve::{ServeArguments, serve};
 use self::train::{JoinArguments, SwarmArguments, TrainArguments, join, swarm, train};
+use crate::ParticipantError;
 use crate::calibrate::CalibrateArguments;
 use crate::device_choice::DeviceChoice;
 use crate::device_log::{Canary, FactoryDevice, write_files};
@@ -223,7 +224,7 @@ fn device_log(arguments: DeviceLogArguments) -> anyhow::Result<()> {
     if records == 0 {
         bail!("--records must be at least 1");
     }
-    std::fs::create_dir_all(&out).with_context(|| out.display().to_string())?;
+    std::fs::create_dir_all(&out).map_err(ParticipantError::io(&out))?;
     match devices {
         0 => bail!("--devices must be at least 1"),
         65_537.. => bail!("--devices must be at most 65536"),

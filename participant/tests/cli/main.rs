@@ -240,7 +240,16 @@ fn an_argument_that_makes_no_sense_is_named() {
     desk.write("empty.jsonl", "");
     desk.write("press-1.invite", "{\"text\": \"a\"}\n");
     fs::create_dir(desk.path("invites")).unwrap();
-    let cases: [(&str, &[&str]); 14] = [
+    desk.weights("base.gguf");
+    desk.write("long.jsonl", &format!("{{\"text\": \"{}\"}}\n", "a".repeat(5000)));
+    let cases: [(&str, &[&str]); 18] = [
+        (
+            "logits --model base.gguf --engine integer --out l --prompts long.jsonl",
+            &["line 1", "5000 tokens", "context of", "cut it"],
+        ),
+        ("logits --model hf --cache f32 --out l --prompts long.jsonl", &["--cache", "--engine integer"]),
+        ("bench infer --model hf", &["hf is a directory", "coordinator quantize"]),
+        ("device-log --out smoke.toml/logs", &["smoke.toml/logs", "check the path"]),
         ("logits --model hf --out l --prompts foreign.jsonl", &["foreign.jsonl, line 2", "token 99999", "of 259"]),
         ("logits --model hf --out l --prompts none.jsonl", &["none.jsonl, line 1", "at least one token"]),
         ("logits --model hf --out l --prompts words.jsonl", &["words.jsonl, line 1", "no list of token ids"]),
