@@ -1,11 +1,14 @@
 //! One answer, a step at a time: who asks for several takes steps of each in turn, and any of them can end in time with what
 //! it has.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use model::Source;
 use model::tokenizer::{DecodeStream, Message, Tokenizer};
 
 use crate::ParticipantError;
+use crate::grammar::{Allowed, Grammar, Matcher, Spelling};
 use crate::runner::{Runner, Sequence};
 use crate::sampler::{Sampler, Sampling};
 use crate::stop::StopStrings;
@@ -17,6 +20,8 @@ pub enum Prompt {
     Text(String),
     /// Through the model's chat template.
     Chat(Vec<Message>),
+    /// What [`encode`](Self::encode) has made of one of the others.
+    Tokens(Vec<u32>),
 }
 
 #[derive(Clone)]
@@ -31,6 +36,8 @@ pub struct Request {
     pub deadline: Option<Instant>,
     /// By its place in [`Runner::adapters`].
     pub adapter: Option<usize>,
+    /// What the answer has to be. One that ends early, by its length or its deadline, is the beginning of such a text.
+    pub grammar: Option<Arc<Grammar>>,
 }
 
 /// Why an answer ended.
@@ -64,6 +71,7 @@ pub struct Answer<'a> {
     sequence: Sequence<'a>,
     tokenizer: &'a Tokenizer,
     sampler: Sampler,
+    form: Option<Form<'a>>,
     text: Option<(DecodeStream<'a>, StopStrings)>,
     /// Tokens that the model has not seen, and how many of them it takes at once.
     input: Vec<u32>,
@@ -114,45 +122,75 @@ impl Reserve {
     }
 }
 
-impl Runner {
-    /// The tokens of a prompt.
+impl Prompt {
+    /// Its tokens, which takes time for long ones.
     ///
     /// # Errors
     /// If there are none, or more than the model's context holds, or it has no chat template that renders.
-    fn prompt(&self, prompt: &Prompt) -> Result<Vec<u32>, ParticipantError> {
-        let tokenizer = self.source.tokenizer();
-        let mut tokens: Vec<u32> = match prompt {
-            Prompt::Text(text) => tokenizer.text_prefix().into_iter().chain(tokenizer.encode(text, true)?).collect(),
-            Prompt::Chat(_) if tokenizer.settings().chat_template.is_none() => {
+    pub fn encode(&self, source: &dyn Source) -> Result<Vec<u32>, ParticipantError> {
+        let (tokenizer, context) = (source.tokenizer(), source.config().context);
+        let encode = |text: &str| {
+            check_beginning(tokenizer, text, context)?;
+            Ok::<_, ParticipantError>(tokenizer.encode(text, true)?)
+        };
+        let mut tokens: Vec<u32> = match self {
+            Self::Tokens(tokens) => tokens.clone(),
+            Self::Text(text) => tokenizer.text_prefix().into_iter().chain(encode(text)?).collect(),
+            Self::Chat(_) if tokenizer.settings().chat_template.is_none() => {
                 let what =
                     "the model has no chat template; give the prompt to it as it is: `--raw`, or /v1/completions";
                 return Err(ParticipantError::Usage(what.into()));
             }
-            Prompt::Chat(messages) => tokenizer.encode(&tokenizer.chat(messages, true)?, true)?,
+            Self::Chat(messages) => encode(&tokenizer.chat(messages, true)?)?,
         };
         if tokens.is_empty() {
             tokens.extend(tokenizer.settings().bos);
         }
         // The last token is never an input.
-        let context = self.source.config().context;
         match tokens.len() {
             0 => Err(ParticipantError::Usage("the prompt has no token; give it some text".into())),
-            length if length > context => {
-                let what = format!("the prompt has {length} tokens, more than the model's context of {context}");
-                Err(ParticipantError::Usage(what))
-            }
+            length if length > context => Err(too_long("has", length, context)),
             _ => Ok(tokens),
         }
     }
+}
 
+/// Bytes of a text's beginning for each token of a context: few texts have as many.
+const BYTES_PER_TOKEN: usize = 8;
+
+/// Refuses a text of which the beginning alone has more tokens than the context, before all of it is encoded.
+fn check_beginning(tokenizer: &Tokenizer, text: &str, context: usize) -> Result<(), ParticipantError> {
+    let most = context.saturating_mul(BYTES_PER_TOKEN);
+    if text.len() <= 2 * most {
+        return Ok(());
+    }
+    // A single space between letters begins a word, with any of our rules: words before it have the same tokens in the whole.
+    let bytes = text.as_bytes();
+    let begins = |at: &usize| {
+        bytes[*at] == b' ' && bytes[at - 1].is_ascii_alphanumeric() && bytes[at + 1].is_ascii_alphanumeric()
+    };
+    let Some(end) = (1..most).rev().find(begins) else { return Ok(()) };
+    match tokenizer.encode(&text[..end], true)?.len() {
+        count if count > context => Err(too_long("begins with", count, context)),
+        _ => Ok(()),
+    }
+}
+
+fn too_long(has: &str, count: usize, context: usize) -> ParticipantError {
+    let what =
+        format!("the prompt {has} {count} tokens, more than the model's context of {context}; give a shorter one");
+    ParticipantError::Usage(what)
+}
+
+impl Runner {
     /// Begins an answer that has to end at `due`; the request's numbers have been checked.
     pub fn answer(&self, request: &Request, due: Option<Instant>) -> Result<Answer<'_>, ParticipantError> {
-        let Request { prompt, tokens_max, sampling, stops, deadline: _, adapter } = request;
+        let Request { prompt, tokens_max, sampling, stops, deadline: _, adapter, grammar } = request;
         if due.is_some() && !self.keeps_deadlines() {
             let what = "a deadline needs the integer engine: a GGUF file, and `--engine integer`";
             return Err(ParticipantError::Usage(what.into()));
         }
-        let input = self.prompt(prompt)?;
+        let input = prompt.encode(&*self.source)?;
         let (tokenizer, config) = (self.source.tokenizer(), self.source.config());
         let mut sampler = Sampler::new(sampling.clone(), config.vocabulary);
         sampler.note(&input);
@@ -160,6 +198,7 @@ impl Runner {
             sequence: self.sequence(input.len().saturating_add(*tokens_max).min(config.context), *adapter),
             tokenizer,
             sampler,
+            form: grammar.as_ref().map(|grammar| Form::new(self.spelling(), grammar)),
             text: Some((tokenizer.decode_stream(), StopStrings::new(stops.iter().cloned()))),
             prompt_tokens: input.len(),
             chunk: CHUNK,
@@ -224,6 +263,10 @@ impl Answer<'_> {
             self.input.drain(..count);
             return Ok(Step { text: String::new(), finish: None });
         }
+        let logits = match &mut self.form {
+            Some(form) => form.restrict(logits)?,
+            None => logits,
+        };
         let token = self.sampler.choose(logits);
         if self.tokenizer.settings().eos.contains(&token) {
             return Ok(self.finish(String::new(), Finish::Ended));
@@ -237,6 +280,12 @@ impl Answer<'_> {
         if stopped {
             self.text = None;
             return Ok(Step { text, finish: Some(Finish::Stopped) });
+        }
+        if let Some(form) = &mut self.form {
+            form.matcher.push(&self.tokenizer.token_bytes(token)?);
+            if form.matcher.is_over() {
+                return Ok(self.finish(text, Finish::Ended));
+            }
         }
         Ok(match self.tokens.len() >= self.tokens_max {
             true => self.finish(text, Finish::Length),
@@ -254,6 +303,41 @@ impl Answer<'_> {
             }
         }
         Step { text, finish: Some(finish) }
+    }
+}
+
+/// An answer's grammar, and where it stands.
+struct Form<'a> {
+    spelling: &'a Spelling,
+    matcher: Matcher,
+    allowed: Allowed,
+    logits: Vec<f32>,
+}
+
+impl<'a> Form<'a> {
+    fn new(spelling: &'a Spelling, grammar: &Arc<Grammar>) -> Self {
+        let matcher = Matcher::new(grammar.clone());
+        Self { spelling, matcher, allowed: Allowed::default(), logits: Vec::new() }
+    }
+
+    /// The logits of tokens that are allowed; the others are impossible.
+    fn restrict(&mut self, logits: &[f32]) -> Result<&[f32], ParticipantError> {
+        let Self { spelling, matcher, allowed, logits: to } = self;
+        spelling.allowed(matcher, allowed);
+        to.clear();
+        to.extend(logits.iter().zip(0..).map(|(&logit, token)| match allowed.holds(token) {
+            // One that is no number is as unlikely as can be, but not impossible.
+            true => logit.max(f32::MIN),
+            false => f32::NEG_INFINITY,
+        }));
+        match to.iter().any(|&logit| logit > f32::NEG_INFINITY) {
+            true => Ok(to),
+            false => {
+                let what = "the model has no token with which the answer could go on as its grammar demands: a schema that \
+                            contains itself without an end has no answer";
+                Err(ParticipantError::Usage(what.into()))
+            }
+        }
     }
 }
 

@@ -50,6 +50,9 @@ pub enum ParticipantError {
     /// The owner pressed Ctrl-C, or sent SIGTERM.
     #[error("the device was stopped")]
     Stopped,
+    /// A bug, which a panic has told of.
+    #[error("the engine failed; the log says why")]
+    Panicked,
     /// The owner asked for something that does not go.
     #[error("{0}")]
     Usage(String),

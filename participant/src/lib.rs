@@ -21,6 +21,7 @@ pub mod device_log;
 mod encoder;
 mod error;
 pub mod evaluate;
+pub mod grammar;
 pub mod integer;
 pub mod join;
 pub mod keep;

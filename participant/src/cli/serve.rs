@@ -38,7 +38,7 @@ pub(super) struct ServeArguments {
     /// Requests that wait for their turn; more are refused
     #[arg(long, default_value_t = Limits::default().waiting, value_parser = at_most::<QUEUE_MAX>)]
     queue: usize,
-    /// A request that takes longer to come, head and body each, is given up
+    /// A request that takes longer to come, head and body each, is given up, and so is who reads nothing of an answer for so long
     #[arg(long, value_parser = duration, default_value = "10s")]
     patience: Duration,
     /// For requests that give no seed

@@ -62,11 +62,28 @@ impl Queue {
         Ok((Self { jobs, places: Arc::new(Semaphore::new(all)) }, worker))
     }
 
-    pub(super) fn ask(&self, request: Request) -> Result<mpsc::Receiver<Event>, Refused> {
-        let place = self.places.clone().try_acquire_owned().map_err(|_| Refused::Full)?;
+    /// A place in the queue, for as long as it is held.
+    pub(super) fn place(&self) -> Result<OwnedSemaphorePermit, Refused> {
+        self.places.clone().try_acquire_owned().map_err(|_| Refused::Full)
+    }
+
+    /// The end of an answer that was due before it had begun.
+    pub(super) fn too_late() -> mpsc::Receiver<Event> {
+        let (events, received) = mpsc::channel(1);
+        let nothing = Event::Finished { finish: Finish::Deadline, prompt_tokens: 0, tokens: 0 };
+        events.try_send(nothing).expect("a channel of our own with room for one");
+        received
+    }
+
+    pub(super) fn ask(
+        &self,
+        place: OwnedSemaphorePermit,
+        request: Request,
+        begun: Instant,
+    ) -> Result<mpsc::Receiver<Event>, Refused> {
         // A token has an event at most: the thread never waits for who reads slowly.
         let (events, received) = mpsc::channel(request.tokens_max + 4);
-        let job = Job { request, begun: Instant::now(), events, _place: place };
+        let job = Job { request, begun, events, _place: place };
         self.jobs.try_send(job).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => Refused::Full,
             mpsc::error::TrySendError::Closed(_) => Refused::Ended,
@@ -122,7 +139,7 @@ fn begin(runner: &Runner, job: Job, reserve: Reserve) -> Option<Active<'_>> {
     match catch_unwind(AssertUnwindSafe(|| runner.answer(&job.request, job.due(reserve)))) {
         Ok(Ok(answer)) => return Some(Active { answer, job }),
         Ok(Err(error)) => job.send(Event::Failed(error)),
-        Err(_) => job.send(Event::Failed(panicked())),
+        Err(_) => job.send(Event::Failed(ParticipantError::Panicked)),
     }
     None
 }
@@ -147,10 +164,6 @@ fn end_due(waiting: &mut VecDeque<Job>, active: &mut VecDeque<Active<'_>>, reser
         let step = active.answer.finish(String::new(), Finish::Deadline);
         active.tell(step)
     });
-}
-
-fn panicked() -> ParticipantError {
-    ParticipantError::Usage("the engine failed; the server's log says why".into())
 }
 
 impl Job {
@@ -182,7 +195,7 @@ impl Active<'_> {
                 false
             }
             Err(_) => {
-                self.job.send(Event::Failed(panicked()));
+                self.job.send(Event::Failed(ParticipantError::Panicked));
                 false
             }
         }

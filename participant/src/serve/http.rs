@@ -3,8 +3,8 @@
 use std::convert::Infallible;
 use std::net::IpAddr;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
@@ -12,15 +12,18 @@ use http_body_util::{BodyExt, Either, Full, LengthLimitError, Limited};
 use hyper::body::{Body, Bytes, Frame, Incoming};
 use hyper::header::{ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HOST, HeaderValue, RETRY_AFTER};
 use hyper::{Method, Request, Response, StatusCode};
+use model::Source;
 use serde_json::Value;
-use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::{timeout, timeout_at};
 
 use super::Limits;
 use super::engine::{Event, Queue, Refused};
 use super::request::{Asked, Defaults, Kind};
 use super::response::{Head, Refusal, models, usage};
 use crate::ParticipantError;
+use crate::answer::{self, Prompt};
+use crate::grammar::Spelling;
 
 pub(super) struct Service {
     pub queue: Queue,
@@ -32,11 +35,17 @@ pub(super) struct Service {
     /// Only programs on this machine are meant: a page in its browser, which may get at it by a name of its own (DNS
     /// rebinding), is none of them.
     pub only_local: bool,
+    /// How many have come.
+    pub requests: AtomicU64,
+    /// The model's tokenizer.
+    pub source: Arc<dyn Source>,
+    /// What its tokens spell, once somebody asks for an answer in a form.
+    pub spelling: Arc<OnceLock<Spelling>>,
+    /// Places for prompts that become tokens.
+    pub encoding: Arc<Semaphore>,
 }
 
 type Answer = Response<Either<Full<Bytes>, Pieces>>;
-
-static REQUESTS: AtomicU64 = AtomicU64::new(0);
 
 impl Service {
     pub(super) async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Result<Answer, Infallible> {
@@ -77,7 +86,7 @@ impl Service {
             return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, what));
         }
         let body = self.body(request.into_body()).await?;
-        let id = REQUESTS.fetch_add(1, Ordering::Relaxed);
+        let id = self.requests.fetch_add(1, Ordering::Relaxed);
         let defaults = Defaults {
             models: &self.models,
             deadline: self.deadline,
@@ -85,18 +94,48 @@ impl Service {
             seed: self.seed.wrapping_add(id),
             begun,
         };
-        let Asked { request, model, stream, include_usage } = Asked::parse(kind, &body, &defaults)?;
-        let events = self.queue.ask(request).map_err(|refused| match refused {
-            Refused::Full => Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "too many requests wait; try again"),
-            Refused::Ended => {
-                Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the engine has ended; restart the server")
+        let Asked { mut request, model, stream, include_usage } = Asked::parse(kind, &body, &defaults)?;
+        let place = self.queue.place().map_err(not_taken)?;
+        // Here and not by the engine, where other requests wait for it.
+        let events = match self.encoded(&request).await? {
+            Some(tokens) => {
+                request.prompt = Prompt::Tokens(tokens);
+                self.queue.ask(place, request, begun).map_err(not_taken)?
             }
-        })?;
+            None => Queue::too_late(),
+        };
         let head = Head::new(kind, id, model);
         match stream {
             true => self.streamed(head, include_usage, events).await,
             false => whole(head, events).await,
         }
+    }
+
+    /// The prompt's tokens, or none by the deadline.
+    async fn encoded(&self, request: &answer::Request) -> Result<Option<Vec<u32>>, Refusal> {
+        let tokens = async {
+            let place = self.encoding.clone().acquire_owned().await.expect("the semaphore is never closed");
+            let (source, prompt) = (self.source.clone(), request.prompt.clone());
+            let spelling = request.grammar.is_some().then(|| self.spelling.clone());
+            // Whoever does not wait for it any more, it takes its place until it is done.
+            let work = move || {
+                let _place = place;
+                if let Some(spelling) = spelling {
+                    spelling.get_or_init(|| Spelling::new(source.tokenizer()));
+                }
+                prompt.encode(&*source)
+            };
+            tokio::task::spawn_blocking(work).await
+        };
+        let joined = match request.deadline {
+            None => tokens.await,
+            Some(deadline) => match timeout_at(deadline.into(), tokens).await {
+                Ok(joined) => joined,
+                Err(_) => return Ok(None),
+            },
+        };
+        let tokens = joined.unwrap_or(Err(ParticipantError::Panicked));
+        tokens.map(Some).map_err(|error| failed(&error))
     }
 
     async fn body(&self, body: Incoming) -> Result<Bytes, Refusal> {
@@ -134,6 +173,13 @@ impl Service {
             .header(CACHE_CONTROL, "no-cache")
             .body(Either::Right(pieces));
         Ok(answer.expect("headers of our own"))
+    }
+}
+
+fn not_taken(refused: Refused) -> Refusal {
+    match refused {
+        Refused::Full => Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "too many requests wait; try again"),
+        Refused::Ended => Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the engine has ended; restart the server"),
     }
 }
 
@@ -234,7 +280,7 @@ fn failed(error: &ParticipantError) -> Refusal {
     match error {
         ParticipantError::Usage(what) => Refusal::invalid(None, what.clone()),
         ParticipantError::Tokenizer(error) => Refusal::invalid(None, format!("failed to {error}")),
-        _ => Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the engine failed"),
+        _ => Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the engine failed; the server's log says why"),
     }
 }
 

@@ -5,10 +5,12 @@
 
 mod engine;
 mod http;
+mod patient;
 mod request;
 mod response;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use hyper::server::conn::http1;
@@ -20,6 +22,7 @@ use tokio::time::timeout;
 
 use self::engine::Queue;
 use self::http::Service;
+use self::patient::Patient;
 use crate::ParticipantError;
 use crate::runner::Runner;
 
@@ -45,7 +48,7 @@ pub struct Limits {
     pub waiting: usize,
     pub connections: usize,
     pub body_bytes: usize,
-    /// To send a request's head, and again to send its body.
+    /// To send a request's head, and again to send its body; and to read anything of an answer at all.
     pub patience: Duration,
 }
 
@@ -60,6 +63,8 @@ const HEAD_BYTES_MAX: usize = 16 << 10;
 const HEADERS_MAX: usize = 64;
 /// A connection is closed after this time whatever happens on it: who reads an answer slower than that will not miss it.
 const CONNECTION_MAX: Duration = Duration::from_secs(1800);
+/// Prompts that become tokens at the same time: long ones take a core of the engine's.
+const ENCODING: usize = 1;
 /// For answers under way when the server ends.
 const LEAVE: Duration = Duration::from_secs(2);
 
@@ -80,8 +85,21 @@ impl Server {
         }
         let only_local = listener.local_addr().is_ok_and(|address| address.ip().is_loopback());
         let models = std::iter::once(base).chain(runner.adapters().iter().cloned()).collect();
+        let (source, spelling) = (runner.source.clone(), runner.shared_spelling());
         let (queue, worker) = Queue::start(runner, limits)?;
-        let service = Arc::new(Service { queue, models, deadline, tokens_max, seed, limits, only_local });
+        let service = Arc::new(Service {
+            queue,
+            source,
+            spelling,
+            models,
+            deadline,
+            tokens_max,
+            seed,
+            limits,
+            only_local,
+            requests: AtomicU64::new(0),
+            encoding: Arc::new(Semaphore::new(ENCODING)),
+        });
         let connections = Arc::new(Semaphore::new(limits.connections));
         let mut tasks = JoinSet::new();
         loop {
@@ -110,7 +128,7 @@ impl Server {
                 let mut builder = http1::Builder::new();
                 builder.timer(TokioTimer::new()).header_read_timeout(limits.patience);
                 builder.max_buf_size(HEAD_BYTES_MAX).max_headers(HEADERS_MAX);
-                let connection = builder.serve_connection(TokioIo::new(stream), answer);
+                let connection = builder.serve_connection(TokioIo::new(Patient::new(stream, limits.patience)), answer);
                 tokio::pin!(connection);
                 let whole = async {
                     tokio::select! {

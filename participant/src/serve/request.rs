@@ -1,5 +1,6 @@
 //! What a request's JSON asks for, checked field by field.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use model::tokenizer::Message;
@@ -7,6 +8,7 @@ use serde_json::{Map, Value};
 
 use super::response::Refusal;
 use crate::answer::{Prompt, Request};
+use crate::grammar::Grammar;
 use crate::sampler::Sampling;
 
 /// The two kinds of completions.
@@ -42,7 +44,7 @@ const MESSAGES_MAX: usize = 1024;
 const DEADLINE_MS_MAX: f64 = 3_600_000.0;
 
 /// Fields of OpenAI's interface that change an answer and are not supported, with the values that ask for nothing.
-const UNSUPPORTED: [(&str, AsksNothing); 10] = [
+const UNSUPPORTED: [(&str, AsksNothing); 9] = [
     ("n", |value| value == 1),
     ("best_of", |value| value == 1),
     ("echo", |value| value == false),
@@ -52,7 +54,6 @@ const UNSUPPORTED: [(&str, AsksNothing); 10] = [
     ("presence_penalty", is_zero),
     ("logit_bias", |value| value.as_object().is_some_and(Map::is_empty)),
     ("tools", |value| value.as_array().is_some_and(Vec::is_empty)),
-    ("response_format", |value| value["type"] == "text"),
 ];
 
 type AsksNothing = fn(&Value) -> bool;
@@ -113,6 +114,7 @@ impl Asked {
             stops: fields.stops()?,
             deadline: deadline.map(|deadline| defaults.begun + deadline),
             adapter: place.checked_sub(1),
+            grammar: fields.grammar()?.map(Arc::new),
         };
         let include_usage = fields.get("stream_options").is_some_and(|options| options["include_usage"] == true);
         Ok(Self { request, model, stream: fields.truth("stream")?.unwrap_or(false), include_usage })
@@ -176,6 +178,21 @@ impl Fields {
             return Err(wrong("stop", &format!("at most {STOPS_MAX} strings of at most {STOP_BYTES_MAX} bytes")));
         }
         Ok(stops.into_iter().map(str::to_owned).collect())
+    }
+
+    /// OpenAI's `response_format`.
+    fn grammar(&self) -> Result<Option<Grammar>, Refusal> {
+        let name = "response_format";
+        let Some(format) = self.get(name) else { return Ok(None) };
+        match format["type"].as_str() {
+            Some("text") => Ok(None),
+            Some("json_object") => Ok(Some(Grammar::object())),
+            Some("json_schema") => {
+                let grammar = Grammar::schema(&format["json_schema"]["schema"]);
+                grammar.map(Some).map_err(|error| Refusal::invalid(Some(name), error.to_string()))
+            }
+            _ => Err(wrong(name, "of the type text, json_object or json_schema")),
+        }
     }
 
     fn prompt(&self) -> Result<String, Refusal> {

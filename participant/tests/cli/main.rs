@@ -192,6 +192,31 @@ fn an_answer_s_numbers_and_ends_are_checked() {
 }
 
 #[test]
+fn an_answer_has_the_form_of_its_grammar() {
+    let desk = Desk::new();
+    desk.write("schema.json", r#"{"type": "array", "items": {"enum": ["on", "off"]}, "minItems": 2, "maxItems": 3}"#);
+    desk.write("foreign.json", r#"{"type": "string", "format": "date"}"#);
+    desk.write("broken.json", "{");
+    let generate = "generate --model hf --prompt hi --raw --max-tokens 300 --json --grammar";
+    for seed in 0..4 {
+        let told = desk.check_works(&format!("{generate} schema.json --temperature 1 --seed {seed}"));
+        let told: serde_json::Value = serde_json::from_str(&told).unwrap();
+        let states: Vec<String> = serde_json::from_str(told["text"].as_str().unwrap()).unwrap();
+        assert!((2..=3).contains(&states.len()) && states.iter().all(|state| ["on", "off"].contains(&state.as_str())));
+        assert_eq!(told["finish"], "ended");
+    }
+    desk.check_works(&format!("{generate} json"));
+    let cases: [(&str, &[&str]); 3] = [
+        ("nowhere.json", &["the schema nowhere.json", "give `json` or a file"]),
+        ("broken.json", &["broken.json", "it is no JSON"]),
+        ("foreign.json", &["foreign.json", "the schema, #", "`format` is not supported here; leave it out"]),
+    ];
+    for (file, expected) in cases {
+        desk.check_fails(&format!("{generate} {file}"), expected);
+    }
+}
+
+#[test]
 fn several_adapters_answer_one_after_the_other() {
     let desk = Desk::new();
     desk.save_adapter("one", SMOKE);

@@ -1,6 +1,6 @@
 //! `participant serve` over raw sockets: what programs ask, and what nobody should.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -181,6 +181,13 @@ fn wrong_requests_are_told_what_is_wrong() {
         (ask("stream", json!("yes")), 400, "`stream` is not true or false"),
         (ask("deadline_ms", json!(0)), 400, "deadline_ms is 0"),
         (ask("n", json!(2)), 400, "`n` is not supported"),
+        (ask("response_format", json!({"type": "xml"})), 400, "json_object or json_schema"),
+        (ask("response_format", json!({"type": "json_schema"})), 400, "is no schema"),
+        (
+            ask("response_format", json!({"type": "json_schema", "json_schema": {"schema": {"pattern": "a"}}})),
+            400,
+            "`pattern` is not supported",
+        ),
         (ask("prompt", json!("x ".repeat(4000))), 400, "more than the model's context"),
         (request(CHAT, &json!({"model": "base", "messages": "hi"}).to_string()), 400, "`messages` is not a list"),
         (request(CHAT, &json!({"model": "base", "messages": [{"role": "x"}]}).to_string()), 400, "`role`"),
@@ -257,6 +264,54 @@ fn who_is_slow_is_given_up_and_keeps_nobody_waiting() {
     for stream in slow {
         assert!([0, 400, 408].contains(&Response::read(stream).status));
     }
+}
+
+#[test]
+fn who_reads_nothing_is_given_up() {
+    let served = Served::start("--patience 1s");
+    let mut stream = served.connect();
+    stream.set_write_timeout(Some(Duration::from_secs(60))).unwrap();
+    let asked = "GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(1000);
+    // The system's buffers fill, in both directions; then the server hangs up.
+    let error = std::iter::repeat_with(|| stream.write_all(asked.as_bytes())).find_map(Result::err).unwrap();
+    assert!(!matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut), "{error}");
+    assert_eq!(served.post(TEXT, &json!({"model": "base", "prompt": "x", "max_tokens": 1})).status, 200);
+}
+
+#[test]
+fn an_answer_has_the_form_that_its_request_asks_for() {
+    let served = Served::start("");
+    let schema = json!({"type": "object", "additionalProperties": false, "required": ["pump", "bar"], "properties": {
+        "pump": {"type": "string", "maxLength": 8}, "bar": {"type": "integer"}, "state": {"enum": ["on", "off", null]}}});
+    let format = json!({"type": "json_schema", "json_schema": {"name": "status", "strict": true, "schema": schema}});
+    for seed in 0..6 {
+        let mut body =
+            json!({"model": "base", "prompt": "status: ", "max_tokens": 400, "seed": seed, "response_format": format});
+        let whole = served.post(TEXT, &body).json();
+        assert_eq!(whole["choices"][0]["finish_detail"], "ended", "{whole}");
+        let text = whole["choices"][0]["text"].as_str().unwrap();
+        let value: Value = serde_json::from_str(text).unwrap();
+        assert!(value["bar"].is_i64() && value["pump"].as_str().unwrap().chars().count() <= 8, "{value}");
+        assert!(
+            value.as_object().unwrap().keys().all(|key| ["pump", "bar", "state"].contains(&key.as_str())),
+            "{value}"
+        );
+        body["stream"] = json!(true);
+        let pieces = served.post(TEXT, &body).pieces();
+        let streamed: String = pieces.iter().filter_map(|piece| piece["choices"][0]["text"].as_str()).collect();
+        assert_eq!(streamed, text);
+        // What is cut off, by a stop string or in time, is the beginning of such an answer.
+        body["stream"] = json!(false);
+        body["stop"] = json!("\"bar\"");
+        let stopped = served.post(TEXT, &body).json();
+        assert_eq!(stopped["choices"][0]["text"], text.split("\"bar\"").next().unwrap());
+        body["deadline_ms"] = json!(1);
+        let hurried = served.post(TEXT, &body).json();
+        assert!(text.starts_with(hurried["choices"][0]["text"].as_str().unwrap()), "{hurried}");
+    }
+    let body = json!({"model": "base", "prompt": "x", "max_tokens": 40, "response_format": {"type": "json_object"}});
+    let text = served.post(TEXT, &body).json()["choices"][0]["text"].as_str().unwrap().to_owned();
+    assert!(text.trim_start().starts_with('{'), "{text}");
 }
 
 #[test]

@@ -214,6 +214,11 @@ impl Tokenizer {
         self.vocabulary.bytes(id).ok_or(TokenizerError::UnknownId { id, vocabulary: self.vocabulary_size() })
     }
 
+    /// Whether a token is a part of texts, and not a sign between them or a gap in the vocabulary.
+    pub fn is_text(&self, id: u32) -> bool {
+        self.vocabulary.is_text(id)
+    }
+
     /// A tokenizer.json, for export and for participants. The same tokenizer always gives the same bytes.
     pub fn json(&self) -> Vec<u8> {
         document::write(&self.vocabulary, self.text_prefix().and_then(|id| self.token_text(id)))

@@ -144,6 +144,11 @@ impl Vocabulary {
         self.tokens.get(id as usize).map(|token| token.text.as_str())
     }
 
+    pub fn is_text(&self, id: u32) -> bool {
+        let kind = self.tokens.get(id as usize).map(|token| token.kind);
+        kind.is_some_and(|kind| !kind.is_special() && kind != Kind::Unused)
+    }
+
     /// The bytes of text that a token stands for.
     pub fn bytes(&self, id: u32) -> Option<Vec<u8>> {
         let Token { text, kind, .. } = self.tokens.get(id as usize)?;
