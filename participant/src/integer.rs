@@ -41,7 +41,7 @@ pub fn load(path: &Path, threads: usize) -> Result<Model, ParticipantError> {
     let engine = Kernels::new(instructions, threads, false);
     if path.is_dir() {
         let what = format!(
-            "{} is a directory; the integer engine takes a GGUF file: `coordinator quantize` writes one",
+            "{} is no GGUF file, which the integer engine takes: use --engine float, or `coordinator quantize` to make one",
             path.display()
         );
         return Err(ParticipantError::Usage(what));

@@ -58,6 +58,12 @@ impl LocalTraining {
             let mut stages = stages.of_model([0; 32]);
             Trainer::new(experiment.clone(), &self.name, &*source, None, &device, data, &mut stages)?
         };
+        // Tokenizer, text and stored weights have done their work.
+        let origin = source.origin().display().to_string();
+        drop(source);
+        if let Some(kernels) = device.kernels() {
+            kernels.trim();
+        }
         trainer.begin_round((1, 1), 0, &adapter).await?;
         let evaluate = async |trainer: &Trainer, step, tell: &mut (dyn FnMut(Happened) + Send)| {
             let loss = trainer.evaluate(None).await?;
@@ -72,7 +78,7 @@ impl LocalTraining {
         }
         evaluate(&trainer, steps, &mut tell).await?;
         let out = self.out.clone().unwrap_or_else(|| Path::new("runs").join(format!("{}-local", experiment.name)));
-        trainer.adapter().save(&out, &source.origin().display().to_string())?;
+        trainer.adapter().save(&out, &origin)?;
         tell(Happened::Saved(out));
         Ok(())
     }

@@ -61,7 +61,8 @@ impl Runner {
         let load = |adapter: &NamedAdapter| Adapter::load(&adapter.directory, source.config());
         let engine = match engine.unwrap_or_else(|| Engine::of(&*source)) {
             Engine::Integer => {
-                let model = integer::load(model, device.threads as usize)?.keeping(cache.unwrap_or_default());
+                // The file itself, where the model was named by the directory it lies in.
+                let model = integer::load(source.origin(), device.threads as usize)?.keeping(cache.unwrap_or_default());
                 // One after the other: their files are not held together.
                 let adapters = adapters.iter().map(|adapter| integer::adapter(&model, &load(adapter)?));
                 Running::Integer { adapters: adapters.collect::<Result<_, ParticipantError>>()?, model }

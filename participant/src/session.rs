@@ -283,6 +283,11 @@ impl Participant {
             offload::in_place(|| trainer.keep_in(disk, directory, model_digest))?;
         }
         let (adapter, width) = (trainer.adapter(), source.config().width);
+        // Tokenizer, text and stored weights have done their work, and the device has other uses for their memory.
+        drop(source);
+        if let Some(kernels) = device.kernels() {
+            kernels.trim();
+        }
         self.prepared = Some(Prepared { experiment, model_digest, cut, trainer, width, adapter });
         Ok(())
     }

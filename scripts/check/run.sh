@@ -57,7 +57,7 @@ evaluate() {
     local file
     mkdir -p "$work/losses/$1"
     for file in "$work"/held-out/*.jsonl; do
-        participant evaluate --model "$model" --adapter "$work/adapters/$1" --data "$file" --json \
+        participant evaluate --engine float --model "$model" --adapter "$work/adapters/$1" --data "$file" --json \
             > "$work/losses/$1/$(basename "$file" .jsonl).json"
     done
 }

@@ -150,12 +150,18 @@ fn the_integer_engine_measures_a_quantized_file_and_refuses_what_it_cannot_run()
     let numbers = fs::read(desk.path("adapter/adapter_model.safetensors")).unwrap().len();
     let bytes = costs["adapter_bytes"].as_u64().unwrap() as usize;
     assert!(bytes < numbers && numbers - bytes < 8192, "{bytes} of {numbers}");
+    // A directory is as good as the one file in it.
+    fs::create_dir(desk.path("quantized")).unwrap();
+    fs::copy(desk.path("weights.gguf"), desk.path("quantized/weights.gguf")).unwrap();
+    let evaluate =
+        |model: &str| desk.check_works(&format!("evaluate --model {model} --adapter adapter --data data.jsonl --json"));
+    assert_eq!(evaluate("quantized"), evaluate("weights.gguf"));
     desk.write("tensorless.gguf", desk.gguf());
     let cases: [(&str, &[&str]); 4] = [
         ("bench infer --model tensorless.gguf", &["tensorless.gguf", "no tensor `token_embd.weight`"]),
         ("bench infer --model nowhere.gguf", &["nowhere.gguf", "No such file"]),
         ("bench infer --model weights.gguf --tokens 9999", &["9999 tokens", "context of 2048"]),
-        ("generate --model hf --prompt hi --engine integer", &["hf is a directory", "takes a GGUF file"]),
+        ("generate --model hf --prompt hi --engine integer", &["hf is no GGUF file", "use --engine float"]),
     ];
     for (arguments, expected) in cases {
         desk.check_fails(arguments, expected);

@@ -58,9 +58,11 @@ impl Engine {
         clock.map(|mut times| std::mem::take(&mut *times)).unwrap_or_default()
     }
 
-    /// Gives memory of passes that are over back to the system.
+    /// Gives memory back to the system: that of passes that are over, and what the allocator keeps of all that this
+    /// process has freed.
     pub fn trim(&self) {
         self.spare.clear();
+        crate::buffer::trim_heap();
     }
 
     /// Contents are left from earlier use.

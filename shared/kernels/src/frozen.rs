@@ -31,28 +31,63 @@ enum Numbers {
     Int8(Vec<i8>, Vec<f32>),
 }
 
-impl Frozen {
-    /// # Panics
-    /// If `values` does not hold `rows · columns` numbers.
-    pub fn new(rows: usize, columns: usize, values: Vec<f32>, ty: WeightType) -> Self {
-        assert_eq!(rows * columns, values.len(), "a matrix of {rows} × {columns}");
+/// Takes a matrix row by row, so that its f32 numbers need not all exist at one time.
+pub struct FrozenBuilder(Frozen);
+
+impl FrozenBuilder {
+    pub fn new(rows: usize, columns: usize, ty: WeightType) -> Self {
+        let all = rows * columns;
         let numbers = match ty {
-            WeightType::F32 => Numbers::F32(values),
-            WeightType::Bf16 => Numbers::Bf16(values.into_iter().map(to_bf16).collect()),
-            WeightType::Int8 => {
-                let mut scales = Vec::with_capacity(rows);
-                let mut whole = Vec::with_capacity(values.len());
+            WeightType::F32 => Numbers::F32(Vec::with_capacity(all)),
+            WeightType::Bf16 => Numbers::Bf16(Vec::with_capacity(all)),
+            WeightType::Int8 => Numbers::Int8(Vec::with_capacity(all), Vec::with_capacity(rows)),
+        };
+        Self(Frozen { rows, columns, numbers })
+    }
+
+    /// The next rows, row-major.
+    ///
+    /// # Panics
+    /// If `values` does not hold whole rows.
+    pub fn push(&mut self, values: &[f32]) {
+        let columns = self.0.columns;
+        assert!(values.len().is_multiple_of(columns.max(1)), "rows of {columns} numbers");
+        match &mut self.0.numbers {
+            Numbers::F32(numbers) => numbers.extend_from_slice(values),
+            Numbers::Bf16(numbers) => numbers.extend(values.iter().map(|&x| to_bf16(x))),
+            Numbers::Int8(numbers, scales) => {
                 for row in values.chunks(columns.max(1)) {
                     let largest = row.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
                     let scale = largest / 127.0;
                     let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-                    whole.extend(row.iter().map(|x| (x * inverse).round() as i8));
+                    numbers.extend(row.iter().map(|x| (x * inverse).round() as i8));
                     scales.push(scale);
                 }
-                Numbers::Int8(whole, scales)
             }
+        }
+    }
+
+    /// # Panics
+    /// If rows are missing, or too many.
+    pub fn finish(self) -> Frozen {
+        let Frozen { rows, columns, numbers } = &self.0;
+        let found = match numbers {
+            Numbers::F32(numbers) => numbers.len(),
+            Numbers::Bf16(numbers) => numbers.len(),
+            Numbers::Int8(numbers, _) => numbers.len(),
         };
-        Self { rows, columns, numbers }
+        assert_eq!(rows * columns, found, "a matrix of {rows} × {columns}");
+        self.0
+    }
+}
+
+impl Frozen {
+    /// # Panics
+    /// If `values` does not hold `rows · columns` numbers.
+    pub fn new(rows: usize, columns: usize, values: Vec<f32>, ty: WeightType) -> Self {
+        let mut frozen = FrozenBuilder::new(rows, columns, ty);
+        frozen.push(&values);
+        frozen.finish()
     }
 
     pub fn rows(&self) -> usize {

@@ -1,7 +1,6 @@
 //! Final norm, LM head and cross-entropy. Logits of some rows exist at a time, never those of all.
 
 use crate::block::Stream;
-use crate::buffer::Buffer;
 use crate::engine::{Engine, Shared, Task};
 use crate::frozen::Frozen;
 use crate::norm::RmsNorm;
@@ -9,8 +8,10 @@ use crate::product::{Columns, Plus, Term, product, row_products};
 use crate::rows::{Blocking, Packed};
 use crate::simd::{Simd, exp};
 
-/// Rows whose logits exist at one time: 50 MB with a vocabulary of 49,152.
-const CHUNK_ROWS: usize = 256;
+/// Rows whose logits exist at one time, at most: 50 MB with a vocabulary of 49,152.
+const CHUNK_ROWS_MAX: usize = 256;
+/// Fewer would spend more time on the panels of the weights than on products with them.
+const CHUNK_ROWS_MIN: usize = 64;
 /// Columns of the logits' gradient that are packed at one time.
 const CHUNK_COLUMNS: usize = 4096;
 
@@ -41,19 +42,23 @@ impl Head {
         assert!(targets.iter().all(|&target| (target as usize) < vocabulary));
         let mut gradient = gradient_scale.map(|_| engine.zeros(x.len()));
         let mut nats = 0.0;
-        for (i, targets) in targets.chunks(CHUNK_ROWS).enumerate() {
-            let place = i * CHUNK_ROWS * width..i * CHUNK_ROWS * width + targets.len() * width;
+        let rows = chunk_rows(weights).min(targets.len());
+        // One for all chunks, of which the last one is smaller.
+        let mut all_logits = engine.take(rows * vocabulary);
+        for (i, targets) in targets.chunks(rows.max(1)).enumerate() {
+            let place = i * rows * width..(i * rows + targets.len()) * width;
             let x = &x[place.clone()];
+            let logits = &mut all_logits[..targets.len() * vocabulary];
             let blocking = Blocking::new(&[targets.len()], engine.path().tile_rows());
             let (normed, factors) = self.norm.packed(engine, &blocking, x);
-            let mut logits = logits(engine, &blocking, &normed, weights);
+            logits_of(engine, &blocking, &normed, weights, logits);
             drop(normed);
-            nats += softmax(engine, &mut logits, targets, gradient_scale);
+            nats += softmax(engine, logits, targets, gradient_scale);
             let Some(gradient) = &mut gradient else { continue };
             let mut dh = engine.take(targets.len() * width);
             for column in (0..vocabulary).step_by(CHUNK_COLUMNS) {
                 let columns = CHUNK_COLUMNS.min(vocabulary - column);
-                let g = Packed::of_columns(engine, &blocking, &logits, vocabulary, column, columns);
+                let g = Packed::of_columns(engine, &blocking, logits, vocabulary, column, columns);
                 let term = Term {
                     x: &g,
                     column: 0,
@@ -82,22 +87,27 @@ impl Head {
             row_products(engine, weights, &normed, rows, &mut all);
             return all;
         }
-        for (x, to) in x.chunks(CHUNK_ROWS * width).zip(all.chunks_mut(CHUNK_ROWS * weights.rows())) {
+        let chunk = chunk_rows(weights);
+        for (x, to) in x.chunks(chunk * width).zip(all.chunks_mut(chunk * weights.rows())) {
             let blocking = Blocking::new(&[x.len() / width], engine.path().tile_rows());
             let (normed, _) = self.norm.packed(engine, &blocking, x);
-            to.copy_from_slice(&logits(engine, &blocking, &normed, weights));
+            logits_of(engine, &blocking, &normed, weights, to);
         }
         all
     }
 }
 
-fn logits(engine: &Engine, blocking: &Blocking, normed: &Packed, weights: &Frozen) -> Buffer<f32> {
-    let mut logits = engine.take(blocking.rows * weights.rows());
+/// As many rows as let the logits be no larger than the weights: who keeps small weights has little memory.
+fn chunk_rows(weights: &Frozen) -> usize {
+    let row_bytes = weights.rows() * size_of::<f32>();
+    (weights.bytes() / row_bytes.max(1)).clamp(CHUNK_ROWS_MIN, CHUNK_ROWS_MAX)
+}
+
+fn logits_of(engine: &Engine, blocking: &Blocking, normed: &Packed, weights: &Frozen, to: &mut [f32]) {
     let length = weights.columns();
     let term = Term { x: normed, column: 0, length, weights, transposed: true, from: 0, low_rank: None };
     let all = Columns { at: 0, columns: weights.rows(), terms: vec![term], plus: Plus::Nothing };
-    product(engine, blocking, &mut logits, weights.rows(), &[all]);
-    logits
+    product(engine, blocking, to, weights.rows(), &[all]);
 }
 
 /// The rows' summed loss, in order; with a scale, logits become `scale · (softmax − one-hot)`.

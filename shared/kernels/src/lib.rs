@@ -39,7 +39,7 @@ pub use block::{Block, BlockGradients, BlockWeights, GroupSaved, Keep, Pass, Sav
 pub use counting::{Allocations, CountingAllocator};
 pub use decode::Cache;
 pub use engine::Engine;
-pub use frozen::{Frozen, WeightType};
+pub use frozen::{Frozen, FrozenBuilder, WeightType};
 pub use head::Head;
 pub use measure::{Inputs, add_second_moments};
 pub use path::{PATH_VARIABLE, Path};

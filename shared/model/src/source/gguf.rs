@@ -4,7 +4,7 @@ use std::path::Path;
 
 use quant::gguf::{Header, Reader, TensorType, Vocabulary};
 
-use super::{Source, TensorInfo, tensors_of};
+use super::{Source, Take, TensorInfo, tensors_of};
 use crate::tokenizer::GgufTokenizer;
 use crate::{Family, Llama3Scaling, ModelConfig, ModelError, Tokenizer};
 
@@ -70,6 +70,21 @@ impl Source for GgufModel {
             }
             None => Ok(raw),
         }
+    }
+
+    fn read_pieces(&self, info: &TensorInfo, take: &mut Take<'_>) -> Result<(), ModelError> {
+        if rotary_heads(&self.config, &info.name).is_some() {
+            return take(&self.read(info)?);
+        }
+        let (name, mut piece) = (gguf_tensor_name(&info.name), Vec::new());
+        for first in (0..info.rows()).step_by(info.piece_rows()) {
+            let rows = info.piece_rows().min(info.rows() - first);
+            self.reader
+                .read_rows(&name, first, rows, &mut piece)
+                .map_err(|error| ModelError::file(self.origin(), format!("failed to {error}")))?;
+            take(&piece)?;
+        }
+        Ok(())
     }
 }
 

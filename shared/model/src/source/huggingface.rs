@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use quant::BlockType;
 use safetensors::{Dtype, tensor::Metadata};
 use serde_json::Value;
 
-use super::{Source, TensorInfo, tensors_of};
+use super::{Source, Take, TensorInfo, tensors_of};
 use crate::tokenizer::HuggingFaceFiles;
 use crate::{ModelConfig, ModelError, Tokenizer};
 
@@ -50,6 +51,13 @@ impl HuggingFaceModel {
     }
 }
 
+impl HuggingFaceModel {
+    fn place(&self, info: &TensorInfo) -> Result<&Place, ModelError> {
+        let place = self.places.get(&info.name);
+        place.ok_or_else(|| ModelError::file(&self.directory, format!("has no tensor {}", info.name)))
+    }
+}
+
 impl Source for HuggingFaceModel {
     fn origin(&self) -> &Path {
         &self.directory
@@ -68,15 +76,27 @@ impl Source for HuggingFaceModel {
     }
 
     fn read(&self, info: &TensorInfo) -> Result<Vec<u8>, ModelError> {
-        use std::io::{Read, Seek, SeekFrom};
-        let place = self.places.get(&info.name);
-        let place = place.ok_or_else(|| ModelError::file(&self.directory, format!("has no tensor {}", info.name)))?;
-        let mut file = File::open(&place.path).map_err(ModelError::io(&place.path))?;
-        let mut bytes = vec![0; place.bytes];
-        file.seek(SeekFrom::Start(place.start))
-            .and_then(|_| file.read_exact(&mut bytes))
-            .map_err(ModelError::io(&place.path))?;
+        let mut bytes = Vec::with_capacity(self.place(info)?.bytes);
+        self.read_pieces(info, &mut |piece| {
+            bytes.extend_from_slice(piece);
+            Ok(())
+        })?;
         Ok(bytes)
+    }
+
+    fn read_pieces(&self, info: &TensorInfo, take: &mut Take<'_>) -> Result<(), ModelError> {
+        let place = self.place(info)?;
+        let mut file = File::open(&place.path).map_err(ModelError::io(&place.path))?;
+        file.seek(SeekFrom::Start(place.start)).map_err(ModelError::io(&place.path))?;
+        let mut piece = vec![0; info.piece_bytes().min(place.bytes)];
+        let mut left = place.bytes;
+        while left > 0 {
+            piece.truncate(left);
+            file.read_exact(&mut piece).map_err(ModelError::io(&place.path))?;
+            left -= piece.len();
+            take(&piece)?;
+        }
+        Ok(())
     }
 }
 

@@ -86,8 +86,7 @@ impl Manifest {
                 return Err(refused(format!("lists {} {:?}; expected {name} {shape:?}", entry.name, entry.shape)));
             }
             let info = entry.info().ok_or_else(|| refused(format!("gives {name} the unknown type {}", entry.dtype)))?;
-            let bytes = info.dtype.bytes_of(shape.iter().product());
-            if bytes.map(|bytes| bytes as u64) != Some(entry.blob.bytes) {
+            if info.bytes().map(|bytes| bytes as u64) != Some(entry.blob.bytes) {
                 return Err(refused(format!("gives {name} {} bytes", entry.blob.bytes)));
             }
         }

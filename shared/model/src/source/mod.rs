@@ -44,21 +44,80 @@ pub trait Source: Send + Sync {
 
     /// The stored bytes of a tensor, in Hugging Face's row order.
     fn read(&self, info: &TensorInfo) -> Result<Vec<u8>, ModelError>;
+
+    /// The same, in pieces of whole rows, so that a large tensor is never in memory twice.
+    ///
+    /// # Errors
+    /// An error after some pieces takes them back: what they said may be wrong.
+    fn read_pieces(&self, info: &TensorInfo, take: &mut Take<'_>) -> Result<(), ModelError> {
+        take(&self.read(info)?)
+    }
 }
+
+/// Takes a piece of a tensor.
+pub type Take<'a> = dyn FnMut(&[u8]) -> Result<(), ModelError> + 'a;
+
+/// Bytes of a piece, and more only where a single row is longer.
+const PIECE_BYTES: usize = 1 << 20;
 
 impl dyn Source + '_ {
     /// The values of a tensor that must have this shape; all are finite.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
+        let mut values = Vec::with_capacity(shape.iter().product());
+        self.tensor_pieces(name, shape, |piece| values.extend_from_slice(piece))?;
+        Ok(values)
+    }
+
+    /// The same, in pieces of whole rows; after an error those that were taken count for nothing.
+    pub fn tensor_pieces(&self, name: &str, shape: &[usize], mut take: impl FnMut(&[f32])) -> Result<(), ModelError> {
         let found = self.tensors().iter().find(|info| info.name == name);
         let info = found.ok_or_else(|| ModelError::file(self.origin(), format!("has no tensor {name}")))?;
         if info.shape != shape {
             let what = format!("{name} has shape {:?}; expected {shape:?}", info.shape);
             return Err(ModelError::file(self.origin(), what));
         }
-        let mut values = vec![0.0; shape.iter().product()];
-        quant::dequantize(info.dtype, &self.read(info)?, &mut values)
-            .map_err(|error| ModelError::file(self.origin(), format!("{name}: failed to {error}")))?;
-        Ok(values)
+        let refused = |what: String| ModelError::file(self.origin(), format!("{name}: {what}"));
+        let (mut taken, mut values) = (0, Vec::new());
+        self.read_pieces(info, &mut |bytes| {
+            values.resize(bytes.len() / info.row_bytes() * info.row_elements(), 0.0);
+            quant::dequantize(info.dtype, bytes, &mut values).map_err(|error| refused(format!("failed to {error}")))?;
+            taken += values.len();
+            take(&values);
+            Ok(())
+        })?;
+        let expected: usize = shape.iter().product();
+        if taken != expected {
+            return Err(refused(format!("holds {taken} numbers; expected {expected}")));
+        }
+        Ok(())
+    }
+}
+
+impl TensorInfo {
+    /// Bytes as stored; nothing if a row is not whole blocks, which no source holds.
+    fn bytes(&self) -> Option<usize> {
+        self.dtype.bytes_of(self.row_elements())?.checked_mul(self.rows())
+    }
+
+    /// A vector is one row.
+    fn row_elements(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+
+    fn rows(&self) -> usize {
+        self.shape.split_last().map_or(1, |(_, rows)| rows.iter().product())
+    }
+
+    fn row_bytes(&self) -> usize {
+        self.dtype.bytes_of(self.row_elements()).expect("a row is whole blocks")
+    }
+
+    fn piece_rows(&self) -> usize {
+        (PIECE_BYTES / self.row_bytes()).max(1)
+    }
+
+    fn piece_bytes(&self) -> usize {
+        self.piece_rows() * self.row_bytes()
     }
 }
 

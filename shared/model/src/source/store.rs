@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use super::{Blob, Manifest, Source, TensorEntry, TensorInfo};
+use super::{Blob, Manifest, Source, Take, TensorEntry, TensorInfo};
 use crate::{ModelConfig, ModelError, Tokenizer};
 
 /// A directory of blobs, each under the hexadecimal SHA-256 of its bytes.
@@ -45,10 +45,27 @@ impl BlobStore {
     pub fn read(&self, blob: &Blob) -> Result<Vec<u8>, ModelError> {
         let path = self.path(blob);
         let bytes = std::fs::read(&path).map_err(ModelError::io(&path))?;
-        if Blob::of(&bytes) != *blob {
-            return Err(ModelError::file(&path, "does not have the content it is named by; delete it and join again"));
+        if Blob::of(&bytes) == *blob { Ok(bytes) } else { Err(other_content(&path)) }
+    }
+
+    /// The same in pieces of `piece_bytes`; an error at the end says that their content was not the blob's.
+    fn read_pieces(&self, blob: &Blob, piece_bytes: usize, take: &mut Take<'_>) -> Result<(), ModelError> {
+        let path = self.path(blob);
+        let mut file = File::open(&path).map_err(ModelError::io(&path))?;
+        if file.metadata().map_err(ModelError::io(&path))?.len() != blob.bytes {
+            return Err(other_content(&path));
         }
-        Ok(bytes)
+        let mut left = usize::try_from(blob.bytes).map_err(|_| other_content(&path))?;
+        let (mut hash, mut piece) = (Sha256::new(), vec![0; piece_bytes.min(left)]);
+        while left > 0 {
+            piece.truncate(left);
+            file.read_exact(&mut piece).map_err(ModelError::io(&path))?;
+            left -= piece.len();
+            hash.update(&piece);
+            take(&piece)?;
+        }
+        let found: [u8; 32] = hash.finalize().into();
+        if found == blob.sha256 { Ok(()) } else { Err(other_content(&path)) }
     }
 
     /// Opens a blob for writing behind the bytes that an earlier attempt left; nothing, if it has come meanwhile.
@@ -74,6 +91,10 @@ impl BlobStore {
         }
         Ok(Some(BlobWriter { _lock: lock, blob: *blob, file, written, partial, complete }))
     }
+}
+
+fn other_content(path: &Path) -> ModelError {
+    ModelError::file(path, "does not have the content it is named by; delete it and join again")
 }
 
 impl BlobWriter {
@@ -137,6 +158,14 @@ impl StoredModel {
     }
 }
 
+impl StoredModel {
+    fn blob(&self, info: &TensorInfo) -> Result<&Blob, ModelError> {
+        let entry = self.manifest.tensors.iter().find(|entry| entry.name == info.name);
+        let entry = entry.ok_or_else(|| ModelError::file(self.origin(), format!("has no tensor {}", info.name)))?;
+        Ok(&entry.blob)
+    }
+}
+
 impl Source for StoredModel {
     fn origin(&self) -> &Path {
         &self.store.directory
@@ -155,9 +184,11 @@ impl Source for StoredModel {
     }
 
     fn read(&self, info: &TensorInfo) -> Result<Vec<u8>, ModelError> {
-        let entry = self.manifest.tensors.iter().find(|entry| entry.name == info.name);
-        let entry = entry.ok_or_else(|| ModelError::file(self.origin(), format!("has no tensor {}", info.name)))?;
-        self.store.read(&entry.blob)
+        self.store.read(self.blob(info)?)
+    }
+
+    fn read_pieces(&self, info: &TensorInfo, take: &mut Take<'_>) -> Result<(), ModelError> {
+        self.store.read_pieces(self.blob(info)?, info.piece_bytes(), take)
     }
 }
 
@@ -182,6 +213,35 @@ mod tests {
         assert!(store.holds(&blob));
         assert!(store.resume(&blob).unwrap().is_none());
         assert_eq!(store.read(&blob).unwrap(), bytes);
+    }
+
+    #[test]
+    fn pieces_are_the_blob_and_a_changed_one_is_noticed_behind_them() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = BlobStore::open(directory.path()).unwrap();
+        let bytes = b"headwater".repeat(1000);
+        let blob = Blob::of(&bytes);
+        let mut writer = store.resume(&blob).unwrap().unwrap();
+        writer.write(&bytes).unwrap();
+        writer.finish().unwrap();
+        let pieces = |bytes: usize| {
+            let mut pieces = Vec::new();
+            let read = store.read_pieces(&blob, bytes, &mut |piece| {
+                pieces.push(piece.to_vec());
+                Ok(())
+            });
+            read.map(|()| pieces)
+        };
+        let found = pieces(4000).unwrap();
+        assert_eq!(found.iter().map(Vec::len).collect::<Vec<_>>(), [4000, 4000, 1000]);
+        assert_eq!(found.concat(), bytes);
+
+        let mut changed = bytes.clone();
+        changed[8999] ^= 1;
+        std::fs::write(store.path(&blob), &changed).unwrap();
+        assert!(pieces(4000).unwrap_err().to_string().contains("join again"));
+        std::fs::write(store.path(&blob), &bytes[..8999]).unwrap();
+        assert!(pieces(4000).unwrap_err().to_string().contains("join again"));
     }
 
     #[test]

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use kernels::{
-    Block, BlockAdapter, BlockWeights, Cache, Engine, Frozen, GroupSaved, HEAD_MAX, Head, Inputs, Keep, LAYERS, Masks,
-    Pair, PairGradients, Pass, Rotation, Saved, Stream,
+    Block, BlockAdapter, BlockWeights, Cache, Engine, Frozen, FrozenBuilder, GroupSaved, HEAD_MAX, Head, Inputs, Keep,
+    LAYERS, Masks, Pair, PairGradients, Pass, Rotation, Saved, Stream,
 };
 use rayon::prelude::*;
 
@@ -86,7 +86,9 @@ impl NativeStage {
         }
         let ty = native.weights;
         let matrix = |name: &str, rows: usize, columns: usize| -> Result<Frozen, ModelError> {
-            Ok(Frozen::new(rows, columns, source.tensor(name, &[rows, columns])?, ty))
+            let mut frozen = FrozenBuilder::new(rows, columns, ty);
+            source.tensor_pieces(name, &[rows, columns], |rows| frozen.push(rows))?;
+            Ok(frozen.finish())
         };
         let table = |name: &str| matrix(name, config.vocabulary, config.width).map(Arc::new);
         let tied = match lend.and_then(|stage| stage.0.tied.clone()) {
