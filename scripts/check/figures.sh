@@ -4,13 +4,14 @@
 # Whatever stops a check, the table shows the figures it reached; the exit code is 0 only if nothing failed and every
 # figure is met.
 
-json= quick= only= long=
+json= quick= only= long= corpus=
 while [ $# -gt 0 ]; do
     case $1 in
         --json) json=--json ;;
         --quick) quick=yes ;;
         --only) only=$2; shift ;;
         --quality | --strategies) long=${1#--} ;;
+        --e2e) long=quality corpus=e2e ;;
         *) sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; [ "$1" = --help ] && exit 0 || exit 2 ;;
     esac
     shift

@@ -1,4 +1,4 @@
-"""Federated training against its alternatives, on the same held-out files: quality.py LOSSES
+"""Federated training against its alternatives, on the same held-out files: quality.py LOSSES DATA
 
 LOSSES/<contender>/<device>.json is what `participant evaluate --json` prints.
 """
@@ -10,14 +10,14 @@ from pathlib import Path
 import figures
 
 
-def main(folder):
+def main(folder, data):
     losses = table(folder)
     together = mean(losses["fedavg"])
     pooled = min(mean(losses[name]) for name in losses if name.startswith("pooled"))
     alone = [mean(losses[name]) for name in losses if name.startswith("alone")]
-    figures.at_most("4 quality: federated above pooled", 100 * (together / pooled - 1), 3.0, "%")
+    figures.at_most(f"4 quality, {data}: federated above pooled", 100 * (together / pooled - 1), 3.0, "%")
     worse = sum(one > together for one in alone)
-    figures.exactly("4 quality: devices whose training alone is worse for all four", worse, 4, "of 4")
+    figures.exactly(f"4 quality, {data}: devices whose training alone is worse for all four", worse, 4, "of 4")
 
 
 def table(folder):

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Checks whole runs: every party a process of its own, real QUIC between them, the real model.
 #
-#   scripts/check/run.sh [--json] [--quick] [--only FIGURE] [--quality | --strategies]
+#   scripts/check/run.sh [--json] [--quick] [--only FIGURE] [--quality | --e2e | --strategies]
 #
 #   2  `participant train` and a run with one participant in `u` mode print the same fifty losses (--quick: ten)
 #   4  it learns: configs/demo.toml; with --quality also configs/quality.toml against pooled and single-device training
-#      (half an hour), with --strategies under every aggregation strategy (hours)
+#      (half an hour), with --e2e the same of configs/e2e.toml, on real text, with --strategies configs/quality.toml under
+#      every aggregation strategy (hours)
 #   6  a canary planted in a corpus is nowhere in the coordinator's files, at RUST_LOG=trace, and in no frame
 #   8  the byte ledger agrees with QUIC's own statistics
 
@@ -38,15 +39,19 @@ if wanted 4 || wanted 8; then
     ! wanted 8 || check ledger "$work/report.json"
 fi
 
-# train_apart NAME DATA [SED COMMAND]: configs/quality.toml, unsplit and alone; the adapter goes to adapters/NAME.
+# The longer experiment.
+longer=configs/${corpus:-quality}.toml
+devices=({press,mill,packer,chiller}-1)
+
+# train_apart NAME DATA [SED COMMAND]: the longer experiment, unsplit and alone; the adapter goes to adapters/NAME.
 train_apart() {
-    sed -e "s/^name = .*/name = \"$1\"/" ${3:+-e "$3"} configs/quality.toml > "$work/$1.toml"
+    sed -e "s/^name = .*/name = \"$1\"/" ${3:+-e "$3"} "$longer" > "$work/$1.toml"
     participant train "$work/$1.toml" --data "$2" --out "$work/adapters/$1" --json > "$work/$1.jsonl"
 }
 
-# train_together NAME [SED COMMAND]: configs/quality.toml by the four devices; the adapter goes to adapters/NAME.
+# train_together NAME [SED COMMAND]: the longer experiment by the four devices; the adapter goes to adapters/NAME.
 train_together() {
-    sed -e "s/^name = .*/name = \"$1\"/" ${2:+-e "$2"} configs/quality.toml > "$work/$1.toml"
+    sed -e "s/^name = .*/name = \"$1\"/" ${2:+-e "$2"} "$longer" > "$work/$1.toml"
     federate "$work/$1.toml" "$work/$1" "$work"/train/*.jsonl
     coordinator export "$work/$1/runs/$1" --format peft --out "$work/$1/exports" >&2
     mv "$work/$1/exports/peft" "$work/adapters/$1"
@@ -62,14 +67,34 @@ evaluate() {
     done
 }
 
+# E2E NLG (Novikova, Dusek and Rieser 2017, CC BY-SA 4.0), in the form that LoRA and SplitLoRA train on.
+fetch_e2e() {
+    local file=models/e2e_nlg/train.txt
+    local url=https://raw.githubusercontent.com/microsoft/LoRA/main/examples/NLG/data/e2e/train.txt
+    local sum=eae319082237310913d9f37f6a891d48fb3f821f29d86870d2cb4f92ddd72c5a
+    mkdir -p "${file%/*}"
+    if [ ! -e "$file" ]; then
+        curl -fsSL --retry 3 -o "$file.part" "$url" ||
+            { say "$url is out of reach: get E2E NLG's train.txt elsewhere and put it at $file"; exit 1; }
+        mv "$file.part" "$file"
+    fi
+    sha256sum --quiet --check <<< "$sum  $file" >&2 || { say "$file has other content: delete it"; exit 1; }
+    echo "$file"
+}
+
 if [ "$long" ]; then
-    # All contenders are evaluated on the last tenth of each device's records, which none of them trained on.
-    participant device-log --out "$work/long" --records 400 >&2
+    # All contenders are evaluated on each device's held-out records, which none of them trained on.
     mkdir -p "$work"/{train,held-out,adapters,losses}
-    for device in press-1 mill-1 packer-1 chiller-1; do
-        head -n 360 "$work/long/$device.jsonl" > "$work/train/$device.jsonl"
-        tail -n 40 "$work/long/$device.jsonl" > "$work/held-out/$device.jsonl"
-    done
+    if [ "$corpus" = e2e ]; then
+        file=$(fetch_e2e)
+        check e2e "$file" "$work" "${devices[@]}"
+    else
+        participant device-log --out "$work/long" --records 400 >&2
+        for device in "${devices[@]}"; do
+            head -n 360 "$work/long/$device.jsonl" > "$work/train/$device.jsonl"
+            tail -n 40 "$work/long/$device.jsonl" > "$work/held-out/$device.jsonl"
+        done
+    fi
     train_together fedavg
     evaluate fedavg
 fi
@@ -79,12 +104,12 @@ if [ "$long" = quality ]; then
     cat "$work"/train/*.jsonl > "$work/pooled.jsonl"
     # Equal tokens twice: in as many steps, each of four micro-batches, or in four times as many steps. The better one
     # is the bar.
-    steps=$(sed -n 's/^local_steps = //p' configs/quality.toml)
+    steps=$(sed -n 's/^local_steps = //p' "$longer")
     train_apart pooled-batch4 "$work/pooled.jsonl" "s/^accumulate = .*/accumulate = 4/"
     train_apart pooled-steps4 "$work/pooled.jsonl" "s/^local_steps = .*/local_steps = $((4 * steps))/"
-    for device in press-1 mill-1 packer-1 chiller-1; do train_apart "alone-$device" "$work/train/$device.jsonl"; done
-    for name in pooled-steps4 pooled-batch4 alone-{press,mill,packer,chiller}-1; do evaluate "$name"; done
-    check quality "$work/losses"
+    for device in "${devices[@]}"; do train_apart "alone-$device" "$work/train/$device.jsonl"; done
+    for name in pooled-steps4 pooled-batch4 "${devices[@]/#/alone-}"; do evaluate "$name"; done
+    check quality "$work/losses" "${corpus:-device text}"
 fi
 
 if [ "$long" = strategies ]; then
