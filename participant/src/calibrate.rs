@@ -7,9 +7,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use experiment::Columns;
-use model::source::gguf_tensor_name;
-use model::{Adapter, LayerInput, Walk};
-use quant::Imatrix;
+use model::{Adapter, ChannelSums, Walk};
 
 use crate::ParticipantError;
 use crate::data::{encode_records, read_records};
@@ -55,37 +53,19 @@ impl CalibrateArguments {
         let sequences: Vec<Vec<u32>> = sequences.collect();
         let walk = Walk::with_adapter(&*source, adapter, &sequences)?;
         // The name of the device's file stays with the device.
-        let mut imatrix = measure(walk)?;
-        imatrix.datasets.push("a device's records".to_owned());
-        imatrix.write(&self.out).map_err(|error| ParticipantError::Usage(format!("failed to {error}")))?;
+        let imatrix = measure(walk)?.imatrix("a device's records".to_owned());
+        let written = imatrix.and_then(|imatrix| imatrix.write(&self.out));
+        written.map_err(|error| ParticipantError::Usage(format!("failed to {error}")))?;
         Ok((&self.out, sequences.iter().map(Vec::len).sum()))
     }
 }
 
 /// Takes a text through a model.
-fn measure(mut walk: Walk<'_>) -> Result<Imatrix, ParticipantError> {
-    let mut imatrix = Imatrix::default();
-    for block in 0..walk.config().blocks {
-        let columns = LayerInput::ALL.map(|input| input.columns(walk.config()));
-        let mut sums = columns.map(|columns| vec![0f32; columns]);
-        let mut tokens = 0;
-        walk.step(|inputs| {
-            for (input, sums) in LayerInput::ALL.into_iter().zip(&mut sums) {
-                let x = input.of(&inputs);
-                for row in x.chunks_exact(sums.len()) {
-                    sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x * x);
-                }
-            }
-            tokens += inputs.attention.len() / columns[0];
-        })?;
-        for (input, sums) in LayerInput::ALL.into_iter().zip(&sums) {
-            for layer in input.layers() {
-                let name = gguf_tensor_name(&format!("model.layers.{block}.{layer}.weight"));
-                imatrix
-                    .add(&name, sums, tokens as f32)
-                    .map_err(|error| ParticipantError::Usage(format!("{name}: failed to {error}")))?;
-            }
-        }
+fn measure(mut walk: Walk<'_>) -> Result<ChannelSums, ParticipantError> {
+    let blocks = 0..walk.config().blocks;
+    let mut sums = ChannelSums::new(walk.config(), blocks.clone());
+    for block in blocks {
+        walk.step(|inputs| sums.add(block, &inputs))?;
     }
-    Ok(imatrix)
+    Ok(sums)
 }

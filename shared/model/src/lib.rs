@@ -7,6 +7,7 @@
 
 pub mod adapter;
 pub mod bench;
+mod channel_sums;
 mod config;
 mod error;
 mod matrix;
@@ -19,6 +20,7 @@ pub mod tokenizer;
 mod walk;
 
 pub use adapter::{Adapter, AdapterConfig, AdapterTensor, Gradients};
+pub use channel_sums::ChannelSums;
 pub use config::{Family, Llama3Scaling, ModelConfig};
 pub use error::ModelError;
 pub use matrix::{Matrix, Segments};

@@ -4,7 +4,7 @@
 //! multiplied with, and how many tokens these were. Sums of several texts or devices simply add. It is stored as
 //! llama-imatrix stores it, in a GGUF file: `NAME.in_sum2` F32 `[1, in]` and `NAME.counts` F32 `[1, 1]`.
 
-use crate::gguf::{Header, Reader, Writer};
+use crate::gguf::{ALIGNMENT, Header, Reader, Writer};
 use crate::{BlockType, Error, quantize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -66,6 +66,27 @@ impl Imatrix {
 
     /// Writes the file; one that is there is replaced.
     pub fn write(&self, path: &Path) -> Result<(), Error> {
+        let mut writer = Writer::create(path, self.header()?)?;
+        for (name, sums) in &self.sums {
+            writer.write_tensor(&format!("{name}{SQUARES}"), &quantize(BlockType::F32, &sums.squares)?)?;
+            writer.write_tensor(&format!("{name}{COUNTS}"), &quantize(BlockType::F32, &[sums.tokens])?)?;
+        }
+        writer.finish()
+    }
+
+    /// The bytes of the file, for who has a way of its own to write one.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, Error> {
+        let mut bytes = self.header()?.encode();
+        for sums in self.sums.values() {
+            for tensor in [&sums.squares[..], &[sums.tokens]] {
+                bytes.extend(quantize(BlockType::F32, tensor)?);
+                bytes.resize(bytes.len().next_multiple_of(ALIGNMENT as usize), 0);
+            }
+        }
+        Ok(bytes)
+    }
+
+    fn header(&self) -> Result<Header, Error> {
         let mut header = Header::new();
         header.set("general.type", "imatrix");
         header.set("imatrix.datasets", self.datasets.clone());
@@ -77,12 +98,7 @@ impl Imatrix {
             header.add_tensor(&format!("{name}{SQUARES}"), &[1, sums.squares.len()], BlockType::F32)?;
             header.add_tensor(&format!("{name}{COUNTS}"), &[1, 1], BlockType::F32)?;
         }
-        let mut writer = Writer::create(path, header)?;
-        for (name, sums) in &self.sums {
-            writer.write_tensor(&format!("{name}{SQUARES}"), &quantize(BlockType::F32, &sums.squares)?)?;
-            writer.write_tensor(&format!("{name}{COUNTS}"), &quantize(BlockType::F32, &[sums.tokens])?)?;
-        }
-        writer.finish()
+        Ok(header)
     }
 
     /// Adds sums of squares over `tokens`; each must be finite and none negative, and a matrix has its columns for good.
@@ -150,6 +166,7 @@ mod tests {
         one.add("blk.0.attn_q.weight", &[1.0, 0.0, 6.0], 2.0).unwrap();
         one.write(&path).unwrap();
         assert_eq!(Imatrix::open(&path).unwrap(), one);
+        assert_eq!(one.to_bytes().unwrap(), std::fs::read(&path).unwrap());
         let mut both = one.clone();
         both.merge(&one).unwrap();
         both.add("blk.1.attn_q.weight", &[3.0], 0.0).unwrap();
