@@ -10,6 +10,7 @@
 //! it has not committed, and may repeat the one before, of which it may not have had the answer: it gets the same again,
 //! and nothing is applied twice.
 
+mod measuring;
 mod passes;
 mod resume;
 mod snapshot;
@@ -21,7 +22,7 @@ use std::time::Duration;
 use experiment::{BodyAdapters, Experiment, SplitMode};
 use model::adapter::gradients::clip_factor;
 use model::stage::{Lora, Pending};
-use model::{AdamW, Adapter, Gradients, Matrix, ModelError, Segments, Stage};
+use model::{AdamW, Adapter, ChannelSums, Gradients, Matrix, ModelError, Segments, Stage};
 use planted::Bug;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -76,6 +77,8 @@ pub enum Forward {
     Train,
     /// Through the adapter the round began with.
     Evaluate,
+    /// The same, and what the body's layers are multiplied with is summed for the participant.
+    Measure,
 }
 
 enum Job {
@@ -108,6 +111,12 @@ enum Change {
         participant: ParticipantName,
         session: u64,
         reply: oneshot::Sender<Option<Standing>>,
+    },
+    /// What a participant's session has measured; it is forgotten.
+    TakeMeasured {
+        participant: ParticipantName,
+        session: u64,
+        reply: oneshot::Sender<Option<ChannelSums>>,
     },
     Abandon,
     Close {
@@ -224,6 +233,11 @@ impl BodyHandle {
         self.ask(|reply| Job::Change(Change::Resume { participant, session, reply })).await.flatten()
     }
 
+    /// Sums over what has gone through the body in this session to be measured; nothing where nothing has.
+    pub async fn take_measured(&self, participant: ParticipantName, session: u64) -> Option<ChannelSums> {
+        self.ask(|reply| Job::Change(Change::TakeMeasured { participant, session, reply })).await.flatten()
+    }
+
     /// Forgets what the open round has trained.
     pub async fn abandon(&self) {
         self.tell(Job::Change(Change::Abandon)).await;
@@ -286,6 +300,8 @@ struct OpenRound {
     shared: Option<Shared>,
     /// Forward jobs whose turn has not come.
     waiting: Vec<ForwardJob>,
+    /// By participant, with the session whose they are.
+    measured: BTreeMap<ParticipantName, (u64, ChannelSums)>,
     /// By participant, step and micro-batch; nothing while the forward pass is under way.
     pending: HashMap<(ParticipantName, u64, u32), Option<Pending>>,
 }
@@ -370,6 +386,9 @@ impl Worker {
             }
             Change::Replay { work } => self.replay(work),
             Change::Resume { participant, session, reply } => drop(reply.send(self.resume(&participant, session))),
+            Change::TakeMeasured { participant, session, reply } => {
+                drop(reply.send(self.take_measured(&participant, session)));
+            }
             Change::Remove { participant } => {
                 let record = Record::Removed { participant: participant.to_string() };
                 if !planted::is(Bug::ForgetsRemovals) {
@@ -447,6 +466,7 @@ impl Worker {
             members: states,
             shared,
             waiting: Vec::new(),
+            measured: BTreeMap::new(),
             pending: HashMap::new(),
         });
         Ok(())
@@ -464,8 +484,11 @@ impl Worker {
         if let Err(error) = self.stage.check_activations(&job.x, &job.segments) {
             return drop(job.reply.send(Err(error.into())));
         }
+        if matches!(job.forward, Forward::Measure) {
+            return self.measure(job);
+        }
         let recorded = match (&job.forward, self.experiment.split.mode) {
-            (Forward::Evaluate, _) | (_, SplitMode::ForwardOnly | SplitMode::Whole) => false,
+            (Forward::Evaluate | Forward::Measure, _) | (_, SplitMode::ForwardOnly | SplitMode::Whole) => false,
             (Forward::Train, SplitMode::U) => true,
         };
         if recorded {

@@ -8,6 +8,7 @@
 mod budget;
 mod calibration;
 mod check;
+mod federated;
 mod gguf;
 mod huggingface;
 mod importance;
@@ -97,7 +98,7 @@ pub fn export(
     let name = format!("{}, round {round}", experiment.name);
     let mut options = options.clone();
     if options.imatrix == [Path::new(FEDERATED)] {
-        options.imatrix = federated_imatrix(&run)?;
+        options.imatrix = federated::files(&run)?;
     }
     let job = Job { base: &*base, base_name: base_name(experiment), adapter: &adapter, name, seed: experiment.seed };
     job.write(formats, &options, out)
@@ -105,23 +106,6 @@ pub fn export(
 
 /// In place of importance matrices: those in the run directory.
 const FEDERATED: &str = "federated";
-
-/// The devices' files, in order of their names.
-fn federated_imatrix(run: &RunDirectory) -> Result<Vec<PathBuf>, ExportError> {
-    let directory = run.path().join("imatrix");
-    let entries = match fs::read_dir(&directory) {
-        Ok(entries) => entries.collect::<Result<Vec<_>, _>>().map_err(ExportError::io(&directory))?,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-        Err(error) => return Err(ExportError::io(&directory)(error)),
-    };
-    let mut files: Vec<PathBuf> = entries.into_iter().map(|entry| entry.path()).collect();
-    files.retain(|file| file.extension().is_some_and(|extension| extension == "gguf"));
-    files.sort();
-    if files.is_empty() {
-        return Err(ExportError::NoImatrix { directory });
-    }
-    Ok(files)
-}
 
 /// The same for a model that nobody trained here: a Hugging Face directory or a GGUF file.
 pub fn quantize(
@@ -436,6 +420,11 @@ pub enum ExportError {
         directory.display()
     )]
     NoImatrix { directory: PathBuf },
+    #[error(
+        "add up the devices' importance matrices: {} has none of {missing}, in the run's last round; put there what \
+         `participant calibrate` gives their owners, or name the files to add with --imatrix", directory.display()
+    )]
+    MissingImatrix { directory: PathBuf, missing: String },
     #[error("use the importance matrix {}: {what}; collect it on this model", path.display())]
     OtherImatrix { path: PathBuf, what: String },
     #[error("calibrate on {}: {what}; give another text", path.display())]

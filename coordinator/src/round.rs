@@ -22,6 +22,11 @@ const REJOIN_MS: u64 = 10_000;
 /// loads its parts of the model and goes on where it was.
 const RETURN_MS: u64 = 30_000;
 
+/// The round that measures for an importance matrix: behind the one of the final evaluation, which has no steps either.
+pub fn measuring_round(federation: &Federation) -> u32 {
+    federation.rounds.saturating_add(2)
+}
+
 /// A run that was started again with nothing left to train waits this long for somebody to evaluate what it has learned.
 const LAST_CALL_MS: u64 = 60_000;
 
@@ -79,6 +84,18 @@ pub enum Event {
     Evaluated {
         participant: ParticipantName,
         round: u32,
+    },
+    /// Channel sums that the caller has found in order.
+    SumsArrived {
+        participant: ParticipantName,
+    },
+    /// Channel sums that the caller will not have, for what they contain.
+    SumsRejected {
+        participant: ParticipantName,
+    },
+    /// No sums are to be waited for: they are there already, or the participant has none to give.
+    NothingToMeasure {
+        participant: ParticipantName,
     },
     /// An update whose shapes and values the caller has found in order.
     UpdateArrived {
@@ -160,6 +177,18 @@ pub enum Action {
         round: u32,
         participants: Vec<ParticipantName>,
     },
+    /// Let these participants measure their training records with the adapter of the last round.
+    Measure {
+        participants: Vec<ParticipantName>,
+    },
+    /// Keep the sums that have arrived, and say so when they are on disk.
+    AcceptSums {
+        participant: ParticipantName,
+    },
+    RefuseSums {
+        participant: ParticipantName,
+        reason: SumsRefusal,
+    },
     Finish {
         reason: FinishReason,
     },
@@ -202,6 +231,15 @@ pub enum Refusal {
     Content,
 }
 
+/// Why channel sums do not count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SumsRefusal {
+    #[error("no channel sums of this participant are waited for, or no longer")]
+    NotAwaited,
+    #[error("the channel sums are not those of this participant's blocks and tokens")]
+    Content,
+}
+
 /// Why a round was given up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Abandonment {
@@ -236,13 +274,21 @@ enum State {
         lost: BTreeMap<ParticipantName, u64>,
         closes_ms: u64,
     },
-    /// The evaluation after the last round.
-    Evaluating {
+    /// What everybody does who is connected behind the last round.
+    Closing {
+        task: Closing,
         awaited: BTreeSet<ParticipantName>,
         lost: BTreeMap<ParticipantName, u64>,
         closes_ms: u64,
     },
     Finished,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Closing {
+    Evaluation,
+    /// Channel sums for an importance matrix, behind the evaluation.
+    Measuring,
 }
 
 /// A place in a round.
@@ -314,6 +360,13 @@ impl Rounds {
                 }
             }
             Event::Evaluated { participant, round } => self.note_evaluation(&participant, round),
+            Event::SumsArrived { participant } => self.judge_sums(participant, Ok(()), &mut actions),
+            Event::SumsRejected { participant } => {
+                self.judge_sums(participant, Err(SumsRefusal::Content), &mut actions)
+            }
+            Event::NothingToMeasure { participant } => {
+                self.settle(Closing::Measuring, &participant);
+            }
             Event::UpdateArrived { participant, round, attempt, tokens } => {
                 let content = if tokens == 0 { Err(Refusal::NoTokens) } else { Ok(tokens) };
                 self.judge_update(participant, (round, attempt), content, &mut actions);
@@ -337,7 +390,7 @@ impl Rounds {
     /// When a [`Event::Ticked`] is due if nothing else happens; until then the passing of time changes nothing.
     pub fn next_deadline_ms(&self) -> Option<u64> {
         match &self.state {
-            State::Training { closes_ms, lost, .. } | State::Evaluating { closes_ms, lost, .. } => {
+            State::Training { closes_ms, lost, .. } | State::Closing { closes_ms, lost, .. } => {
                 lost.values().chain([closes_ms]).min().copied()
             }
             State::Gathering { since_ms: Some(since_ms) } if self.is_trained() => {
@@ -377,11 +430,14 @@ impl Rounds {
                     actions.push(Action::ResumeMember { participant, round, attempt, first_step, evaluate });
                 }
             }
-            State::Evaluating { awaited, lost, .. } => {
+            State::Closing { task, awaited, lost, .. } => {
                 lost.remove(&participant);
                 if awaited.contains(&participant) {
-                    let round = self.federation.rounds;
-                    actions.push(Action::Evaluate { round, participants: vec![participant] });
+                    let (round, participants) = (self.federation.rounds, vec![participant]);
+                    actions.push(match task {
+                        Closing::Evaluation => Action::Evaluate { round, participants },
+                        Closing::Measuring => Action::Measure { participants },
+                    });
                 }
             }
             State::Gathering { .. } | State::Finished => {}
@@ -396,7 +452,7 @@ impl Rounds {
             State::Training { members, lost, .. } if members.get(participant) == Some(&Member::Training) => {
                 lost.insert(participant.clone(), until_ms);
             }
-            State::Evaluating { awaited, lost, .. } if awaited.contains(participant) => {
+            State::Closing { awaited, lost, .. } if awaited.contains(participant) => {
                 lost.insert(participant.clone(), until_ms);
             }
             _ => {}
@@ -405,7 +461,7 @@ impl Rounds {
 
     /// Takes the places of those who have not come back in time.
     fn give_up_lost(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
-        let (State::Training { lost, .. } | State::Evaluating { lost, .. }) = &self.state else { return };
+        let (State::Training { lost, .. } | State::Closing { lost, .. }) = &self.state else { return };
         let late = lost.iter().filter(|(_, until_ms)| now_ms >= **until_ms);
         for participant in late.map(|(participant, _)| participant.clone()).collect::<Vec<_>>() {
             self.remove(&participant, actions);
@@ -427,7 +483,7 @@ impl Rounds {
                     actions.push(Action::RemoveMember { participant: participant.clone() });
                 }
             }
-            State::Evaluating { awaited, lost, .. } => {
+            State::Closing { awaited, lost, .. } => {
                 lost.remove(participant);
                 awaited.remove(participant);
             }
@@ -436,10 +492,30 @@ impl Rounds {
     }
 
     fn note_evaluation(&mut self, participant: &ParticipantName, round: u32) {
-        if let State::Evaluating { awaited, .. } = &mut self.state
-            && round == self.federation.rounds
-        {
-            awaited.remove(participant);
+        if round == self.federation.rounds {
+            self.settle(Closing::Evaluation, participant);
+        }
+    }
+
+    /// Waits no longer for the participant's part in this task; says whether it did.
+    fn settle(&mut self, settled: Closing, participant: &ParticipantName) -> bool {
+        match &mut self.state {
+            State::Closing { task, awaited, .. } if *task == settled => awaited.remove(participant),
+            _ => false,
+        }
+    }
+
+    /// `content` is what is wrong with the sums themselves. As with updates, nobody is waited for who sent bad ones.
+    fn judge_sums(
+        &mut self,
+        participant: ParticipantName,
+        content: Result<(), SumsRefusal>,
+        actions: &mut Vec<Action>,
+    ) {
+        let awaited = self.settle(Closing::Measuring, &participant);
+        match if awaited { content } else { content.and(Err(SumsRefusal::NotAwaited)) } {
+            Ok(()) => actions.push(Action::AcceptSums { participant }),
+            Err(reason) => actions.push(Action::RefuseSums { participant, reason }),
         }
     }
 
@@ -494,7 +570,7 @@ impl Rounds {
                 None => Err(Refusal::NotInCohort),
             },
             State::Gathering { .. } => Err(Refusal::WrongRound { expected }),
-            State::Evaluating { .. } | State::Finished => Err(Refusal::Late),
+            State::Closing { .. } | State::Finished => Err(Refusal::Late),
         }
     }
 
@@ -513,10 +589,12 @@ impl Rounds {
                     self.abandon(Abandonment::TooFewUpdates { updates, quorum }, now_ms, actions);
                 }
             }
-            State::Evaluating { awaited, closes_ms, .. } if awaited.is_empty() || now_ms >= *closes_ms => {
-                self.finish(FinishReason::Completed, actions);
-            }
-            State::Evaluating { .. } | State::Gathering { .. } | State::Finished => {}
+            State::Closing { task, awaited, closes_ms, .. } if awaited.is_empty() || now_ms >= *closes_ms => match task
+            {
+                Closing::Evaluation => self.measure(now_ms, actions),
+                Closing::Measuring => self.finish(FinishReason::Completed, actions),
+            },
+            State::Closing { .. } | State::Gathering { .. } | State::Finished => {}
         }
     }
 
@@ -557,13 +635,27 @@ impl Rounds {
     /// The final evaluation is everybody's who is connected: no cohort has to be spared for training any more.
     fn evaluate(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
         if self.federation.evaluate_every == 0 || self.connected.is_empty() {
+            return self.measure(now_ms, actions);
+        }
+        let participants = self.close_with(Closing::Evaluation, now_ms);
+        actions.push(Action::Evaluate { round: self.federation.rounds, participants });
+    }
+
+    /// So are the records to be measured, where the experiment wants that.
+    fn measure(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
+        if self.federation.imatrix_tokens == 0 || self.connected.is_empty() {
             return self.finish(FinishReason::Completed, actions);
         }
+        let participants = self.close_with(Closing::Measuring, now_ms);
+        actions.push(Action::Measure { participants });
+    }
+
+    fn close_with(&mut self, task: Closing, now_ms: u64) -> Vec<ParticipantName> {
         let awaited: BTreeSet<ParticipantName> = self.connected.keys().cloned().collect();
         let participants = awaited.iter().cloned().collect();
-        actions.push(Action::Evaluate { round: self.federation.rounds, participants });
         let closes_ms = self.deadline_after(now_ms);
-        self.state = State::Evaluating { awaited, lost: BTreeMap::new(), closes_ms };
+        self.state = State::Closing { task, awaited, lost: BTreeMap::new(), closes_ms };
+        participants
     }
 
     fn finish(&mut self, reason: FinishReason, actions: &mut Vec<Action>) {

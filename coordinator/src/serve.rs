@@ -4,6 +4,7 @@
 //! has been checked; what the run loop wants said arrives as a message. Who the peer is comes from its certificate.
 
 mod certificates;
+mod sums;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,7 +13,7 @@ use std::time::Duration;
 
 use experiment::{Experiment, SplitMode, WireDtype};
 use model::source::{Manifest, TensorInfo as SourceTensor};
-use model::{Adapter, Cut, Matrix, Segments, Source};
+use model::{Adapter, ChannelSums, Cut, Matrix, Segments, Source};
 use net::{Connection, NetError, PeerIdentity, RecvStream, SendStream, StreamKind};
 use planted::Bug;
 use tokio::sync::{mpsc, oneshot};
@@ -35,6 +36,8 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 /// Streams that a participant may open and give up, one after the other, before it finishes one. A round that is closed
 /// costs an honest one those that are in flight.
 const STREAMS_GIVEN_UP_MAX: u32 = 256;
+/// The first minor version that measures for an importance matrix.
+pub const MEASURING_MINOR: u16 = 3;
 const BLOB_CHUNK_BYTES: usize = 256 << 10;
 
 /// What every connection needs to know.
@@ -85,6 +88,13 @@ pub enum Incoming {
         loss_nats: f64,
         /// The blocks the participant trained, or why they are refused.
         adapter: Result<Adapter, (RefusalReason, String)>,
+        answer: oneshot::Sender<UpdateReply>,
+    },
+    ChannelSums {
+        participant: ParticipantName,
+        session: u64,
+        /// Of all blocks, the body's included, or why they are refused.
+        sums: Result<ChannelSums, (RefusalReason, String)>,
         answer: oneshot::Sender<UpdateReply>,
     },
 }
@@ -322,6 +332,15 @@ impl Session<'_> {
         session.serve_streams(&mut send, &mut receive, messages, &mut to_send).await
     }
 
+    /// The run's experiment as this participant knows it: one from before a key would refuse it.
+    fn experiment(&self) -> Experiment {
+        let mut experiment = Experiment::clone(&self.shared.experiment);
+        if self.minor < MEASURING_MINOR {
+            experiment.federation.imatrix_tokens = 0;
+        }
+        experiment
+    }
+
     fn check_hello(&self, hello: &FromParticipant) -> Result<(), String> {
         let FromParticipant::Hello { dtypes, codecs, .. } = hello else {
             return Err(format!("{hello:?} came where a hello was due"));
@@ -334,7 +353,7 @@ impl Session<'_> {
     }
 
     fn welcome(&self) -> FromCoordinator {
-        let Shared { experiment, blobs, .. } = &**self.shared;
+        let (experiment, blobs) = (self.experiment(), &self.shared.blobs);
         let cut = self.shared.cut().unwrap_or(Cut { head_blocks: 0, tail_blocks: 0 });
         FromCoordinator::Welcome {
             minor: wire::MINOR,
@@ -388,6 +407,9 @@ impl Session<'_> {
                         let mut witness = locked(&self.witness);
                         witness.gave_again(RoundKey { round, attempt }, steps, evaluate, committed, reported);
                     }
+                    if let FromCoordinator::Measure { round } = message {
+                        locked(&self.witness).gave(RoundKey { round, attempt: 1 }, 0..0, false);
+                    }
                     send.message(&message).await?;
                     if last {
                         send.finish();
@@ -426,7 +448,7 @@ impl Session<'_> {
                     // It would supersede itself.
                     FromParticipant::Ready { .. } if is_ready => return Err(misbehaved("a second ready".into())),
                     FromParticipant::Ready { experiment_digest } => {
-                        if experiment_digest != self.shared.experiment.digest() {
+                        if experiment_digest != self.experiment().digest() {
                             return Err(ServeError::Close(CloseCode::ExperimentDiffers, "the experiments differ".into()));
                         }
                         let (answer, joined) = oneshot::channel();
@@ -577,6 +599,7 @@ impl Stream {
             }
             Request::FetchBlob { sha256, offset } => self.fetch_blob(sha256, offset).await,
             Request::Renew { csr_der } => self.renew(csr_der).await,
+            Request::ChannelSums { round, tokens, tensors } => self.channel_sums(round, tokens, tensors).await,
             Request::Enrol { .. } => Err(misbehaved("an enrolment by a participant that is enrolled".into())),
         }
     }
@@ -648,14 +671,20 @@ impl Stream {
         if !locked(&self.witness).has_given(place.key) {
             return Err(StepError::Stale);
         }
-        let forward = if *purpose == Purpose::Train { Forward::Train } else { Forward::Evaluate };
+        let forward = match purpose {
+            Purpose::Train => Forward::Train,
+            Purpose::Evaluate => Forward::Evaluate,
+            Purpose::Measure => Forward::Measure,
+        };
         let y = body.forward(place.clone(), forward, segments.clone(), x).await?;
         match purpose {
             Purpose::Train => locked(&self.witness).trained(place.key, step.micro()).map_err(misbehaved)?,
             Purpose::Evaluate => locked(&self.witness).evaluated(place.key, step.trained_tokens),
+            // The body counts these itself.
+            Purpose::Measure => {}
         }
         self.send.tensor(&header, y.values()).await.map_err(overflowed)?;
-        if *purpose == Purpose::Evaluate || self.shared.experiment.split.mode != SplitMode::U {
+        if *purpose != Purpose::Train || self.shared.experiment.split.mode != SplitMode::U {
             self.receive.end().await?;
             if *purpose == Purpose::Train {
                 if place.micro + 1 == place.micros {
@@ -694,7 +723,7 @@ impl Stream {
         let tensors = listing_of(&share);
         self.send.message(&AdapterListing { round, adapter: "default".into(), tensors: tensors.clone() }).await?;
         for (i, (tensor, info)) in share.tensors().iter().zip(&tensors).enumerate() {
-            let header = self.adapter_header(round, i, info)?;
+            let header = self.header(FrameKind::Adapter, round, i, info)?;
             self.send.tensor(&header, &tensor.values).await?;
         }
         self.finish();
@@ -722,7 +751,7 @@ impl Stream {
         } else {
             let mut values = Vec::with_capacity(tensors.len());
             for (i, info) in tensors.iter().enumerate() {
-                let header = self.adapter_header(key.round, i, info)?;
+                let header = self.header(FrameKind::Adapter, key.round, i, info)?;
                 values.push(self.receive.tensor(&header).await?);
             }
             self.receive.end().await?;
@@ -771,9 +800,10 @@ impl Stream {
         Ok(())
     }
 
-    fn adapter_header(&self, round: u32, i: usize, tensor: &TensorInfo) -> Result<TensorHeader, ServeError> {
+    /// Of the `i`th tensor of a listing.
+    fn header(&self, kind: FrameKind, round: u32, i: usize, tensor: &TensorInfo) -> Result<TensorHeader, ServeError> {
         let shape = tensor.shape().map_err(|error| misbehaved(error.to_string()))?;
-        let (kind, dtype, session) = (FrameKind::Adapter, DType::F32, self.session);
+        let (dtype, session) = (DType::F32, self.session);
         Ok(TensorHeader { kind, dtype, session, round, step: 0, micro: i as u32, shape })
     }
 }

@@ -31,7 +31,24 @@ pub struct Exchange {
 
 impl BodyLink {
     pub async fn evaluate(&self, micro: u32, batch: &MicroBatch, x: Matrix) -> Result<Matrix, ParticipantError> {
-        let mut exchange = self.open(Purpose::Evaluate, 0, (micro, micro + 1), batch.trained_tokens, batch, x).await?;
+        self.forward(Purpose::Evaluate, micro, batch, batch.trained_tokens, x).await
+    }
+
+    /// As [`evaluate`](Self::evaluate), of training records; the coordinator sums what its layers are multiplied with.
+    pub async fn measure(&self, micro: u32, batch: &MicroBatch, x: Matrix) -> Result<Matrix, ParticipantError> {
+        // How many of these tokens are trained is nobody's business here.
+        self.forward(Purpose::Measure, micro, batch, 0, x).await
+    }
+
+    async fn forward(
+        &self,
+        purpose: Purpose,
+        micro: u32,
+        batch: &MicroBatch,
+        trained_tokens: u32,
+        x: Matrix,
+    ) -> Result<Matrix, ParticipantError> {
+        let mut exchange = self.open(purpose, 0, (micro, micro + 1), [trained_tokens; 2], batch, x).await?;
         let y = exchange.body_output().await?;
         exchange.end().await?;
         Ok(y)
@@ -46,7 +63,7 @@ impl BodyLink {
         batch: &MicroBatch,
         x: Matrix,
     ) -> Result<Exchange, ParticipantError> {
-        self.open(Purpose::Train, step, (micro, micros), step_tokens, batch, x).await
+        self.open(Purpose::Train, step, (micro, micros), [batch.trained_tokens, step_tokens], batch, x).await
     }
 
     async fn open(
@@ -54,7 +71,7 @@ impl BodyLink {
         purpose: Purpose,
         step: u64,
         (micro, micros): (u32, u32),
-        step_tokens: u32,
+        [trained_tokens, step_tokens]: [u32; 2],
         batch: &MicroBatch,
         x: Matrix,
     ) -> Result<Exchange, ParticipantError> {
@@ -63,7 +80,7 @@ impl BodyLink {
         let header = TensorHeader { kind: FrameKind::Activations, dtype, session, round, step, micro, shape };
         let (send, receive) = self.connection.open(StreamKind::Step { age: 0 }).await?;
         let mut send = Outgoing::new(send);
-        let (segments, trained_tokens) = (batch.segments.clone(), batch.trained_tokens);
+        let segments = batch.segments.clone();
         let request = Request::Step {
             session,
             round,

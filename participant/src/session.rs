@@ -26,6 +26,8 @@ use crate::stages::Stages;
 use crate::trainer::{StepReport, Trainer};
 use crate::{parts, progress};
 
+mod measuring;
+
 /// To be told that it has been heard, a device that takes leave waits this long.
 const LEAVE_DEADLINE: Duration = Duration::from_secs(1);
 
@@ -128,52 +130,66 @@ impl Participant {
     ) -> Result<String, ParticipantError> {
         let session = self.greet(connection, send, receive).await?;
         self.welcomes += 1;
+        let mut next = None;
         loop {
-            let message = receive.message().await?;
-            let start = match message {
+            let message = match next.take() {
+                Some(message) => message,
+                None => receive.message().await?,
+            };
+            let asked = match message {
                 FromCoordinator::StartRound { round, attempt, first_step, local_steps, evaluate, train } => {
-                    Start { round, attempt, first_step, local_steps, evaluate, train, resume: None }
+                    Asked::Round(Start { round, attempt, first_step, local_steps, evaluate, train, resume: None })
                 }
                 FromCoordinator::ResumeRound { round, attempt, first_step, local_steps, evaluate, step, reported } => {
                     let resume = Some(Resume { step, reported });
-                    Start { round, attempt, first_step, local_steps, evaluate, train: true, resume }
+                    Asked::Round(Start { round, attempt, first_step, local_steps, evaluate, train: true, resume })
                 }
+                FromCoordinator::Measure { round } => Asked::Measure { round },
                 message => match self.note(message)? {
                     Some(reason) => return Ok(reason),
                     None => continue,
                 },
             };
             let prepared = self.prepared.as_mut().expect("greeting prepares");
-            check_round(&prepared.experiment, &start)?;
+            let (round, attempt) = match &asked {
+                Asked::Round(start) => {
+                    check_round(&prepared.experiment, start)?;
+                    (start.round, start.attempt)
+                }
+                Asked::Measure { round } => {
+                    measuring::check(&prepared.experiment, *round)?;
+                    (*round, 1)
+                }
+            };
             let link = prepared.cut.map(|_| BodyLink {
                 connection: connection.clone(),
                 session: session.id,
-                round: start.round,
-                attempt: start.attempt,
+                round,
+                attempt,
                 dtype: session.dtype,
                 width: prepared.width,
             });
-            let mut work = RoundWork {
-                prepared,
-                connection,
-                link,
-                reporter: &*self.reporter,
-                session: session.id,
-                round: start.round,
-                attempt: start.attempt,
-            };
+            let reporter = &*self.reporter;
+            let mut work = RoundWork { prepared, connection, link, reporter, session: session.id, round, attempt };
             // A round that the coordinator closes before this participant has finished it is left at once.
             let ended = tokio::select! {
                 biased;
                 message = receive.message() => Some(message?),
-                done = work.run(send, &start) => match done {
+                done = work.perform(send, &asked) => match done {
                     // The coordinator gives up the round's streams first, and says then what became of it.
                     Err(error) if is_stale(&error) => Some(receive.message().await?),
                     done => { done?; None }
                 },
             };
-            if let Some(reason) = ended.map_or(Ok(None), |message| self.note(message))? {
-                return Ok(reason);
+            match ended {
+                // A final evaluation that is not waited for any longer is told of by what comes behind it.
+                Some(message @ FromCoordinator::Measure { .. }) => next = Some(message),
+                Some(message) => {
+                    if let Some(reason) = self.note(message)? {
+                        return Ok(reason);
+                    }
+                }
+                None => {}
             }
         }
     }
@@ -196,6 +212,7 @@ impl Participant {
             FromCoordinator::StartRound { round, .. } | FromCoordinator::ResumeRound { round, .. } => {
                 Err(ParticipantError::Coordinator(format!("it started round {round} within a round")))
             }
+            FromCoordinator::Measure { .. } => unreachable!("what measures is work, and told apart before"),
             FromCoordinator::Welcome { .. } => Err(ParticipantError::Coordinator("it welcomed us twice".into())),
         }
     }
@@ -349,6 +366,12 @@ fn local_model(path: &std::path::Path, expected: [u8; 32]) -> Result<Arc<dyn mod
 }
 
 /// What the coordinator asks for.
+enum Asked {
+    Round(Start),
+    Measure { round: u32 },
+}
+
+/// To train a round, to evaluate before it, or both.
 struct Start {
     round: u32,
     attempt: u32,
@@ -378,6 +401,13 @@ struct RoundWork<'a> {
 }
 
 impl RoundWork<'_> {
+    async fn perform(&mut self, control: &mut SendStream, asked: &Asked) -> Result<(), ParticipantError> {
+        match asked {
+            Asked::Round(start) => self.run(control, start).await,
+            Asked::Measure { .. } => self.measure(control).await,
+        }
+    }
+
     async fn run(&mut self, control: &mut SendStream, start: &Start) -> Result<(), ParticipantError> {
         let Start { round, attempt, first_step, local_steps, evaluate, train, resume } = *start;
         let place = (round, attempt);
@@ -472,7 +502,7 @@ impl RoundWork<'_> {
         }
         let mut values = Vec::with_capacity(expected.len());
         for (i, tensor) in expected.iter().enumerate() {
-            values.push(receive.tensor(&self.adapter_header(i, tensor)?).await?);
+            values.push(receive.tensor(&self.header(FrameKind::Adapter, i, tensor)?).await?);
         }
         receive.end().await?;
         Ok(self.prepared.adapter.with_tensors(values)?)
@@ -486,7 +516,7 @@ impl RoundWork<'_> {
         let (round, attempt) = (self.round, self.attempt);
         send.message(&Request::Update { round, attempt, tokens, loss_nats, tensors: tensors.clone() }).await?;
         for (i, (tensor, info)) in update.tensors().iter().zip(&tensors).enumerate() {
-            send.tensor(&self.adapter_header(i, info)?, &tensor.values).await?;
+            send.tensor(&self.header(FrameKind::Adapter, i, info)?, &tensor.values).await?;
         }
         send.finish();
         match receive.message().await? {
@@ -498,18 +528,11 @@ impl RoundWork<'_> {
         Ok(receive.end().await?)
     }
 
-    fn adapter_header(&self, i: usize, tensor: &TensorInfo) -> Result<TensorHeader, ParticipantError> {
+    /// Of the `i`th tensor of a listing.
+    fn header(&self, kind: FrameKind, i: usize, tensor: &TensorInfo) -> Result<TensorHeader, ParticipantError> {
         let shape = Shape::new(&tensor.shape).map_err(|error| ParticipantError::Coordinator(error.to_string()))?;
         let (session, round) = (self.session, self.round);
-        Ok(TensorHeader {
-            kind: FrameKind::Adapter,
-            dtype: DType::F32,
-            session,
-            round,
-            step: 0,
-            micro: i as u32,
-            shape,
-        })
+        Ok(TensorHeader { kind, dtype: DType::F32, session, round, step: 0, micro: i as u32, shape })
     }
 }
 

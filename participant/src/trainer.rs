@@ -21,6 +21,7 @@ use crate::dataset::Dataset;
 use crate::keep::{Found, Keeper};
 use crate::stages::LoadedStages;
 
+mod measure;
 mod progress;
 
 use progress::Progress;

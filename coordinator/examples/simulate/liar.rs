@@ -46,6 +46,14 @@ async fn lie(sim: &Sim, connection: &Connection, random: &mut ChaCha20Rng, told:
         match receive.message().await? {
             FromCoordinator::StartRound { round, attempt, first_step, train: true, .. }
             | FromCoordinator::ResumeRound { round, attempt, first_step, .. } => break (round, attempt, first_step),
+            FromCoordinator::Measure { round } => {
+                *told += 1;
+                sim.trace.say(NAME, format_args!("claims to have measured round {round}"));
+                let (mut ask, mut answer) = connection.open(StreamKind::Bulk).await?;
+                ask.message(&Request::ChannelSums { round, tokens: 8, tensors: Vec::new() }).await?;
+                ask.finish();
+                let _: wire::UpdateReply = answer.message().await?;
+            }
             FromCoordinator::Finish { .. } | FromCoordinator::Refused { .. } => return Ok(()),
             _ => {}
         }

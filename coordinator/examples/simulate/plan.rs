@@ -24,6 +24,8 @@ pub struct Plan {
     pub lies: usize,
     /// Devices fetch the model's parts instead of finding them on their disks.
     pub fetches: bool,
+    /// Importance matrices are collected behind the last round.
+    pub measures: bool,
     /// Nothing keeps anybody away for so long that a round goes on without it.
     pub is_gentle: bool,
 }
@@ -43,6 +45,7 @@ impl Plan {
             clock_jumps_ms: Vec::new(),
             lies: 0,
             fetches: false,
+            measures: true,
             is_gentle: true,
         }
     }
@@ -93,6 +96,7 @@ impl Plan {
             plan.is_gentle = false;
         }
         plan.fetches = random.random_range(0..16) == 0;
+        plan.measures = random.random_range(0..2) == 0;
         plan
     }
 

@@ -37,6 +37,7 @@ pub struct Ended {
     pub trace: u64,
     pub violations: Vec<String>,
     pub adapter: Vec<u8>,
+    pub imatrices: BTreeMap<String, Vec<u8>>,
     pub points: Vec<BTreeMap<String, u64>>,
     pub virtual_time: Duration,
 }
@@ -86,7 +87,8 @@ pub fn simulate(site: &Site, plan: &Plan, calm: Option<&Calm>, shown: bool) -> E
         let points = [&sim.coordinator].into_iter().chain(&sim.devices).map(|machine| machine.points()).collect();
         let adapter = std::fs::read(sim.adapter_path()).unwrap_or_default();
         let virtual_time = sim.began.elapsed();
-        Ended { trace: sim.trace.hash(), violations: sim.trace.violations(), adapter, points, virtual_time }
+        let imatrices = sim.imatrices();
+        Ended { trace: sim.trace.hash(), violations: sim.trace.violations(), adapter, imatrices, points, virtual_time }
     });
     drop(runtime);
     if let Some(panic) = crate::PANIC.take() {
@@ -104,7 +106,7 @@ impl Sim {
         let coordinator = machine("coordinator", &plan.coordinator);
         let devices: Vec<_> = plan.devices.iter().zip(NAMES).map(|(faults, name)| machine(name, faults)).collect();
         let seen = Mutex::new(Seen { steps: vec![0; devices.len()], ..Seen::default() });
-        let experiment = Arc::new(experiment(plan.variant, usize::from(plan.lies > 0)));
+        let experiment = Arc::new(experiment(plan.variant, usize::from(plan.lies > 0), plan.measures));
         let (plan, began, door) = (plan.clone(), Instant::now(), Watched::new(None));
         Self { experiment, directory, plan, trace, devices, seen, coordinator, began, door }
     }
@@ -256,6 +258,9 @@ impl Sim {
         if calm.is_some_and(|calm| calm.adapter != adapter) {
             self.trace.violated("the adapter is not the calm run's");
         }
+        if let Some(calm) = calm.filter(|_| self.plan.measures) {
+            self.check_measured(calm);
+        }
         let seen = self.seen();
         let (abandoned, steps) = (seen.abandoned, seen.steps.clone());
         drop(seen);
@@ -275,6 +280,35 @@ impl Sim {
                 self.trace.violated(format_args!("{name} has repeated {again} steps after {allowed} kills"));
             }
         }
+    }
+
+    /// Whoever has measured has measured what it would have in peace; and everybody has whom nothing kept away.
+    fn check_measured(&self, calm: &Calm) {
+        let found = self.imatrices();
+        for (device, expected) in &calm.imatrices {
+            match found.get(device) {
+                Some(found) if found == expected => {}
+                Some(_) => self.trace.violated(format_args!("the importance matrix of {device} is not the calm run's")),
+                None if self.plan.is_gentle => {
+                    self.trace.violated(format_args!("{device} has left no importance matrix"));
+                }
+                None => self.trace.say(device, "has left no importance matrix"),
+            }
+        }
+        if let Some(device) = found.keys().find(|device| !calm.imatrices.contains_key(*device)) {
+            self.trace.violated(format_args!("an importance matrix of {device} was believed"));
+        }
+    }
+
+    /// By the device's name.
+    fn imatrices(&self) -> BTreeMap<String, Vec<u8>> {
+        let Ok(files) = std::fs::read_dir(self.directory.join("runs/simulated/imatrix")) else {
+            return BTreeMap::new();
+        };
+        let paths = files.filter_map(|file| Some(file.ok()?.path()));
+        let paths = paths.filter(|path| path.extension().is_some_and(|extension| extension == "gguf"));
+        let named = paths.filter_map(|path| Some((path.file_stem()?.to_str()?.to_owned(), std::fs::read(&path).ok()?)));
+        named.collect()
     }
 
     fn adapter_path(&self) -> PathBuf {

@@ -82,6 +82,8 @@ pub struct Site {
 pub struct Calm {
     /// The last round's adapter, as its file.
     pub adapter: Vec<u8>,
+    /// Importance matrices, as their files, of those who have left one.
+    pub imatrices: BTreeMap<String, Vec<u8>>,
     /// Points and how often they are passed: of the coordinator, and of each device.
     pub points: Vec<BTreeMap<String, u64>>,
 }
@@ -104,10 +106,11 @@ impl Site {
         let records = NAMES.map(|name| {
             let path = directory.path().join(format!("{name}.txt"));
             std::fs::write(&path, lines(name)).expect("a file can be written");
-            participant::data::read_records(&path, &experiment(0, 0).data.columns).expect("lines are records")
+            participant::data::read_records(&path, &experiment(0, 0, false).data.columns).expect("lines are records")
         });
-        let sources = (0..VARIANTS.len())
-            .map(|variant| model::source::of_experiment(&experiment(variant, 0)).expect("a random model has no file"));
+        let sources = (0..VARIANTS.len()).map(|variant| {
+            model::source::of_experiment(&experiment(variant, 0, false)).expect("a random model has no file")
+        });
         Self { sources: sources.collect(), directory, stages: Arc::default(), records: records.into() }
     }
 
@@ -132,16 +135,18 @@ impl Site {
                 assert!(ended.violations.is_empty(), "a calm run: {:?}", ended.violations);
             }
             let ended = simulate(self, &Plan::calm(variant, 1), None, false);
-            Calm { adapter: ended.adapter, points: ended.points }
+            assert_eq!(ended.imatrices.len(), VARIANTS[variant].devices, "a calm run has not measured");
+            Calm { adapter: ended.adapter, imatrices: ended.imatrices, points: ended.points }
         };
         (0..VARIANTS.len()).map(run).collect()
     }
 }
 
 /// `liars` are devices beyond the variant's own.
-pub fn experiment(variant: usize, liars: usize) -> Experiment {
+pub fn experiment(variant: usize, liars: usize, measures: bool) -> Experiment {
     let Variant { devices, is_split, mode, adapters, strategy, .. } = &VARIANTS[variant];
     let (ends, cohort) = (usize::from(*is_split), devices + liars);
+    let imatrix_tokens = if measures { 150 } else { 0 };
     let text = format!(
         r#"
 name = "simulated"
@@ -185,6 +190,7 @@ quorum = {devices}
 deadline_s = 36000
 local_steps = {LOCAL_STEPS}
 evaluate_every = 1
+imatrix_tokens = {imatrix_tokens}
 strategy = {strategy}
 "#
     );

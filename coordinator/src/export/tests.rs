@@ -575,6 +575,42 @@ fn the_devices_matrices_add_up() {
     let path = run.root.path().join("sum.gguf");
     sum.write(&path).unwrap();
     let together = written(&federated).unwrap();
+    // Where the run itself collects them, whoever was in its last round is missed.
+    check_members_are_missed(&devices);
     assert_eq!(together, written(&Options { imatrix: vec![path], ..federated.clone() }).unwrap());
     assert_ne!(together, written(&Options { imatrix: Vec::new(), ..federated }).unwrap());
+}
+
+/// In a run of the devices 0 to 3 with the matrices of 0 to 2.
+fn check_members_are_missed(devices: &Path) {
+    let text = SMOKE.replace("evaluate_every = 1", "evaluate_every = 1\nimatrix_tokens = 4096");
+    let run = Run::of(&Experiment::from_toml(&text, "smoke").unwrap());
+    let mine = run.directory.path().join("imatrix");
+    fs::create_dir(&mine).unwrap();
+    for device in 0..3 {
+        let file = format!("{device}.gguf");
+        fs::copy(devices.join(&file), mine.join(&file)).unwrap();
+    }
+    let round = |members: &[&str]| experiment::Row::Round {
+        round: 2,
+        members: members.iter().map(ToString::to_string).collect(),
+        loss_nats: 1.0,
+        tokens: 1,
+        duration_ms: 1.0,
+        aggregation_error: None,
+        body_compute_ms: 0.0,
+        body_idle_ms: 0.0,
+        energy_j: None,
+    };
+    let export = || {
+        let options =
+            Options { imatrix: vec!["federated".into()], check: Checks::Skip, force: true, ..Options::default() };
+        export(run.directory.path(), None, &[Format::Gguf(Mix::Q4_0)], &options, &run.out())
+    };
+    let mut rows = run.directory.metrics_log().unwrap();
+    rows.append(&round(&["0", "3", "4"])).unwrap();
+    let error = export().unwrap_err().to_string();
+    assert!(error.contains("has none of 3, 4, in the run's last round"), "{error}");
+    rows.append(&round(&["0", "2"])).unwrap();
+    export().unwrap();
 }

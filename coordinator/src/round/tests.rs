@@ -6,6 +6,8 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod measuring;
+
 const SECOND_MS: u64 = 1000;
 /// Anything that is not meant to be late happens well before this.
 const DEADLINE_MS: u64 = 10 * SECOND_MS;
@@ -18,6 +20,7 @@ fn federation(rounds: u32, cohort: u32, quorum: u32) -> Federation {
         deadline_s: DEADLINE_MS / SECOND_MS,
         local_steps: 5,
         evaluate_every: 0,
+        imatrix_tokens: 0,
         average: experiment::Average::Factors,
         strategy: experiment::Strategy::FedAvg,
     }
@@ -610,6 +613,8 @@ enum Op {
     DeliverAnything(usize, u32, u32, u64),
     Reject(usize),
     Evaluate(usize),
+    SendSums(usize, bool),
+    HasNoSums(usize),
     Wait(u64),
     Stop,
 }
@@ -627,15 +632,20 @@ fn op() -> impl Strategy<Value = Op> {
         }),
         10 => participant().prop_map(Op::Reject),
         20 => participant().prop_map(Op::Evaluate),
+        20 => (participant(), any::<bool>()).prop_map(|(p, good)| Op::SendSums(p, good)),
+        5 => participant().prop_map(Op::HasNoSums),
         20 => (0..2 * DEADLINE_MS).prop_map(Op::Wait),
         1 => Just(Op::Stop),
     ]
 }
 
 fn any_federation() -> impl Strategy<Value = Federation> {
-    (1..5u32, 1..5u32, 0..3u32)
-        .prop_flat_map(|(rounds, cohort, every)| (Just((rounds, cohort, every)), 1..=cohort))
-        .prop_map(|((rounds, cohort, every), quorum)| evaluating(every, federation(rounds, cohort, quorum)))
+    (1..5u32, 1..5u32, 0..3u32, 0..2u64)
+        .prop_flat_map(|(rounds, cohort, every, tokens)| (Just((rounds, cohort, every, tokens)), 1..=cohort))
+        .prop_map(|((rounds, cohort, every, imatrix_tokens), quorum)| Federation {
+            imatrix_tokens,
+            ..evaluating(every, federation(rounds, cohort, quorum))
+        })
 }
 
 /// What the actions so far have promised.
@@ -644,6 +654,7 @@ struct Ledger {
     open: Option<(u32, BTreeMap<ParticipantName, bool>)>,
     last_aggregated: u32,
     attempts: BTreeMap<u32, u32>,
+    measuring: BTreeSet<ParticipantName>,
     finished: bool,
 }
 
@@ -695,7 +706,16 @@ impl Ledger {
             Action::Evaluate { round, participants } => {
                 assert!(self.open.is_none() && *round == self.last_aggregated && !participants.is_empty());
             }
+            Action::Measure { participants } => {
+                let is_due = federation.imatrix_tokens > 0 && self.last_aggregated == federation.rounds;
+                assert!(is_due && !self.finished && !participants.is_empty());
+                self.measuring.extend(participants.iter().cloned());
+            }
+            Action::AcceptSums { participant } => {
+                assert!(self.measuring.remove(participant), "only who was asked sends sums, and once");
+            }
             Action::RefuseJoin { .. }
+            | Action::RefuseSums { .. }
             | Action::Supersede { .. }
             | Action::WaitFor { .. }
             | Action::RefuseUpdate { .. } => {}
@@ -726,6 +746,9 @@ proptest! {
                 }
                 Op::Reject(p) => Event::UpdateRejected { participant: name(CROWD[p]), round, attempt },
                 Op::Evaluate(p) => evaluated(CROWD[p], federation.rounds),
+                Op::SendSums(p, true) => Event::SumsArrived { participant: name(CROWD[p]) },
+                Op::SendSums(p, false) => Event::SumsRejected { participant: name(CROWD[p]) },
+                Op::HasNoSums(p) => Event::NothingToMeasure { participant: name(CROWD[p]) },
                 Op::Wait(wait_ms) => {
                     now_ms += wait_ms;
                     Event::Ticked
@@ -760,10 +783,14 @@ proptest! {
                     Action::Evaluate { round, participants } => {
                         inbox.extend(participants.iter().map(|participant| evaluated(participant.as_str(), round)));
                     }
+                    Action::Measure { participants } => {
+                        inbox.extend(participants.into_iter().map(|participant| Event::SumsArrived { participant }));
+                    }
                     _ => {}
                 }
             }
         }
+        prop_assert!(ledger.measuring.is_empty());
         prop_assert!(ledger.finished);
         prop_assert_eq!(ledger.last_aggregated, federation.rounds);
     }

@@ -4,6 +4,7 @@
 //! is in `closing`, what goes into the run directory in `record`.
 
 mod closing;
+mod measuring;
 mod record;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -63,6 +64,8 @@ pub(super) struct Conductor {
     /// What was last said of either.
     degraded: bool,
     stop: watch::Receiver<bool>,
+    /// Importance matrices, once they are asked for.
+    measuring: Option<measuring::Measuring>,
 }
 
 struct Connected {
@@ -90,8 +93,14 @@ struct Update {
 /// What to do about something, and the update it was about.
 type Reaction = (Vec<Action>, Option<Judged>);
 
+/// What the machine decides about.
+enum Judged {
+    Update(JudgedUpdate),
+    Sums(measuring::JudgedSums),
+}
+
 /// An update whose fate the round machine is deciding.
-struct Judged {
+struct JudgedUpdate {
     participant: ParticipantName,
     adapter: Option<Adapter>,
     /// Why the content is refused, where it is.
@@ -120,6 +129,7 @@ impl Conductor {
             trouble: None,
             degraded: false,
             stop: watch::channel(false).1,
+            measuring: None,
             rounds,
             metrics: directory.metrics_log()?,
             directory,
@@ -335,8 +345,11 @@ impl Conductor {
                     Ok(adapter) => (Event::UpdateArrived { participant, round, attempt, tokens }, Some(adapter), None),
                     Err(reason) => (Event::UpdateRejected { participant, round, attempt }, None, Some(reason)),
                 };
-                let judged = Judged { participant: name, adapter, reason, tokens, loss_nats, answer };
-                Ok(Some((self.handle(event), Some(judged))))
+                let judged = JudgedUpdate { participant: name, adapter, reason, tokens, loss_nats, answer };
+                Ok(Some((self.handle(event), Some(Judged::Update(judged)))))
+            }
+            incoming @ Incoming::ChannelSums { .. } => {
+                Ok(self.sums_arrived(incoming).map(|(event, judged)| (self.handle(event), Some(Judged::Sums(judged)))))
             }
         }
     }
@@ -419,6 +432,7 @@ impl Conductor {
                 self.watcher.note(&format!("{participant} has not kept what it needs to go on with round {round}"));
                 Ok(Some(Event::CannotResume { participant, round, attempt }))
             }
+            FromParticipant::CannotMeasure { reason, .. } => Ok(self.cannot_measure(participant, &reason)),
             FromParticipant::Hello { .. } | FromParticipant::Ready { .. } | FromParticipant::Leaving { .. } => Ok(None),
         }
     }
@@ -451,12 +465,12 @@ impl Conductor {
                     }
                 }
                 Action::AcceptUpdate { .. } => {
-                    if let Some(judged) = judged.take() {
+                    if let Some(Judged::Update(judged)) = judged.take() {
                         self.accept(judged).await?;
                     }
                 }
                 Action::RefuseUpdate { round, reason, .. } => {
-                    if let Some(judged) = judged.take() {
+                    if let Some(Judged::Update(judged)) = judged.take() {
                         self.refuse(judged, round, reason)?;
                     }
                 }
@@ -483,6 +497,17 @@ impl Conductor {
                     }
                 }
                 Action::Evaluate { round, participants } => self.evaluate(round, participants).await?,
+                Action::Measure { participants } => actions.extend(self.measure(participants).await?),
+                Action::AcceptSums { participant } => {
+                    if let Some(Judged::Sums(judged)) = judged.take() {
+                        self.accept_sums(participant, judged).await?;
+                    }
+                }
+                Action::RefuseSums { participant, reason } => {
+                    if let Some(Judged::Sums(judged)) = judged.take() {
+                        self.refuse_sums(&participant, reason, judged);
+                    }
+                }
                 Action::Finish { reason } => finish = Some(reason),
             }
         }
@@ -601,8 +626,8 @@ impl Conductor {
         }
     }
 
-    async fn accept(&mut self, judged: Judged) -> Result<(), RunError> {
-        let Judged { participant, adapter, tokens, loss_nats, answer, .. } = judged;
+    async fn accept(&mut self, judged: JudgedUpdate) -> Result<(), RunError> {
+        let JudgedUpdate { participant, adapter, tokens, loss_nats, answer, .. } = judged;
         let (Some(open), Some(adapter)) = (&mut self.open, adapter) else { return Ok(()) };
         let (round, name) = (open.key.round, participant.to_string());
         let tensors = adapter.tensors().iter().map(|tensor| tensor.values.clone()).collect();
@@ -615,8 +640,8 @@ impl Conductor {
         self.record(&Row::Update { round, participant: name, tokens, accepted: true, reason: None, energy_j: None })
     }
 
-    fn refuse(&mut self, judged: Judged, round: u32, refusal: Refusal) -> Result<(), RunError> {
-        let Judged { participant, reason, tokens, answer, .. } = judged;
+    fn refuse(&mut self, judged: JudgedUpdate, round: u32, refusal: Refusal) -> Result<(), RunError> {
+        let JudgedUpdate { participant, reason, tokens, answer, .. } = judged;
         let said = |reason: RefusalReason| (reason, refusal.to_string());
         let (reason, text) = match refusal {
             Refusal::WrongRound { .. } | Refusal::Late | Refusal::Abandoned => said(RefusalReason::Late),

@@ -2,6 +2,7 @@
 //! honest one beside it trains as if it had been alone. The other direction, a hostile coordinator, is in `coordinator`.
 
 mod coordinator;
+mod measuring;
 mod participant;
 
 use std::sync::Arc;

@@ -5,6 +5,7 @@ mod certificates;
 mod durability;
 mod hostile;
 mod identities;
+mod measuring;
 mod oracle;
 mod privacy;
 mod processes;

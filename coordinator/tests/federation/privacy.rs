@@ -72,7 +72,8 @@ async fn a_canary_never_leaves_its_device() {
     let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(logs.clone()).finish();
     // Another test of this process may have logged before; then only this thread's events are lost.
     let _ = tracing::subscriber::set_global_default(subscriber);
-    let world = World::new(str::to_owned);
+    // Channel sums of the same records included.
+    let world = World::new(|text| text.replace("evaluate_every = 1", "evaluate_every = 1\nimatrix_tokens = 100000"));
     let tokens = world.source.tokenizer().encode(CANARY, true).unwrap();
     let needles = needles(&tokens);
 
@@ -100,6 +101,7 @@ async fn a_canary_never_leaves_its_device() {
     assert!(frames.len() > 1_000_000, "only {} bytes were tapped", frames.len());
     assert_eq!(hits(&frames, &needles), Vec::<String>::new(), "on the wire");
     assert_eq!(hits(&logs.taken(), &needles), Vec::<String>::new(), "in the logs");
+    assert!(world.path("runs/smoke/imatrix/press-1.gguf").is_file());
     // What the device itself keeps of its training holds no text either.
     assert!(world.path("state").join("step.a").is_file());
     for directory in ["runs", "home", "state"] {

@@ -94,6 +94,28 @@ impl Batches {
         [self.sequences.len() as u64, tokens as u64]
     }
 
+    /// A draw of whole sequences of at most `tokens_max` tokens together, which leaves the steps and their position alone.
+    pub fn sample(&self, tokens_max: u64) -> Vec<MicroBatch> {
+        let mut rng = self.order.clone();
+        // No epoch has this number.
+        rng.set_stream(u64::MAX);
+        let mut order: Vec<usize> = (0..self.sequences.len()).collect();
+        order.shuffle(&mut rng);
+        let mut tokens = 0;
+        order.retain(|number| {
+            let more = tokens + self.sequences[*number].tokens().len() as u64;
+            let fits = more <= tokens_max;
+            tokens = if fits { more } else { tokens };
+            fits
+        });
+        let packed = first_fit(&self.sequences, order, self.batch_tokens);
+        packed.iter().map(|numbers| self.pack(numbers)).collect()
+    }
+
+    fn pack(&self, numbers: &[usize]) -> MicroBatch {
+        MicroBatch::pack(numbers.iter().map(|number| &self.sequences[*number]))
+    }
+
     /// Goes on from a position that the same data and settings gave.
     pub fn seek(&mut self, position: Position) -> Result<(), DataError> {
         self.start_epoch(position.epoch);
@@ -131,8 +153,7 @@ impl Iterator for Batches {
             if self.micro_batch == self.packed.len() {
                 self.start_epoch(self.epoch + 1);
             }
-            let numbers = &self.packed[self.micro_batch];
-            step.push(MicroBatch::pack(numbers.iter().map(|number| &self.sequences[*number])));
+            step.push(self.pack(&self.packed[self.micro_batch]));
             self.micro_batch += 1;
         }
         Some(step)
@@ -270,6 +291,24 @@ mod tests {
                 batches.seek(Position { epoch: epoch + 1, micro_batch: 0 }).unwrap();
                 stream.clear();
             }
+        }
+
+        #[test]
+        fn a_sample_holds_sequences_once_and_no_more_tokens_than_it_may(
+            lengths in prop::collection::vec(2usize..20, 1..60), tokens_max in 20u64..400, before in 0usize..30, seed: u64,
+        ) {
+            let mut batches = batches(&lengths, 40, 2, seed);
+            let sample = batches.sample(tokens_max);
+            let mut seen: Vec<u32> = sample.iter().flat_map(|batch| check_sound(batch, 40)).collect();
+            let tokens: u64 = sample.iter().map(|batch| batch.tokens.len() as u64).sum();
+            let all = lengths.iter().sum::<usize>() as u64;
+            prop_assert!(tokens <= tokens_max && tokens + 19 > tokens_max.min(all), "{} of {} tokens", tokens, all);
+            let count = seen.len();
+            seen.sort_unstable();
+            seen.dedup();
+            prop_assert_eq!(seen.len(), count);
+            let _ = batches.by_ref().take(before).count();
+            prop_assert!(batches.sample(tokens_max) == sample, "the sample depends on the position");
         }
 
         #[test]

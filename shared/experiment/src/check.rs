@@ -7,8 +7,8 @@ use std::fmt::Debug;
 use std::ops::RangeInclusive;
 
 use crate::{
-    Adapter, Average, BodyAdapters, Data, Error, Experiment, Factors, Federation, Model, Partition, RandomModel, Split,
-    SplitMode, Strategy, TARGETS, Training,
+    Adapter, Average, Backend, BodyAdapters, Data, Error, Experiment, Factors, Federation, Model, Partition,
+    RandomModel, Split, SplitMode, Strategy, TARGETS, Training,
 };
 
 impl Experiment {
@@ -43,7 +43,19 @@ impl Experiment {
             "data.held_out",
             self.data.held_out,
             "more than 0, because federation.evaluate_every asks for evaluations (0 switches them off)",
-        )
+        )?;
+        self.check_measuring(check)
+    }
+
+    fn check_measuring(&self, check: Check<'_>) -> Result<(), Error> {
+        let (key, tokens) = ("federation.imatrix_tokens", self.federation.imatrix_tokens);
+        // Sums in f64 and their wire format in f32 are far from their ends here.
+        check.count(key, tokens, 0..=1 << 30)?;
+        let longest = self.data.sequence_tokens_max;
+        let allowed = format!("0, or at least data.sequence_tokens_max = {longest}, so that a sequence fits");
+        check.that(tokens == 0 || tokens >= u64::from(longest), key, tokens, allowed)?;
+        let allowed = "0, unless device.backend is \"native\": only our own kernels show what they multiply";
+        check.that(tokens == 0 || self.device.backend == Backend::Native, key, tokens, allowed)
     }
 
     /// Whether the split fits a model of `total_blocks` blocks: at least one must be left for the body.
@@ -419,6 +431,25 @@ mod tests {
                 check_refused(line, &format!("{name} = {}", value.to_lowercase()), key, value);
             }
         }
+    }
+
+    #[test]
+    fn measured_tokens_are_none_or_a_sequence_on_our_own_kernels() {
+        let (line, key) = ("evaluate_every = 1", "federation.imatrix_tokens");
+        for tokens in ["127", "1073741825"] {
+            check_refused(line, &format!("{line}\nimatrix_tokens = {tokens}"), key, tokens);
+        }
+        let other_backend = format!("{line}\nimatrix_tokens = 128\n[device]\nbackend = \"flex\"");
+        let text = SMOKE.replace(&format!("{line}\nstrategy"), "strategy");
+        assert_eq!(text, SMOKE.replace(&format!("{line}\n"), ""));
+        let text = text.replace(
+            "strategy = { name = \"fedavg\" }",
+            &format!("strategy = {{ name = \"fedavg\" }}\n{other_backend}"),
+        );
+        let error = Experiment::from_toml(&text, "lab.toml").unwrap_err().to_string();
+        assert!(error.starts_with("accept lab.toml: federation.imatrix_tokens is 128"), "{error}");
+        check_accepted(line, &format!("{line}\nimatrix_tokens = 0"));
+        check_accepted(line, &format!("{line}\nimatrix_tokens = 128"));
     }
 
     #[test]

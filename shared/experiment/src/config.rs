@@ -214,6 +214,11 @@ pub struct Federation {
     pub local_steps: u64,
     /// Evaluate the held-out records before the first round, after every this many rounds, and after the last; 0: never.
     pub evaluate_every: u32,
+    /// Behind the last round every participant measures on so many tokens of its training records, at most, how much each
+    /// channel of the model matters to them, and sends sums over all of them: an importance matrix. 0: never.
+    // Left out where it is 0, so that experiments from before keep their digests.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub imatrix_tokens: u64,
     #[serde(default)]
     pub average: Average,
     pub strategy: Strategy,
@@ -266,6 +271,10 @@ pub enum Strategy {
     /// Coordinate-wise median (ibid.).
     #[serde(deserialize_with = "no_other_keys")]
     Median,
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// Refuses keys beside the tag of a variant that has none: there, serde's `deny_unknown_fields` does nothing.

@@ -5,6 +5,7 @@
 //!             metrics.jsonl     one row per line, appended
 //!             status.json       how things stand now, replaced as a whole
 //!             rounds/0001/…     what round 1 left; `complete` in it is written last, and lists the SHA-256 of the rest
+//!             imatrix/NAME.gguf   a device's importance matrix: channel sums that it sent, or that its owner put here
 //!             journal/…         what has happened since, for a coordinator that is started again
 //!             reserve           a few pages, so that there is room for `status.json` when the disk is full
 //! ```
@@ -105,6 +106,22 @@ impl RunDirectory {
         replace(&self.disk, path, bytes)
     }
 
+    /// Where importance matrices lie.
+    pub fn imatrix_directory(&self) -> PathBuf {
+        self.path.join(IMATRIX)
+    }
+
+    /// Of one device.
+    pub fn imatrix_path(&self, participant: &str) -> PathBuf {
+        self.imatrix_directory().join(format!("{participant}.gguf"))
+    }
+
+    /// Writes the importance matrix of a device; one that is there is replaced.
+    pub fn write_imatrix(&self, participant: &str, bytes: &[u8]) -> Result<(), Error> {
+        create_directories(&self.disk, &self.imatrix_directory())?;
+        self.write(&self.imatrix_path(participant), bytes)
+    }
+
     /// Keeps a few pages for bad times. There is no harm where the disk has none left.
     pub fn hold_reserve(&self) {
         let path = self.path.join(RESERVE);
@@ -198,6 +215,7 @@ impl RunDirectory {
 const EXPERIMENT: &str = "experiment.toml";
 const ROUNDS: &str = "rounds";
 const COMPLETE: &str = "complete";
+const IMATRIX: &str = "imatrix";
 const RESERVE: &str = "reserve";
 const RESERVE_BYTES: usize = 16 << 10;
 

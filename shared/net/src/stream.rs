@@ -260,6 +260,7 @@ fn frame_row(kind: FrameKind, to_coordinator: bool) -> MessageKind {
         FrameKind::CutGradient => MessageKind::CutGradient,
         FrameKind::Adapter if to_coordinator => MessageKind::Update,
         FrameKind::Adapter => MessageKind::Adapter,
+        FrameKind::ChannelSums => MessageKind::ChannelSums,
     }
 }
 

@@ -19,9 +19,9 @@ pub struct TensorHeader {
     pub dtype: DType,
     pub session: u64,
     pub round: u32,
-    /// Optimizer step; 0 for adapters.
+    /// Optimizer step; 0 for adapters and channel sums.
     pub step: u64,
-    /// Micro-batch within the step; for adapters, the tensor's place in its listing.
+    /// Micro-batch within the step; for adapters and channel sums, the tensor's place in its listing.
     pub micro: u32,
     pub shape: Shape,
 }
@@ -44,6 +44,8 @@ pub enum FrameKind {
     CutGradient = 1,
     /// One factor of an adapter.
     Adapter = 2,
+    /// Sums of squares, one for every channel of one input.
+    ChannelSums = 3,
 }
 
 /// One to four dimensions, none of them 0, whose product fits the protocol.
@@ -167,7 +169,9 @@ impl FrameHeader {
 
 impl FrameKind {
     fn from_code(code: u8) -> Option<Self> {
-        [Self::Activations, Self::CutGradient, Self::Adapter].into_iter().find(|&kind| kind as u8 == code)
+        [Self::Activations, Self::CutGradient, Self::Adapter, Self::ChannelSums]
+            .into_iter()
+            .find(|&kind| kind as u8 == code)
     }
 }
 
@@ -258,7 +262,7 @@ mod tests {
     fn header_that_contradicts_itself_is_refused() {
         check_refused(0, b"XXXX", "begins with");
         check_refused(4, &[2], "version");
-        check_refused(5, &[3], "kind");
+        check_refused(5, &[4], "kind");
         check_refused(6, &[1], "codec");
         check_refused(7, &[3], "dtype");
         check_refused(32, &[6], "its shape and dtype need 144");
@@ -307,7 +311,7 @@ mod tests {
 
         #[test]
         fn bytes_after_the_magic_decode_to_what_they_came_from(
-            tail in proptest::collection::vec(0u8..4, HEADER_BYTES - 8), kind in 0u8..3, dtype in 0u8..3,
+            tail in proptest::collection::vec(0u8..4, HEADER_BYTES - 8), kind in 0u8..4, dtype in 0u8..3,
         ) {
             let bytes: [u8; HEADER_BYTES] =
                 [&MAGIC[..], &[VERSION, kind, 0, dtype], &tail].concat().try_into().unwrap();
@@ -318,7 +322,7 @@ mod tests {
 
         #[test]
         fn headers_round_trip(
-            session: u64, round: u32, step: u64, micro: u32, crc: u32, kind in 0u8..3, dtype in 0u8..3,
+            session: u64, round: u32, step: u64, micro: u32, crc: u32, kind in 0u8..4, dtype in 0u8..3,
             dims in proptest::collection::vec(1u32..90, 1..=4),
         ) {
             let tensor = TensorHeader {

@@ -116,6 +116,42 @@ fn cannot_resume() {
 }
 
 #[test]
+fn measuring() {
+    check_golden(FromCoordinator::Measure { round: 8 }, "06 08 # variant, round");
+    check_golden(
+        FromParticipant::CannotMeasure { round: 8, reason: "no".into() },
+        "06      # variant
+         08      # round
+         02 6e6f # reason: 2 bytes",
+    );
+    check_golden(
+        Request::ChannelSums { round: 8, tokens: 300, tensors: tensors() },
+        &format!("06 08 fb2c01 # variant, round, tokens\n {TENSORS_HEX}"),
+    );
+}
+
+#[test]
+fn purposes_keep_their_numbers() {
+    for (number, purpose) in [Purpose::Train, Purpose::Evaluate, Purpose::Measure].into_iter().enumerate() {
+        let (session, round, attempt, step, micro, micros) = (1, 1, 1, 1, 0, 1);
+        let (segments, trained_tokens, step_tokens) = (vec![], 0, 0);
+        let step = Request::Step {
+            session,
+            round,
+            attempt,
+            step,
+            micro,
+            micros,
+            purpose,
+            segments,
+            trained_tokens,
+            step_tokens,
+        };
+        check_golden(step, &format!("00 01 01 01 01 00 01 {number:02x} 00 00 00"));
+    }
+}
+
+#[test]
 fn resume_round() {
     check_golden(
         FromCoordinator::ResumeRound {
@@ -218,7 +254,8 @@ fn finish_and_refused() {
 #[test]
 fn refusal_reasons_keep_their_numbers() {
     use RefusalReason::*;
-    for (number, reason) in [Late, NotInCohort, Duplicate, WrongTensors, WrongCount].into_iter().enumerate() {
+    for (number, reason) in [Late, NotInCohort, Duplicate, WrongTensors, WrongCount, WrongSums].into_iter().enumerate()
+    {
         check_golden(UpdateReply::Refused { reason, text: String::new() }, &format!("01 {number:02x} 00"));
     }
 }

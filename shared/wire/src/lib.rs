@@ -29,7 +29,7 @@ pub use crc32c::crc32c;
 pub const ALPN: &[u8] = b"headwater/1";
 
 /// Minor version: both sides speak the smaller of the two.
-pub const MINOR: u16 = 2;
+pub const MINOR: u16 = 3;
 
 /// The first minor version in which a certificate is renewed over the live connection.
 pub const RENEWING_MINOR: u16 = 2;

@@ -23,6 +23,8 @@ pub enum FromParticipant {
     Leaving { reason: String },
     /// Answers a `ResumeRound` that this device cannot follow: it has not kept what it needs for that.
     CannotResume { round: u32, attempt: u32 },
+    /// Answers a `Measure` that this device cannot follow.
+    CannotMeasure { round: u32, reason: String },
 }
 
 /// On the control stream, from the coordinator.
@@ -59,6 +61,9 @@ pub enum FromCoordinator {
         step: u64,
         reported: u64,
     },
+    /// The participant takes its training records through the model once more, with the adapter of this round, and sends its
+    /// channel sums.
+    Measure { round: u32 },
 }
 
 /// The first message of every stream that a participant opens after the control stream.
@@ -88,6 +93,9 @@ pub enum Request {
     Enrol { csr_der: Vec<u8> },
     /// A certificate request by a participant whose certificate is about to expire, for the same name and key; answered by [`Enrolled`].
     Renew { csr_der: Vec<u8> },
+    /// What the linear layers of the participant's own blocks were multiplied with: for every input its channels' squares, summed over
+    /// `tokens`; one frame per tensor follows. Answered by an [`UpdateReply`].
+    ChannelSums { round: u32, tokens: u64, tensors: Vec<TensorInfo> },
 }
 
 /// Answers [`Request::FetchAdapter`]; one frame per tensor follows, in this order.
@@ -105,7 +113,7 @@ pub struct BlobHeader {
     pub length: u64,
 }
 
-/// Answers [`Request::Update`], once its last frame has arrived.
+/// Answers [`Request::Update`] and [`Request::ChannelSums`], once the last frame has arrived.
 #[derive(Clone, PartialEq, Encode, Decode)]
 pub enum UpdateReply {
     /// Counted towards the quorum.
@@ -148,6 +156,8 @@ pub enum DType {
 pub enum Purpose {
     Train,
     Evaluate,
+    /// As `Evaluate`, and the coordinator sums the squares of what its own layers are multiplied with.
+    Measure,
 }
 
 /// A file named by its digest.
@@ -157,7 +167,7 @@ pub struct BlobRef {
     pub length: u64,
 }
 
-/// One tensor of an adapter.
+/// One tensor of an adapter, or the sums of one input.
 #[derive(Clone, PartialEq, Eq, Encode)]
 pub struct TensorInfo {
     pub name: String,
@@ -187,6 +197,8 @@ pub enum RefusalReason {
     WrongTensors,
     /// It does not rest on as many tokens or steps as it says.
     WrongCount,
+    /// Channel sums whose names, widths or values are not those of the participant's own blocks.
+    WrongSums,
 }
 
 /// The rows of the byte ledger.
@@ -206,10 +218,12 @@ pub enum MessageKind {
     Update,
     Blob,
     Enrol,
+    /// A participant's channel sums, towards the coordinator.
+    ChannelSums,
 }
 
 impl MessageKind {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Hello,
         Self::Welcome,
         Self::Control,
@@ -220,6 +234,7 @@ impl MessageKind {
         Self::Update,
         Self::Blob,
         Self::Enrol,
+        Self::ChannelSums,
     ];
 
     /// The name in logs and metrics.
@@ -235,6 +250,7 @@ impl MessageKind {
             Self::Update => "update",
             Self::Blob => "blob",
             Self::Enrol => "enrol",
+            Self::ChannelSums => "channel_sums",
         }
     }
 }
@@ -289,6 +305,9 @@ impl Message for FromParticipant {
                 up_to("step_finished.compute_ms", *compute_ms, limits::STEP_MS_MAX)?;
                 up_to("step_finished.wait_ms", *wait_ms, limits::STEP_MS_MAX)
             }
+            Self::CannotMeasure { round: _, reason } => {
+                within("cannot_measure.reason", reason.len(), limits::TEXT_BYTES_MAX)
+            }
             Self::Ready { .. } | Self::CannotResume { .. } => Ok(()),
         }
     }
@@ -317,7 +336,9 @@ impl Message for FromCoordinator {
             }
             Self::Finish { reason } => within("finish.reason", reason.len(), limits::TEXT_BYTES_MAX),
             Self::Refused { code: _, reason } => within("refused.reason", reason.len(), limits::TEXT_BYTES_MAX),
-            Self::StartRound { .. } | Self::RoundClosed { .. } | Self::ResumeRound { .. } => Ok(()),
+            Self::StartRound { .. } | Self::RoundClosed { .. } | Self::ResumeRound { .. } | Self::Measure { .. } => {
+                Ok(())
+            }
         }
     }
 }
@@ -333,6 +354,7 @@ impl Message for Request {
             Self::Update { .. } => MessageKind::Update,
             Self::FetchBlob { .. } => MessageKind::Blob,
             Self::Enrol { .. } | Self::Renew { .. } => MessageKind::Enrol,
+            Self::ChannelSums { .. } => MessageKind::ChannelSums,
         }
     }
 
@@ -346,6 +368,7 @@ impl Message for Request {
                 check_loss("update.loss_nats", *loss_nats)?;
                 check_tensors("update.tensors", tensors)
             }
+            Self::ChannelSums { tensors, .. } => check_tensors("channel_sums.tensors", tensors),
             Self::Renew { csr_der } => within("renew.csr_der", csr_der.len(), limits::CERTIFICATE_BYTES_MAX),
             Self::Enrol { csr_der } => within("enrol.csr_der", csr_der.len(), limits::CERTIFICATE_BYTES_MAX),
             Self::FetchBlob { offset, .. } => within_u64("fetch_blob.offset", *offset, limits::BLOB_BYTES_MAX),

@@ -54,6 +54,9 @@ impl Debug for FromParticipant {
             Self::CannotResume { round, attempt } => {
                 f.debug_struct("CannotResume").field("round", round).field("attempt", attempt).finish()
             }
+            Self::CannotMeasure { round, reason } => {
+                f.debug_struct("CannotMeasure").field("round", round).field("reason", &bytes(reason)).finish()
+            }
         }
     }
 }
@@ -102,6 +105,7 @@ impl Debug for FromCoordinator {
                 .field("step", step)
                 .field("reported", reported)
                 .finish(),
+            Self::Measure { round } => f.debug_struct("Measure").field("round", round).finish(),
             Self::RoundClosed { round, outcome } => {
                 f.debug_struct("RoundClosed").field("round", round).field("outcome", outcome).finish()
             }
@@ -152,6 +156,12 @@ impl Debug for Request {
             Self::FetchBlob { sha256, offset } => {
                 f.debug_struct("FetchBlob").field("sha256", &bytes(sha256)).field("offset", offset).finish()
             }
+            Self::ChannelSums { round, tokens, tensors } => f
+                .debug_struct("ChannelSums")
+                .field("round", round)
+                .field("tokens", tokens)
+                .field("tensors", &Size(tensors.len(), "tensors"))
+                .finish(),
             Self::Renew { csr_der } => f.debug_struct("Renew").field("csr_der", &bytes(csr_der)).finish(),
             Self::Enrol { csr_der } => f.debug_struct("Enrol").field("csr_der", &bytes(csr_der)).finish(),
         }

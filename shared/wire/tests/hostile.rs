@@ -35,6 +35,7 @@ fn hostile_bytes_are_refused_within_twice_their_size() {
         },
         FromParticipant::Leaving { reason: "the device was stopped".into() },
         FromParticipant::CannotResume { round: 3, attempt: 1 },
+        FromParticipant::CannotMeasure { round: 3, reason: "another backend".into() },
     ]);
     messages(&[
         FromCoordinator::Welcome {
@@ -71,6 +72,7 @@ fn hostile_bytes_are_refused_within_twice_their_size() {
             step: 7,
             reported: 6,
         },
+        FromCoordinator::Measure { round: 4 },
     ]);
     let step = |segments| Request::Step {
         session: 1 << 41,
@@ -93,6 +95,7 @@ fn hostile_bytes_are_refused_within_twice_their_size() {
         Request::FetchBlob { sha256: [9; 32], offset: 1 << 33 },
         Request::Enrol { csr_der: vec![0x30; 300] },
         Request::Renew { csr_der: vec![0x30; 300] },
+        Request::ChannelSums { round: 4, tokens: 16_000, tensors: tensors(8) },
     ]);
     messages(&[
         AdapterListing { round: 4, adapter: "default".into(), tensors: tensors(8) },

@@ -73,25 +73,29 @@ impl Conductor {
 
     /// Keeps the round, as soon as the disk takes it.
     async fn keep_until_written(&mut self, round: u32) -> Result<(), RunError> {
-        let mut stop = self.stop.clone();
         loop {
             match self.keep(round).await {
-                Err(error) if error.may_pass() => {
-                    self.trouble = Some(error.to_string());
-                    self.note_storage()?;
-                    tokio::select! {
-                        biased;
-                        () = tokio::time::sleep(STORAGE_RETRY) => {}
-                        // Nothing is lost: the journal has what the round is made of.
-                        Ok(_) = stop.wait_for(|stop| *stop) => return Err(error),
-                    }
-                }
+                // Nothing is lost where the run is stopped: the journal has what the round is made of.
+                Err(error) if error.may_pass() => self.wait_for_disk(error).await?,
                 kept => {
                     kept?;
                     self.trouble = None;
                     return self.note_storage();
                 }
             }
+        }
+    }
+
+    /// Says that the disk has not taken something, and waits before it is tried again; gives the error back where the run is
+    /// to stop first.
+    pub(super) async fn wait_for_disk(&mut self, error: RunError) -> Result<(), RunError> {
+        let mut stop = self.stop.clone();
+        self.trouble = Some(error.to_string());
+        self.note_storage()?;
+        tokio::select! {
+            biased;
+            () = tokio::time::sleep(STORAGE_RETRY) => Ok(()),
+            Ok(_) = stop.wait_for(|stop| *stop) => Err(error),
         }
     }
 
@@ -112,6 +116,7 @@ impl Conductor {
 
     pub(super) async fn end(mut self, reason: FinishReason, mut peers: JoinSet<()>) -> Result<Ended, RunError> {
         let (rounds, of) = (self.finished, self.shared.experiment.federation.rounds);
+        self.note_measured();
         let text = match reason {
             FinishReason::Completed => COMPLETED.to_owned(),
             FinishReason::Stopped => format!("stopped after round {rounds} of {of}"),

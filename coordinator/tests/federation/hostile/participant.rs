@@ -17,6 +17,7 @@ pub struct Hostile {
     pub receive: RecvStream,
     pub session: u64,
     pub experiment_digest: [u8; 32],
+    pub experiment_toml: String,
     pub manifest: BlobRef,
     pub width: u32,
     pub local_steps: u64,
@@ -46,18 +47,27 @@ pub fn frame(header: &TensorHeader, values: &[f32]) -> Vec<u8> {
 }
 
 pub fn hello() -> FromParticipant {
+    hello_of(wire::MINOR)
+}
+
+fn hello_of(minor: u16) -> FromParticipant {
     let (dtypes, codecs) = (vec![DType::F32], vec![CODEC_PLAIN]);
-    FromParticipant::Hello { minor: wire::MINOR, dtypes, codecs, software: "by hand".into() }
+    FromParticipant::Hello { minor, dtypes, codecs, software: "by hand".into() }
 }
 
 impl Hostile {
     /// As far as the welcome.
     pub async fn greet(world: &World, coordinator: &Coordinator) -> Self {
+        Self::greet_as(world, coordinator, wire::MINOR).await
+    }
+
+    /// The same, speaking this minor version.
+    pub async fn greet_as(world: &World, coordinator: &Coordinator, minor: u16) -> Self {
         let connection = coordinator.connect(HOSTILE).await;
         let (mut send, mut receive) = connection.open(StreamKind::Control).await.unwrap();
-        send.message(&hello()).await.unwrap();
-        let FromCoordinator::Welcome { session, experiment_digest, manifest, .. } = receive.message().await.unwrap()
-        else {
+        send.message(&hello_of(minor)).await.unwrap();
+        let welcome = receive.message().await.unwrap();
+        let FromCoordinator::Welcome { session, experiment_digest, experiment_toml, manifest, .. } = welcome else {
             panic!("no welcome");
         };
         let config = model::AdapterConfig::new(&world.experiment.adapter);
@@ -71,7 +81,18 @@ impl Hostile {
         let trained = trained.tensors().iter().map(info).collect();
         let width = world.source.config().width as u32;
         let local_steps = world.experiment.federation.local_steps;
-        Self { connection, send, receive, session, experiment_digest, manifest, width, local_steps, trained }
+        Self {
+            connection,
+            send,
+            receive,
+            session,
+            experiment_digest,
+            experiment_toml,
+            manifest,
+            width,
+            local_steps,
+            trained,
+        }
     }
 
     pub async fn ready(&mut self) {
@@ -100,10 +121,14 @@ impl Hostile {
     }
 
     pub async fn ask(&self, step: &Step) -> (SendStream, RecvStream) {
+        self.ask_for(Purpose::Train, step).await
+    }
+
+    pub async fn ask_for(&self, purpose: Purpose, step: &Step) -> (SendStream, RecvStream) {
         let (mut send, receive) = self.connection.open(StreamKind::Step { age: 0 }).await.unwrap();
         let Step { session, round, attempt, step, micro, micros, ref segments, trained_tokens, step_tokens, .. } =
             *step;
-        let (purpose, segments) = (Purpose::Train, segments.clone());
+        let segments = segments.clone();
         let request = Request::Step {
             session,
             round,
