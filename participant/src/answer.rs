@@ -264,7 +264,10 @@ impl Answer<'_> {
             return Ok(Step { text: String::new(), finish: None });
         }
         let logits = match &mut self.form {
-            Some(form) => form.restrict(logits)?,
+            Some(form) => match form.restrict(logits)? {
+                Some(logits) => logits,
+                None => return Ok(self.finish(String::new(), Finish::Ended)),
+            },
             None => logits,
         };
         let token = self.sampler.choose(logits);
@@ -320,8 +323,9 @@ impl<'a> Form<'a> {
         Self { spelling, matcher, allowed: Allowed::default(), logits: Vec::new() }
     }
 
-    /// The logits of tokens that are allowed; the others are impossible.
-    fn restrict(&mut self, logits: &[f32]) -> Result<&[f32], ParticipantError> {
+    /// The logits of tokens that are allowed; the others are impossible. None where the answer is whole, nothing can follow,
+    /// and the model has no token to say so.
+    fn restrict(&mut self, logits: &[f32]) -> Result<Option<&[f32]>, ParticipantError> {
         let Self { spelling, matcher, allowed, logits: to } = self;
         spelling.allowed(matcher, allowed);
         to.clear();
@@ -331,7 +335,8 @@ impl<'a> Form<'a> {
             false => f32::NEG_INFINITY,
         }));
         match to.iter().any(|&logit| logit > f32::NEG_INFINITY) {
-            true => Ok(to),
+            true => Ok(Some(to)),
+            false if matcher.may_end() => Ok(None),
             false => {
                 let what = "the model has no token with which the answer could go on as its grammar demands: a schema that \
                             contains itself without an end has no answer";

@@ -2,10 +2,12 @@
 //! for.
 //!
 //! They arrive as a Poisson process, as in MLPerf's server scenario, and are answered in order. An answer's time counts from
-//! its request's arrival, whether anybody was awake or free by then or not.
+//! its request's arrival, whether anybody was awake or free by then or not. As in [`serve`](crate::serve), the engine has a
+//! thread of its own, and another one sends the answer by its time, with what the engine has said so far.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use experiment::Seed;
@@ -30,6 +32,12 @@ pub struct Requests {
     pub threads: usize,
     /// Threads that do nothing but take time.
     pub hogs: usize,
+}
+
+/// What the engine says of an answer.
+enum Said {
+    Token,
+    End,
 }
 
 /// Later than the deadline by more than this is late.
@@ -72,32 +80,53 @@ pub fn measure(path: &Path, requests: &Requests) -> Result<InTime, ParticipantEr
                 }
             });
         }
+        let (asks, asked) = channel::<(usize, Instant)>();
+        let (tells, told) = channel::<(usize, Said)>();
+        let (model, prompt, session) = (&model, &prompt, &mut session);
+        let engine = scope.spawn(move || {
+            for (number, due) in asked {
+                session.truncate(0);
+                let mut sampler = Sampler::new(Sampling::default(), model.vocabulary());
+                let mut logits = session.next_until(prompt, Some(due));
+                let mut answer = 0;
+                while let Some(found) = logits
+                    && answer < tokens
+                {
+                    answer += 1;
+                    let token = sampler.choose(found);
+                    let _ = tells.send((number, Said::Token));
+                    logits = session.next_until(&[token], Some(due));
+                }
+                let _ = tells.send((number, Said::End));
+            }
+        });
         let mut arrivals = Seed(0).generator("bench/arrivals");
         let mut begun = Instant::now();
-        for _ in 0..count {
+        for number in 0..count {
             begun += gap.mul_f64(arrivals.sample::<f64, _>(Exp1));
             std::thread::sleep(begun.saturating_duration_since(Instant::now()));
             let due = reserve.due(begun, begun + deadline);
-            let until = Some(due);
-            session.truncate(0);
-            let mut sampler = Sampler::new(Sampling::default(), model.vocabulary());
-            let mut answer = Vec::with_capacity(tokens);
-            let mut logits = session.next_until(&prompt, until);
-            while let Some(found) = logits
-                && answer.len() < tokens
-            {
-                answer.push(sampler.choose(found));
-                logits = session.next_until(&answer[answer.len() - 1..], until);
+            let mut answer = 0;
+            // An engine that has gone is told of below.
+            let _ = asks.send((number, due));
+            loop {
+                match told.recv_timeout(due.saturating_duration_since(Instant::now())) {
+                    Ok((of, _)) if of != number => {}
+                    Ok((_, Said::Token)) => answer += 1,
+                    Ok((_, Said::End)) | Err(_) => break,
+                }
             }
             let ended = Instant::now();
             if ended >= due {
                 reserve.ended(due, ended);
             }
             answers.push(ended - begun);
-            missing += usize::from(answer.is_empty());
-            all += answer.len();
+            missing += usize::from(answer == 0);
+            all += answer;
         }
+        drop(asks);
         stop.store(true, Ordering::Relaxed);
+        engine.join().expect("the engine does not panic");
     });
     answers.sort();
     Ok(InTime {

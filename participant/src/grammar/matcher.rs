@@ -308,18 +308,13 @@ impl Grammar {
 
     /// The first byte of a value, on top of `rest`.
     fn begin(&self, node: NodeId, rest: &[Frame], byte: u8, out: &mut Vec<Stack>, within: &mut Vec<NodeId>) {
-        if rest.len() >= STACK_MAX {
-            return;
-        }
         let mut add = |frames: &[Frame]| out.push([rest, frames].concat());
         match (self.node(node), byte) {
-            (Node::AnyOf(kinds), _) => {
-                // A schema may be one of several of which it is one itself.
-                if !within.contains(&node) {
-                    within.push(node);
-                    kinds.iter().for_each(|&kind| self.begin(kind, rest, byte, out, within));
-                    within.pop();
-                }
+            // A schema may be one of several of which it is one itself.
+            (Node::AnyOf(kinds), _) if !within.contains(&node) => {
+                within.push(node);
+                kinds.iter().for_each(|&kind| self.begin(kind, rest, byte, out, within));
+                within.pop();
             }
             (Node::Literals(all), _) => self.literal(node, [0, all.len() as u16], 0, rest, byte, out),
             (&Node::String { min, max }, b'"') => {
@@ -331,8 +326,8 @@ impl Grammar {
                     add(&[Frame::Number { at, left, whole }]);
                 }
             }
-            (Node::Array { .. }, b'[') => add(&[Frame::ArrayBegun(node), GAP]),
-            (Node::Object(_), b'{') => add(&[Frame::ObjectBegun(node), GAP]),
+            (Node::Array { .. }, b'[') if rest.len() < STACK_MAX => add(&[Frame::ArrayBegun(node), GAP]),
+            (Node::Object(_), b'{') if rest.len() < STACK_MAX => add(&[Frame::ObjectBegun(node), GAP]),
             _ => {}
         }
     }

@@ -169,6 +169,13 @@ fn what_cannot_be_promised_is_refused_by_its_name() {
     assert!(Grammar::schema(&json!({"properties": many})).is_err());
 }
 
+/// Opens one more object, where that is allowed.
+fn takes_more(matcher: &mut Matcher) -> bool {
+    let mut allowed = Allowed::default();
+    Spelling::of(vec![(b"{".to_vec(), 0)], Vec::new()).allowed(matcher, &mut allowed);
+    allowed.holds(0) && matcher.push(b"{\"a\":")
+}
+
 #[test]
 fn nesting_has_an_end() {
     let mut matcher = matcher(&json!(true));
@@ -176,6 +183,10 @@ fn nesting_has_an_end() {
     // As deep as serde_json reads, and no deeper.
     assert!((30..128).contains(&taken), "{taken}");
     assert!(!matcher.may_end());
+    // Where nothing may hold another value any more, plain ones may still come, and all ends.
+    let mut matcher = self::matcher(&json!(true));
+    let taken = (0..1000).take_while(|_| takes_more(&mut matcher)).count();
+    assert!(matcher.push(b"1") && matcher.push("}".repeat(taken).as_bytes()) && matcher.is_over());
 }
 
 /// A schema of which every answer ends, with what a value of it has to satisfy.

@@ -21,13 +21,13 @@ pub(super) struct Queue {
 }
 
 pub(super) enum Event {
-    Text(String),
-    /// The last.
-    Finished {
-        finish: Finish,
-        prompt_tokens: usize,
+    Text {
+        text: String,
+        /// Of the answer so far.
         tokens: usize,
     },
+    /// The last.
+    Finished { finish: Finish, prompt_tokens: usize, tokens: usize },
     /// The last as well.
     Failed(ParticipantError),
 }
@@ -65,14 +65,6 @@ impl Queue {
     /// A place in the queue, for as long as it is held.
     pub(super) fn place(&self) -> Result<OwnedSemaphorePermit, Refused> {
         self.places.clone().try_acquire_owned().map_err(|_| Refused::Full)
-    }
-
-    /// The end of an answer that was due before it had begun.
-    pub(super) fn too_late() -> mpsc::Receiver<Event> {
-        let (events, received) = mpsc::channel(1);
-        let nothing = Event::Finished { finish: Finish::Deadline, prompt_tokens: 0, tokens: 0 };
-        events.try_send(nothing).expect("a channel of our own with room for one");
-        received
     }
 
     pub(super) fn ask(
@@ -203,7 +195,7 @@ impl Active<'_> {
 
     fn tell(&self, Step { text, finish }: Step) -> bool {
         if !text.is_empty() {
-            self.job.send(Event::Text(text));
+            self.job.send(Event::Text { text, tokens: self.answer.tokens.len() });
         }
         if let Some(finish) = finish {
             let (prompt_tokens, tokens) = (self.answer.prompt_tokens, self.answer.tokens.len());

@@ -14,15 +14,16 @@ use hyper::header::{ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HOST, Header
 use hyper::{Method, Request, Response, StatusCode};
 use model::Source;
 use serde_json::Value;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::Semaphore;
 use tokio::time::{timeout, timeout_at};
 
 use super::Limits;
 use super::engine::{Event, Queue, Refused};
+use super::events::Events;
 use super::request::{Asked, Defaults, Kind};
 use super::response::{Head, Refusal, models, usage};
 use crate::ParticipantError;
-use crate::answer::{self, Prompt};
+use crate::answer::{self, Finish, Prompt};
 use crate::grammar::Spelling;
 
 pub(super) struct Service {
@@ -96,13 +97,15 @@ impl Service {
         };
         let Asked { mut request, model, stream, include_usage } = Asked::parse(kind, &body, &defaults)?;
         let place = self.queue.place().map_err(not_taken)?;
+        let deadline = request.deadline;
         // Here and not by the engine, where other requests wait for it.
         let events = match self.encoded(&request).await? {
             Some(tokens) => {
+                let count = tokens.len();
                 request.prompt = Prompt::Tokens(tokens);
-                self.queue.ask(place, request, begun).map_err(not_taken)?
+                Events::new(self.queue.ask(place, request, begun).map_err(not_taken)?, deadline, count)
             }
-            None => Queue::too_late(),
+            None => return Ok(self.too_late(Head::new(kind, id, model), stream, include_usage)),
         };
         let head = Head::new(kind, id, model);
         match stream {
@@ -154,26 +157,34 @@ impl Service {
     }
 
     /// An answer piece by piece. What goes wrong before the first piece is a refusal like any other.
-    async fn streamed(
-        &self,
-        head: Head,
-        include_usage: bool,
-        mut events: mpsc::Receiver<Event>,
-    ) -> Result<Answer, Refusal> {
-        let first = events.recv().await;
-        if let Some(Event::Failed(error)) = &first {
+    async fn streamed(&self, head: Head, include_usage: bool, mut events: Events) -> Result<Answer, Refusal> {
+        let first = events.next().await;
+        if let Event::Failed(error) = &first {
             return Err(failed(error));
         }
-        let first = first.ok_or_else(gone)?;
         let mut ready = head.role().map(|role| data(&role)).unwrap_or_default();
         let last = push(&head, include_usage, first, &mut ready);
-        let pieces = Pieces { head, include_usage, events: (!last).then_some(events), ready };
-        let answer = Response::builder()
-            .header(CONTENT_TYPE, "text/event-stream")
-            .header(CACHE_CONTROL, "no-cache")
-            .body(Either::Right(pieces));
-        Ok(answer.expect("headers of our own"))
+        Ok(stream_of(Pieces { head, include_usage, events: (!last).then_some(events), ready }))
     }
+
+    /// An answer that was due before it had begun.
+    fn too_late(&self, head: Head, stream: bool, include_usage: bool) -> Answer {
+        if !stream {
+            return json(StatusCode::OK, &head.whole("", Finish::Deadline, usage(0, 0)));
+        }
+        let mut ready = head.role().map(|role| data(&role)).unwrap_or_default();
+        let last = Event::Finished { finish: Finish::Deadline, prompt_tokens: 0, tokens: 0 };
+        push(&head, include_usage, last, &mut ready);
+        stream_of(Pieces { head, include_usage, events: None, ready })
+    }
+}
+
+fn stream_of(pieces: Pieces) -> Answer {
+    let answer = Response::builder()
+        .header(CONTENT_TYPE, "text/event-stream")
+        .header(CACHE_CONTROL, "no-cache")
+        .body(Either::Right(pieces));
+    answer.expect("headers of our own")
 }
 
 fn not_taken(refused: Refused) -> Refusal {
@@ -188,16 +199,15 @@ const CHAT: &str = "/v1/chat/completions";
 const TEXT: &str = "/v1/completions";
 const PATHS: [&str; 3] = [MODELS, CHAT, TEXT];
 
-async fn whole(head: Head, mut events: mpsc::Receiver<Event>) -> Result<Answer, Refusal> {
+async fn whole(head: Head, mut events: Events) -> Result<Answer, Refusal> {
     let mut all = String::new();
     loop {
-        match events.recv().await {
-            Some(Event::Text(text)) => all.push_str(&text),
-            Some(Event::Finished { finish, prompt_tokens, tokens }) => {
+        match events.next().await {
+            Event::Text { text, .. } => all.push_str(&text),
+            Event::Finished { finish, prompt_tokens, tokens } => {
                 return Ok(json(StatusCode::OK, &head.whole(&all, finish, usage(prompt_tokens, tokens))));
             }
-            Some(Event::Failed(error)) => return Err(failed(&error)),
-            None => return Err(gone()),
+            Event::Failed(error) => return Err(failed(&error)),
         }
     }
 }
@@ -207,7 +217,7 @@ pub(super) struct Pieces {
     head: Head,
     include_usage: bool,
     /// None behind the last.
-    events: Option<mpsc::Receiver<Event>>,
+    events: Option<Events>,
     /// What has not been sent.
     ready: String,
 }
@@ -220,7 +230,7 @@ impl Body for Pieces {
         let Self { head, include_usage, events, ready } = self.get_mut();
         while ready.is_empty() {
             let Some(open) = events else { return Poll::Ready(None) };
-            let event = ready!(open.poll_recv(context)).unwrap_or_else(|| Event::Failed(ended()));
+            let event = ready!(open.poll_next(context));
             if push(head, *include_usage, event, ready) {
                 *events = None;
             }
@@ -232,7 +242,7 @@ impl Body for Pieces {
 /// Adds an event's data; whether it is the last.
 fn push(head: &Head, include_usage: bool, event: Event, to: &mut String) -> bool {
     match event {
-        Event::Text(text) => {
+        Event::Text { text, .. } => {
             to.push_str(&data(&head.text(&text)));
             return false;
         }
@@ -282,14 +292,6 @@ fn failed(error: &ParticipantError) -> Refusal {
         ParticipantError::Tokenizer(error) => Refusal::invalid(None, format!("failed to {error}")),
         _ => Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the engine failed; the server's log says why"),
     }
-}
-
-fn ended() -> ParticipantError {
-    ParticipantError::Stopped
-}
-
-fn gone() -> Refusal {
-    failed(&ended())
 }
 
 fn names_this_machine(host: Option<&HeaderValue>) -> bool {

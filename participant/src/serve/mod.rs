@@ -4,6 +4,7 @@
 //! says goes to who asked, and nowhere else: it is never logged. Start from [`Server`].
 
 mod engine;
+mod events;
 mod http;
 mod patient;
 mod request;

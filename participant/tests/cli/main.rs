@@ -142,7 +142,7 @@ fn the_integer_engine_measures_a_quantized_file_and_refuses_what_it_cannot_run()
     }
     let in_time = desk.check_works("bench infer --model weights.gguf --deadline 2ms --requests 20 --hogs 1 --json");
     let in_time: serde_json::Value = serde_json::from_str(&in_time).unwrap();
-    assert_eq!(in_time["answers"], 20, "{in_time}");
+    assert_eq!(in_time["requests"], 20, "{in_time}");
     desk.save_adapter("adapter", SMOKE);
     let costs = desk.check_works("bench adapters --model weights.gguf --adapter adapter --count 3 --switches 9 --json");
     let costs: serde_json::Value = serde_json::from_str(&costs).unwrap();

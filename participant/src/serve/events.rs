@@ -1,0 +1,77 @@
+//! An answer's events for who sends them on: they end by the deadline, even where the engine's thread has no core just then.
+//!
+//! A thread that computes all the time waits its turn beside other such threads; one that sleeps most of the time, as those
+//! that serve connections do, is woken soon.
+
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+use tokio::time::{Sleep, sleep_until};
+
+use super::engine::Event;
+use crate::ParticipantError;
+use crate::answer::Finish;
+
+pub(super) struct Events {
+    received: mpsc::Receiver<Event>,
+    due: Option<Pin<Box<Sleep>>>,
+    prompt_tokens: usize,
+    /// Of the answer so far.
+    tokens: usize,
+}
+
+/// For an answer to go out; the engine, too, ends before it.
+const RESERVE: Duration = Duration::from_millis(1);
+
+impl Events {
+    pub(super) fn new(received: mpsc::Receiver<Event>, deadline: Option<Instant>, prompt_tokens: usize) -> Self {
+        let due = deadline.map(|deadline| deadline.checked_sub(RESERVE).unwrap_or(deadline));
+        Self { received, due: due.map(|due| Box::pin(sleep_until(due.into()))), prompt_tokens, tokens: 0 }
+    }
+
+    pub(super) async fn next(&mut self) -> Event {
+        poll_fn(|context| self.poll_next(context)).await
+    }
+
+    pub(super) fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Event> {
+        match self.received.poll_recv(context) {
+            Poll::Ready(Some(event)) => {
+                if let Event::Text { tokens, .. } = event {
+                    self.tokens = tokens;
+                }
+                Poll::Ready(event)
+            }
+            Poll::Ready(None) => Poll::Ready(Event::Failed(ParticipantError::Stopped)),
+            Poll::Pending => {
+                let Some(due) = &mut self.due else { return Poll::Pending };
+                ready!(due.as_mut().poll(context));
+                let Self { prompt_tokens, tokens, .. } = *self;
+                Poll::Ready(Event::Finished { finish: Finish::Deadline, prompt_tokens, tokens })
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::pause;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_answer_ends_by_its_deadline_with_what_has_come() {
+        pause();
+        let (sender, received) = mpsc::channel(4);
+        let mut events = Events::new(received, Some(Instant::now() + Duration::from_millis(50)), 7);
+        sender.try_send(Event::Text { text: "on".into(), tokens: 3 }).unwrap();
+        assert!(matches!(events.next().await, Event::Text { tokens: 3, .. }));
+        // The engine says nothing more.
+        let last = events.next().await;
+        assert!(matches!(last, Event::Finished { finish: Finish::Deadline, prompt_tokens: 7, tokens: 3 }));
+        drop(sender);
+        assert!(matches!(events.next().await, Event::Failed(ParticipantError::Stopped)));
+    }
+}
