@@ -11,6 +11,7 @@ use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use experiment::Seed;
+use quant::inference::ask_for_short_turns;
 use rand::Rng;
 use rand_distr::Exp1;
 use serde_json::{Value, json};
@@ -100,6 +101,7 @@ pub fn measure(path: &Path, requests: &Requests) -> Result<InTime, ParticipantEr
                 let _ = tells.send((number, Said::End));
             }
         });
+        ask_for_short_turns();
         let mut arrivals = Seed(0).generator("bench/arrivals");
         let mut begun = Instant::now();
         for number in 0..count {

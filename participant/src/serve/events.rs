@@ -8,6 +8,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
+use quant::inference::ask_for_short_turns;
 use tokio::sync::mpsc;
 use tokio::time::{Sleep, sleep_until};
 
@@ -37,6 +38,10 @@ impl Events {
     }
 
     pub(super) fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Event> {
+        // This thread, too: it is woken before another program's turn is over.
+        if self.due.is_some() {
+            ask_for_short_turns();
+        }
         match self.received.poll_recv(context) {
             Poll::Ready(Some(event)) => {
                 if let Event::Text { tokens, .. } = event {

@@ -16,7 +16,7 @@ thread_local! {
 
 /// Asks for short turns of the calling thread, from now on. Costs nothing when it has asked before; a system that refuses,
 /// or knows no such wish, does without.
-pub(crate) fn ask_for_short_turns() {
+pub fn ask_for_short_turns() {
     if !ASKED.replace(true) {
         #[cfg(all(target_os = "linux", not(miri)))]
         linux::ask();
