@@ -24,6 +24,8 @@ pub struct Plan {
     pub lies: usize,
     /// Devices fetch the model's parts instead of finding them on their disks.
     pub fetches: bool,
+    /// So small that a round's journal goes on in several files.
+    pub snapshot_bytes: usize,
     /// Nothing keeps anybody away for so long that a round goes on without it.
     pub is_gentle: bool,
 }
@@ -43,6 +45,7 @@ impl Plan {
             clock_jumps_ms: Vec::new(),
             lies: 0,
             fetches: false,
+            snapshot_bytes: 3000,
             is_gentle: true,
         }
     }
@@ -93,6 +96,7 @@ impl Plan {
             plan.is_gentle = false;
         }
         plan.fetches = random.random_range(0..16) == 0;
+        plan.snapshot_bytes = [400, 1000, 3000][random.random_range(0..3)];
         plan
     }
 
