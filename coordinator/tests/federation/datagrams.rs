@@ -14,6 +14,7 @@ use coordinator::home::{Home, INVITATION_VALID};
 use coordinator::journal::Settings;
 use experiment::Row;
 use model::Adapter;
+use model::source::BlobStore;
 use net::{Datagrams, DeviceKey, Dialer, Everyone, Identity, Listener, PeerName, Weather};
 use participant::ParticipantError;
 use participant::join::{Persistence, finish, transport};
@@ -122,6 +123,8 @@ impl Site {
         let mut devices = JoinSet::new();
         for (i, (name, identity)) in NAMES.iter().zip(&self.identities).enumerate() {
             let (mut participant, _) = world.participant(name);
+            // A device that waits for another one's lock would wait for ever on one thread.
+            participant.store = BlobStore::open(world.path(name).join("store")).unwrap();
             let directory = world.path(name).join("training");
             participant.keep = Some(Keep { directory, disk: Default::default() });
             devices.spawn(take_part(network.clone(), i, seed, identity_again(identity), participant));
