@@ -89,6 +89,11 @@ pub enum HomeError {
     Invitation { path: PathBuf, reason: String },
     #[error("revoke {name}: nobody of that name was invited; the names are those of the files in {}", path.display())]
     Unknown { name: PeerName, path: PathBuf },
+    #[error(
+        "issue anything to {name}: it was revoked at {revoked}, which is a day or more ahead of this machine's clock; set \
+         the clock, or correct the second in {}", path.display()
+    )]
+    ClockBehind { name: PeerName, revoked: OffsetDateTime, path: PathBuf },
     #[error("parse {}: {reason}; restore it from a backup: who is revoked must not be forgotten", path.display())]
     Revocations { path: PathBuf, reason: String },
     #[error(

@@ -375,6 +375,7 @@ impl Writer {
             }
         }
         if is_written {
+            offload::disk_takes_time().await;
             self.sync()?;
             tracing::debug!(records = told.len(), bytes, took_ms = begun.elapsed().as_secs_f64() * 1e3, "journaled");
         }

@@ -6,11 +6,18 @@
 //! question; whether it counts is answered here. Actions are to be performed in their order: an [`Action::Aggregate`] may
 //! be followed in the same list by the start of the next round.
 
+mod events;
+mod pace;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use experiment::{Federation, Seed};
 use planted::Bug;
+
+pub use events::{Abandonment, Action, Contribution, Event, FinishReason, JoinRefusal, Refusal, SumsRefusal};
+pub use pace::Sizes;
+use pace::{Owed, Pace};
 
 /// A round is abandoned at most this many times; then the run fails rather than repeat itself for ever.
 pub const ATTEMPTS_MAX: u32 = 5;
@@ -32,10 +39,10 @@ const LAST_CALL_MS: u64 = 60_000;
 
 /// The round machine. Rounds are numbered from 1; round 0 is the adapter nobody has trained yet.
 ///
-/// A round closes when every member that is still in it has delivered, or at its deadline. A member that departs, or
-/// whose update is refused for what it contains, is removed from the round: it may join again, but trains again only from
-/// the next start. An update that was accepted stays, even if its sender departs afterwards. A member that is lost keeps
-/// its place for a while, and so does one that joins while it is connected: the same device has lost its earlier
+/// A round closes when every member that is still in it has delivered, or at its deadline, where the experiment sets one.
+/// A member that departs, is late ([`Pace`]), or whose update is refused for what it contains, is removed from the round: it
+/// may join again, but trains again only from the next start. An update that was accepted stays, even if its sender
+/// departs afterwards. A member that is lost keeps its place for a while, and so does one that joins while it is connected: the same device has lost its earlier
 /// connection, whether that is known yet or not. When it is back it goes on where it was.
 #[derive(Debug)]
 pub struct Rounds {
@@ -46,6 +53,7 @@ pub struct Rounds {
     /// Rounds abandoned in a row since this machine was made.
     abandoned: u32,
     connected: BTreeMap<ParticipantName, DeviceId>,
+    pace: Pace,
     state: State,
     /// What the last [`Action::WaitFor`] said, so that a tick does not say it again.
     missing: Option<usize>,
@@ -59,208 +67,6 @@ pub struct ParticipantName(String);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceId(pub [u8; 32]);
 
-/// What has happened.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
-    Joined {
-        participant: ParticipantName,
-        device: DeviceId,
-    },
-    /// It has left, or has been sent away.
-    Departed {
-        participant: ParticipantName,
-    },
-    /// Its connection has broken off, and it may come back.
-    Lost {
-        participant: ParticipantName,
-    },
-    /// It is back, but has not kept what it needs to go on within this round.
-    CannotResume {
-        participant: ParticipantName,
-        round: u32,
-        attempt: u32,
-    },
-    /// The adapter of `round` finished rounds was evaluated. Only the evaluation after the last round is waited for.
-    Evaluated {
-        participant: ParticipantName,
-        round: u32,
-    },
-    /// Channel sums that the caller has found in order.
-    SumsArrived {
-        participant: ParticipantName,
-    },
-    /// Channel sums that the caller will not have, for what they contain.
-    SumsRejected {
-        participant: ParticipantName,
-    },
-    /// No sums are to be waited for: they are there already, or the participant has none to give.
-    NothingToMeasure {
-        participant: ParticipantName,
-    },
-    /// An update whose shapes and values the caller has found in order.
-    UpdateArrived {
-        participant: ParticipantName,
-        round: u32,
-        attempt: u32,
-        tokens: u64,
-    },
-    /// An update that the caller will not have, for what it contains.
-    UpdateRejected {
-        participant: ParticipantName,
-        round: u32,
-        attempt: u32,
-    },
-    /// Time has passed; see [`Rounds::next_deadline_ms`].
-    Ticked,
-    StopRequested,
-}
-
-/// What to do about it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Action {
-    RefuseJoin {
-        participant: ParticipantName,
-        reason: JoinRefusal,
-    },
-    /// The device that has just joined was connected already: end its earlier connection.
-    Supersede {
-        participant: ParticipantName,
-    },
-    /// Status only: this many more participants must join before `round` starts.
-    WaitFor {
-        round: u32,
-        missing: usize,
-    },
-    /// Let the cohort, in name order, fetch the adapter, evaluate it if `evaluate` is set, and only then train.
-    StartRound {
-        round: u32,
-        attempt: u32,
-        cohort: Vec<ParticipantName>,
-        /// The optimizer step, counted over the whole run, with which the round begins.
-        first_step: u64,
-        evaluate: bool,
-    },
-    /// Let a member that is back go on where it was. It may be owed the answer to an update that was accepted.
-    ResumeMember {
-        participant: ParticipantName,
-        round: u32,
-        attempt: u32,
-        first_step: u64,
-        evaluate: bool,
-    },
-    AcceptUpdate {
-        participant: ParticipantName,
-        round: u32,
-    },
-    RefuseUpdate {
-        participant: ParticipantName,
-        round: u32,
-        reason: Refusal,
-    },
-    /// Nobody waits for this member any longer: take it out of the shared body's barrier and end its round.
-    RemoveMember {
-        participant: ParticipantName,
-    },
-    /// Make the next adapter of the accepted updates, in name order. When this is done, the round is finished.
-    Aggregate {
-        round: u32,
-        members: Vec<Contribution>,
-    },
-    /// Throw away all that this attempt has trained, accepted updates and steps of a shared body included.
-    AbandonRound {
-        round: u32,
-        attempt: u32,
-        why: Abandonment,
-    },
-    /// Let these participants evaluate the adapter of the last round, without training.
-    Evaluate {
-        round: u32,
-        participants: Vec<ParticipantName>,
-    },
-    /// Let these participants measure their training records with the adapter of the last round.
-    Measure {
-        participants: Vec<ParticipantName>,
-    },
-    /// Keep the sums that have arrived, and say so when they are on disk.
-    AcceptSums {
-        participant: ParticipantName,
-    },
-    RefuseSums {
-        participant: ParticipantName,
-        reason: SumsRefusal,
-    },
-    Finish {
-        reason: FinishReason,
-    },
-}
-
-/// A participant's share in a mean, weighted by the tokens it has trained on.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Contribution {
-    pub participant: ParticipantName,
-    pub tokens: u64,
-}
-
-/// Why a participant may not join.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum JoinRefusal {
-    #[error("a participant of this name is connected already, and its key is another")]
-    NameTaken,
-    #[error("the run has finished")]
-    Finished,
-}
-
-/// Why an update does not count.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    #[error("the update is for a round that has not started; round {expected} is next or open")]
-    WrongRound { expected: u32 },
-    #[error("the round was closed before the update arrived")]
-    Late,
-    #[error("the attempt that the update belongs to was abandoned")]
-    Abandoned,
-    #[error("the participant is not in the cohort of this round")]
-    NotInCohort,
-    #[error("the participant departed, or had an update refused, earlier in this round")]
-    Removed,
-    #[error("an update of the participant was accepted already")]
-    Duplicate,
-    #[error("the update was trained on no tokens")]
-    NoTokens,
-    #[error("the update has a wrong shape or a value that is not finite")]
-    Content,
-}
-
-/// Why channel sums do not count.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum SumsRefusal {
-    #[error("no channel sums of this participant are waited for, or no longer")]
-    NotAwaited,
-    #[error("the channel sums are not those of this participant's blocks and tokens")]
-    Content,
-}
-
-/// Why a round was given up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Abandonment {
-    #[error("{remaining} members remain where the quorum is {quorum}")]
-    TooFewMembers { remaining: usize, quorum: usize },
-    #[error("{updates} updates had arrived at the deadline where the quorum is {quorum}")]
-    TooFewUpdates { updates: usize, quorum: usize },
-}
-
-/// Why the run is over. Every round that was aggregated before stays valid, whatever the reason.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FinishReason {
-    Completed,
-    Stopped,
-    /// `round` was abandoned `attempts` times.
-    Failed {
-        round: u32,
-        attempts: u32,
-    },
-}
-
 #[derive(Debug)]
 enum State {
     /// Waiting for participants; `since_ms` is unknown until the first event tells the time.
@@ -272,14 +78,15 @@ enum State {
         evaluate: bool,
         /// Members that are lost, and until when their places are kept.
         lost: BTreeMap<ParticipantName, u64>,
-        closes_ms: u64,
+        /// None where the experiment sets no deadline.
+        closes_ms: Option<u64>,
     },
     /// What everybody does who is connected behind the last round.
     Closing {
         task: Closing,
         awaited: BTreeSet<ParticipantName>,
         lost: BTreeMap<ParticipantName, u64>,
-        closes_ms: u64,
+        closes_ms: Option<u64>,
     },
     Finished,
 }
@@ -312,6 +119,7 @@ impl Rounds {
     /// `first_round` is 1, or the number after the last finished round of the run that is continued. A run of which all
     /// rounds are finished still does its final evaluation.
     pub fn new(federation: Federation, first_round: u32, seed: Seed) -> Self {
+        let local_steps = federation.local_steps;
         Self {
             federation,
             seed,
@@ -319,9 +127,16 @@ impl Rounds {
             attempt: 1,
             abandoned: 0,
             connected: BTreeMap::new(),
+            pace: Pace::new(Sizes { local_steps, ..Sizes::default() }),
             state: State::Gathering { since_ms: None },
             missing: None,
         }
+    }
+
+    /// Says how much a round is. Until then steps are nobody's but the member's that does them, and bytes no progress.
+    pub fn with_sizes(mut self, sizes: Sizes) -> Self {
+        self.pace.sizes = sizes;
+        self
     }
 
     /// As [`new`](Self::new), where attempts at the first round were abandoned before.
@@ -336,6 +151,8 @@ impl Rounds {
         let mut rounds = Self::new(federation, round, seed).with_attempt(attempt);
         let training = members.iter().filter(|(_, member)| **member == Member::Training);
         let lost = training.map(|(name, _)| (name.clone(), now_ms.saturating_add(RETURN_MS))).collect();
+        let owing = members.iter().filter(|(_, member)| **member == Member::Training).map(|(name, _)| name);
+        rounds.pace.begin(owing, evaluate.then_some(Owed::Evaluation), now_ms);
         rounds.state = State::Training { members, evaluate, lost, closes_ms: rounds.deadline_after(now_ms) };
         rounds
     }
@@ -347,19 +164,39 @@ impl Rounds {
         if let State::Gathering { since_ms } = &mut self.state {
             since_ms.get_or_insert(now_ms);
         }
+        match &event {
+            // What is known of a member's progress by now counts before it is judged.
+            Event::Moved { participant, bytes } => self.pace.moved(participant, *bytes, now_ms),
+            Event::Held => self.pace.hold(),
+            Event::Released => self.pace.release(now_ms),
+            _ => {}
+        }
         // A deadline holds from its own time on, not from the tick that happens to notice it.
         self.give_up_lost(now_ms, &mut actions);
+        self.give_up_late(now_ms, &mut actions);
         self.close_if_settled(now_ms, &mut actions);
         match event {
-            Event::Joined { participant, device } => self.join(participant, device, &mut actions),
-            Event::Departed { participant } => self.depart(&participant, &mut actions),
+            Event::Joined { participant, device } => self.join(participant, device, now_ms, &mut actions),
+            Event::Departed { participant } => self.depart(&participant, now_ms, &mut actions),
             Event::Lost { participant } => self.lose(&participant, now_ms),
             Event::CannotResume { participant, round, attempt } => {
                 if (round, attempt) == (self.round, self.attempt) {
-                    self.remove(&participant, &mut actions);
+                    self.remove(&participant, now_ms, &mut actions);
                 }
             }
-            Event::Evaluated { participant, round } => self.note_evaluation(&participant, round),
+            Event::Evaluated { participant, round } => {
+                // Of the adapter that the open round began with.
+                if round + 1 == self.round {
+                    self.pace.evaluated(&participant, now_ms);
+                }
+                self.note_evaluation(&participant, round);
+            }
+            Event::StepFinished { participant, round, step } => {
+                if round == self.round {
+                    let steps = step.saturating_add(1).saturating_sub(self.first_step());
+                    self.pace.stepped(&participant, steps, now_ms);
+                }
+            }
             Event::SumsArrived { participant } => self.judge_sums(participant, Ok(()), &mut actions),
             Event::SumsRejected { participant } => {
                 self.judge_sums(participant, Err(SumsRefusal::Content), &mut actions)
@@ -369,12 +206,12 @@ impl Rounds {
             }
             Event::UpdateArrived { participant, round, attempt, tokens } => {
                 let content = if tokens == 0 { Err(Refusal::NoTokens) } else { Ok(tokens) };
-                self.judge_update(participant, (round, attempt), content, &mut actions);
+                self.judge_update(participant, (round, attempt), content, now_ms, &mut actions);
             }
             Event::UpdateRejected { participant, round, attempt } => {
-                self.judge_update(participant, (round, attempt), Err(Refusal::Content), &mut actions);
+                self.judge_update(participant, (round, attempt), Err(Refusal::Content), now_ms, &mut actions);
             }
-            Event::Ticked => {}
+            Event::Ticked | Event::Moved { .. } | Event::Held | Event::Released => {}
             Event::StopRequested => self.finish(FinishReason::Stopped, &mut actions),
         }
         self.close_if_settled(now_ms, &mut actions);
@@ -391,7 +228,8 @@ impl Rounds {
     pub fn next_deadline_ms(&self) -> Option<u64> {
         match &self.state {
             State::Training { closes_ms, lost, .. } | State::Closing { closes_ms, lost, .. } => {
-                lost.values().chain([closes_ms]).min().copied()
+                let late = self.owing().into_iter().filter_map(|name| self.pace.late_from_ms(name));
+                lost.values().copied().chain(*closes_ms).chain(late).min()
             }
             State::Gathering { since_ms: Some(since_ms) } if self.is_trained() => {
                 Some(since_ms.saturating_add(LAST_CALL_MS))
@@ -404,7 +242,7 @@ impl Rounds {
         }
     }
 
-    fn join(&mut self, participant: ParticipantName, device: DeviceId, actions: &mut Vec<Action>) {
+    fn join(&mut self, participant: ParticipantName, device: DeviceId, now_ms: u64, actions: &mut Vec<Action>) {
         if matches!(self.state, State::Finished) {
             return actions.push(Action::RefuseJoin { participant, reason: JoinRefusal::Finished });
         }
@@ -416,6 +254,7 @@ impl Rounds {
             None => {}
         }
         self.connected.insert(participant.clone(), device);
+        self.pace.returned(&participant, now_ms);
         self.take_back(participant, actions);
     }
 
@@ -447,7 +286,7 @@ impl Rounds {
     fn lose(&mut self, participant: &ParticipantName, now_ms: u64) {
         self.connected.remove(participant);
         let kept_ms = if planted::is(Bug::RemovesLostMembers) { 0 } else { RETURN_MS };
-        let until_ms = now_ms.saturating_add(kept_ms);
+        let until_ms = now_ms.saturating_add(kept_ms).saturating_add(self.pace.return_ms(participant));
         match &mut self.state {
             State::Training { members, lost, .. } if members.get(participant) == Some(&Member::Training) => {
                 lost.insert(participant.clone(), until_ms);
@@ -464,17 +303,41 @@ impl Rounds {
         let (State::Training { lost, .. } | State::Closing { lost, .. }) = &self.state else { return };
         let late = lost.iter().filter(|(_, until_ms)| now_ms >= **until_ms);
         for participant in late.map(|(participant, _)| participant.clone()).collect::<Vec<_>>() {
-            self.remove(&participant, actions);
+            self.remove(&participant, now_ms, actions);
         }
     }
 
-    fn depart(&mut self, participant: &ParticipantName, actions: &mut Vec<Action>) {
+    /// Takes the places of those who are connected and get nowhere.
+    fn give_up_late(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
+        let is_late = |name: &&ParticipantName| self.pace.late_from_ms(name).is_some_and(|late_ms| now_ms >= late_ms);
+        let late: Vec<ParticipantName> = self.owing().into_iter().filter(is_late).cloned().collect();
+        for participant in late {
+            actions.push(Action::NoteLate { participant: participant.clone() });
+            self.remove(&participant, now_ms, actions);
+        }
+    }
+
+    /// Those who are here and owe something.
+    fn owing(&self) -> Vec<&ParticipantName> {
+        let is_here = |lost: &BTreeMap<ParticipantName, u64>, name: &ParticipantName| !lost.contains_key(name);
+        match &self.state {
+            State::Training { members, lost, .. } => {
+                let training = members.iter().filter(|(_, member)| **member == Member::Training).map(|(name, _)| name);
+                training.filter(|name| is_here(lost, name)).collect()
+            }
+            State::Closing { awaited, lost, .. } => awaited.iter().filter(|name| is_here(lost, name)).collect(),
+            State::Gathering { .. } | State::Finished => Vec::new(),
+        }
+    }
+
+    fn depart(&mut self, participant: &ParticipantName, now_ms: u64, actions: &mut Vec<Action>) {
         self.connected.remove(participant);
-        self.remove(participant, actions);
+        self.remove(participant, now_ms, actions);
     }
 
     /// Waits for the participant no longer.
-    fn remove(&mut self, participant: &ParticipantName, actions: &mut Vec<Action>) {
+    fn remove(&mut self, participant: &ParticipantName, now_ms: u64, actions: &mut Vec<Action>) {
+        self.pace.leave(participant, now_ms);
         match &mut self.state {
             State::Training { members, lost, .. } => {
                 lost.remove(participant);
@@ -525,6 +388,7 @@ impl Rounds {
         participant: ParticipantName,
         (round, attempt): (u32, u32),
         content: Result<u64, Refusal>,
+        now_ms: u64,
         actions: &mut Vec<Action>,
     ) {
         let member = match self.member_training(&participant, round, attempt) {
@@ -534,11 +398,13 @@ impl Rounds {
         match content {
             Ok(tokens) => {
                 *member = Member::Delivered { tokens };
+                self.pace.leave(&participant, now_ms);
                 actions.push(Action::AcceptUpdate { participant, round });
             }
             Err(reason) => {
                 // To wait for a better update would hold up the round for somebody who sent a bad one.
                 *member = Member::Removed;
+                self.pace.leave(&participant, now_ms);
                 actions.push(Action::RefuseUpdate { participant: participant.clone(), round, reason });
                 actions.push(Action::RemoveMember { participant });
             }
@@ -580,7 +446,7 @@ impl Rounds {
             State::Training { members, closes_ms, .. } => {
                 let remaining = members.values().filter(|member| **member != Member::Removed).count();
                 let updates = members.values().filter(|member| matches!(member, Member::Delivered { .. })).count();
-                let is_due = now_ms >= *closes_ms;
+                let is_due = closes_ms.is_some_and(|closes_ms| now_ms >= closes_ms);
                 if remaining < quorum {
                     self.abandon(Abandonment::TooFewMembers { remaining, quorum }, now_ms, actions);
                 } else if updates == remaining || (is_due && updates >= quorum) {
@@ -589,11 +455,14 @@ impl Rounds {
                     self.abandon(Abandonment::TooFewUpdates { updates, quorum }, now_ms, actions);
                 }
             }
-            State::Closing { task, awaited, closes_ms, .. } if awaited.is_empty() || now_ms >= *closes_ms => match task
+            State::Closing { task, awaited, closes_ms, .. }
+                if awaited.is_empty() || closes_ms.is_some_and(|closes_ms| now_ms >= closes_ms) =>
             {
-                Closing::Evaluation => self.measure(now_ms, actions),
-                Closing::Measuring => self.finish(FinishReason::Completed, actions),
-            },
+                match task {
+                    Closing::Evaluation => self.measure(now_ms, actions),
+                    Closing::Measuring => self.finish(FinishReason::Completed, actions),
+                }
+            }
             State::Closing { .. } | State::Gathering { .. } | State::Finished => {}
         }
     }
@@ -654,6 +523,11 @@ impl Rounds {
         let awaited: BTreeSet<ParticipantName> = self.connected.keys().cloned().collect();
         let participants = awaited.iter().cloned().collect();
         let closes_ms = self.deadline_after(now_ms);
+        let owed = match task {
+            Closing::Evaluation => Owed::Evaluation,
+            Closing::Measuring => Owed::Measurement,
+        };
+        self.pace.begin(&awaited, Some(owed), now_ms);
         self.state = State::Closing { task, awaited, lost: BTreeMap::new(), closes_ms };
         participants
     }
@@ -696,6 +570,7 @@ impl Rounds {
         // After every so many rounds, and that includes none at all; checked_rem is None when it is never.
         let evaluate = rounds_finished.checked_rem(self.federation.evaluate_every) == Some(0);
         let closes_ms = self.deadline_after(now_ms);
+        self.pace.begin(&cohort, evaluate.then_some(Owed::Evaluation), now_ms);
         self.state = State::Training { members, evaluate, lost: BTreeMap::new(), closes_ms };
         let first_step = self.first_step();
         actions.push(Action::StartRound { round, attempt, cohort, first_step, evaluate });
@@ -736,11 +611,13 @@ impl Rounds {
 
     /// When a round that is not the run's first starts with a quorum, if its cohort is still not complete.
     fn gathered_by(&self, since_ms: u64) -> u64 {
-        since_ms.saturating_add(REJOIN_MS).min(self.deadline_after(since_ms))
+        let rejoined_ms = since_ms.saturating_add(REJOIN_MS);
+        self.deadline_after(since_ms).map_or(rejoined_ms, |deadline_ms| rejoined_ms.min(deadline_ms))
     }
 
-    fn deadline_after(&self, start_ms: u64) -> u64 {
-        start_ms.saturating_add(self.federation.deadline_s.saturating_mul(1000))
+    fn deadline_after(&self, start_ms: u64) -> Option<u64> {
+        let deadline_s = self.federation.deadline_s?;
+        Some(start_ms.saturating_add(deadline_s.saturating_mul(1000)))
     }
 }
 

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, RwLock, atomic::AtomicU64};
 use std::time::Duration;
 
-use experiment::{Experiment, Row, RunDirectory, Seed, SplitMode, hex};
+use experiment::{BodyAdapters, Experiment, Row, RunDirectory, Seed, SplitMode, hex};
 use model::source::Manifest;
 use model::{Adapter, AdapterConfig, ComputeDevice, Source, Stage};
 use net::{Congestion, Connection, Listener, Transport, TransportLimits};
@@ -25,7 +25,7 @@ use crate::checkpoint::Checkpoint;
 use crate::home::audit::Event;
 use crate::home::{Home, Keeper};
 use crate::journal::{self, Journal, Recovered};
-use crate::round::Rounds;
+use crate::round::{Rounds, Sizes};
 use crate::serve::{Blobs, Shared};
 use conductor::Conductor;
 
@@ -36,6 +36,11 @@ const AUTHORITY_WARNING: time::Duration = time::Duration::days(60);
 
 /// The reason in the last row of a run that has nothing left to do.
 const COMPLETED: &str = "completed";
+
+/// In f32, the widest type of the wire.
+const TENSOR_VALUE_BYTES: u64 = 4;
+/// Activations and gradients at both cuts.
+const STEP_TENSORS: u64 = 4;
 
 pub struct Run {
     pub experiment: PathBuf,
@@ -228,8 +233,11 @@ impl Run {
             Some(open) => Rounds::resume(federation, seed, open.interrupted.clone(), 0),
             None => Rounds::new(federation, finished + 1, seed).with_attempt(recovered.next_attempt),
         };
+        let rounds = rounds.with_sizes(sizes(&shared, &adapter));
         let mut conductor = Conductor::new(rounds, directory, aggregator, adapter, finished, shared.clone(), watcher)?;
         conductor.remember(&rows);
+        // Of a long run they are most of what there is in memory.
+        drop(rows);
         conductor.announce()?;
         if let Some(open) = recovered.open {
             conductor.recover(open).await?;
@@ -317,7 +325,27 @@ fn body_blocks(experiment: &Experiment, blocks: usize) -> Option<std::ops::Range
     (mode != SplitMode::Whole).then(|| head_blocks as usize..blocks - tail_blocks as usize)
 }
 
+/// What takes a member's time, as far as it is known before the run.
+fn sizes(shared: &Shared, adapter: &Adapter) -> Sizes {
+    let experiment = &shared.experiment;
+    let micro_bytes =
+        u64::from(experiment.training.batch_tokens) * shared.manifest.config.width as u64 * TENSOR_VALUE_BYTES;
+    let tensors = if shared.body.is_some() { STEP_TENSORS } else { 0 };
+    Sizes {
+        in_step: experiment.split.mode == SplitMode::U && experiment.body.adapters == BodyAdapters::Shared,
+        local_steps: experiment.federation.local_steps,
+        step_bytes: micro_bytes * tensors * u64::from(experiment.training.accumulate),
+        adapter_bytes: shared
+            .trained_share(adapter)
+            .tensors()
+            .iter()
+            .map(|tensor| tensor.values.len() as u64 * 4)
+            .sum(),
+    }
+}
+
 fn transport(experiment: &Experiment, source: &dyn Source) -> Transport {
-    let tensor_bytes_max = u64::from(experiment.training.batch_tokens) * source.config().width as u64 * 4;
+    let tensor_bytes_max =
+        u64::from(experiment.training.batch_tokens) * source.config().width as u64 * TENSOR_VALUE_BYTES;
     Transport { limits: TransportLimits { tensor_bytes_max, in_flight: 2 }, congestion: Congestion::Cubic }
 }

@@ -191,10 +191,18 @@ impl Shared {
     }
 }
 
-/// Serves one peer until it or the run is done. Where the run ends first, the peer is told that it may try again.
-pub async fn serve(connection: Connection, shared: Arc<Shared>) {
+/// Serves one peer until it or the run is done. Where the run ends first, be it before this has begun, the peer is told that
+/// it may try again.
+pub fn serve(connection: Connection, shared: Arc<Shared>) -> impl Future<Output = ()> {
+    let leaving = Leaving(connection.clone());
+    async move {
+        let _leaving = leaving;
+        serve_peer(connection, shared).await;
+    }
+}
+
+async fn serve_peer(connection: Connection, shared: Arc<Shared>) {
     let peer = connection.peer().clone();
-    let _leaving = Leaving(connection.clone());
     let served = match &peer {
         PeerIdentity::Participant { name } => {
             let name = ParticipantName::new(name.to_string());

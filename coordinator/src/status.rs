@@ -26,6 +26,12 @@ pub struct Status {
     pub step: u64,
     pub steps: u64,
     pub participants: Vec<ParticipantStatus>,
+    /// Connections that are served, whoever they are of.
+    #[serde(default)]
+    pub connections: usize,
+    /// Tasks of the program that have not ended.
+    #[serde(default)]
+    pub tasks: usize,
     pub updated_unix_ms: u64,
 }
 
@@ -151,6 +157,8 @@ mod tests {
             step: 7,
             steps: 20,
             participants: vec![participant("clinic-a", Some(2.5)), participant("clinic\u{1b}[2J-b", None)],
+            connections: 2,
+            tasks: 9,
             updated_unix_ms: 1_000,
         }
     }

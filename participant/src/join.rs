@@ -12,6 +12,9 @@ use crate::ParticipantError;
 use crate::device::Device;
 use crate::session::{BackOff, Participant};
 
+/// A coordinator that is there answers sooner.
+const ATTEMPT_MIN: Duration = Duration::from_millis(500);
+
 pub struct Join {
     pub invitation: Invitation,
     /// Overrides the invitation's addresses.
@@ -30,18 +33,28 @@ impl Join {
         let mut persistence = Persistence::new(self.patience);
         loop {
             let welcomes = participant.welcomes;
-            match self.attempt(&device, participant).await {
+            match self.attempt(&device, participant, persistence.left()).await {
                 Ok(reason) => return Ok(reason),
                 Err(error) => persistence.after(error, participant.welcomes != welcomes).await?,
             }
         }
     }
 
-    async fn attempt(&self, device: &Device, participant: &mut Participant) -> Result<String, ParticipantError> {
+    /// A connection must be there after `patience`.
+    async fn attempt(
+        &self,
+        device: &Device,
+        participant: &mut Participant,
+        patience: Duration,
+    ) -> Result<String, ParticipantError> {
         let transport = transport();
         let mut failure = None;
         for address in self.address.iter().chain(self.invitation.addresses.iter().filter(|_| self.address.is_none())) {
-            let connected = self.connect(device, address, &transport).await;
+            let connected = tokio::time::timeout(patience, self.connect(device, address, &transport)).await;
+            let connected = connected.unwrap_or_else(|_| {
+                let reason = format!("{address} did not answer within {:.1} s", patience.as_secs_f64());
+                Err(NetError::Lost { reason, retryable: true }.into())
+            });
             match connected {
                 Ok((dialer, connection)) => {
                     let mut stop = self.stop.clone();
@@ -87,13 +100,19 @@ impl Join {
 pub struct Persistence {
     patience: Duration,
     back_off: BackOff,
-    failing_since: Option<Instant>,
+    /// When it began to try, and nobody has welcomed it since.
+    trying_since: Instant,
 }
 
 impl Persistence {
     /// `patience` is how long an unreachable coordinator is tried.
     pub fn new(patience: Duration) -> Self {
-        Self { patience, back_off: BackOff::new(), failing_since: None }
+        Self { patience, back_off: BackOff::new(), trying_since: Instant::now() }
+    }
+
+    /// How long the next attempt may take.
+    pub fn left(&self) -> Duration {
+        self.patience.saturating_sub(self.trying_since.elapsed()).max(ATTEMPT_MIN)
     }
 
     /// Returns when it is time for another attempt, or the error where there is none.
@@ -103,9 +122,9 @@ impl Persistence {
         }
         // A coordinator that was there starts the patience anew.
         if was_welcomed {
-            (self.failing_since, self.back_off) = (None, BackOff::new());
+            (self.trying_since, self.back_off) = (Instant::now(), BackOff::new());
         }
-        if self.failing_since.get_or_insert_with(Instant::now).elapsed() > self.patience {
+        if self.trying_since.elapsed() >= self.patience {
             return Err(error);
         }
         let delay = self.back_off.next_delay();

@@ -8,6 +8,7 @@
 #   2  the simulator: 20,000 seeds of faults (--quick: 1,000), the same trace twice, planted bugs that it must find
 #   3  a relay that loses, doubles, reorders, delays, flips bits, goes dark and changes ports (--quick: four of eleven links)
 #   4  files cut, flipped, mutated, missing and swapped; a disk that is full (needs root for a small tmpfs)
+#   8  256 participants, 1,000 idle connections, 5 % loss, kills of both sides, for half an hour (--quick: a minute)
 #
 # configs/smoke.toml with more and longer rounds: no download. Minutes; --quick under five.
 
@@ -17,8 +18,9 @@ source scripts/check/figures.sh
 
 say "== building (minutes on a fresh machine: burn)"
 cargo build --release --workspace >&2
-cargo build --release --workspace --example relay --example simulate >&2
+cargo build --release --workspace --example relay --example simulate --example hostile >&2
 export PATH=$PWD/target/release:$PATH RELAY=$PWD/target/release/examples/relay SIMULATE=$PWD/target/release/examples/simulate
+export HOSTILE=$PWD/target/release/examples/hostile
 
 check() { python3 "scripts/check/faults/$1.py" "$work" ${quick:+--quick} "${@:2}"; }
 
@@ -38,3 +40,4 @@ if wanted 4; then
     say "== figure 4: a full disk"
     check disk
 fi
+! wanted 8 || { say "== figure 8: load"; check load; }

@@ -15,6 +15,7 @@ use storage::Disk;
 use tokio::time::sleep;
 
 use crate::run::Sim;
+use crate::site::LOCAL_STEPS;
 
 /// How long a device tries to reach the coordinator.
 const PATIENCE: Duration = Duration::from_secs(3600);
@@ -118,7 +119,12 @@ impl Reporter for Reports {
         let machine = &self.sim.devices[self.i];
         let StepReport { step, loss_nats, .. } = report;
         self.sim.trace.say(&machine.name, format_args!("round {round} step {step} loss {:x}", loss_nats.to_bits()));
-        self.sim.seen().steps[self.i] += 1;
+        let mut seen = self.sim.seen();
+        seen.steps[self.i] += 1;
+        let acknowledged = (round, step + 1 - u64::from(round - 1) * LOCAL_STEPS);
+        let known = seen.acknowledged.entry(machine.name.clone()).or_insert(acknowledged);
+        *known = acknowledged.max(*known);
+        drop(seen);
         machine.pass("a step is done");
     }
 

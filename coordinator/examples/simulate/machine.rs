@@ -23,6 +23,8 @@ const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
 /// A silent peer is given up after this long.
 pub const IDLE: Duration = Duration::from_secs(20);
+/// A journal takes less to bring a record to a good disk, one that is tried again after a full one included.
+const KEPT: Duration = Duration::from_millis(500);
 /// A device that waits says something this often, and is told then that the coordinator was started again.
 const KEEP_ALIVE_MS: u64 = 2000;
 
@@ -43,6 +45,10 @@ struct State {
     passed_all: u64,
     faults: Vec<Fault>,
     full_until: Option<Instant>,
+    /// When its last process ended.
+    ended: Option<Instant>,
+    /// The end of the last time that its disk was full.
+    good_since: Option<Instant>,
     cables: Vec<Cable>,
     restart: Duration,
     loses_power: bool,
@@ -102,6 +108,8 @@ impl Machine {
             passed_all: 0,
             faults,
             full_until: None,
+            ended: None,
+            good_since: None,
             cables: Vec::new(),
             restart: Duration::ZERO,
             loses_power: false,
@@ -128,7 +136,8 @@ impl Machine {
 
     /// The process has ended by itself.
     pub fn halt(&self) {
-        self.state().alive = false;
+        let mut state = self.state();
+        (state.alive, state.ended) = (false, Some(Instant::now()));
     }
 
     /// Returns when the process has been killed, and how long it takes until it starts again.
@@ -140,6 +149,12 @@ impl Machine {
     /// How often its process was killed or its disk made it stop.
     pub fn kills(&self) -> u32 {
         self.state().kills
+    }
+
+    /// Whether all that its last process had given to its disk before `when` was on it when that ended.
+    pub fn had_kept(&self, when: Instant) -> bool {
+        let state = self.state();
+        state.ended.is_some_and(|ended| ended > state.good_since.map_or(when, |good| good.max(when)) + KEPT)
     }
 
     pub fn points(&self) -> BTreeMap<String, u64> {
@@ -183,6 +198,7 @@ impl Machine {
         self.trace.say(&self.name, format_args!("is killed{}", if power { ", and loses its power" } else { "" }));
         (state.restart, state.loses_power, state.full_until) = (restart, power, None);
         state.kills += 1;
+        state.ended = Some(Instant::now());
         for cable in std::mem::take(&mut state.cables) {
             // A coordinator that is there again says that it knows nothing of the connection.
             let keep_alive = Duration::from_millis(state.random.random_range(0..KEEP_ALIVE_MS));
@@ -214,7 +230,10 @@ impl Machine {
                 drop(state);
                 self.kill(*power, *restart);
             }
-            What::Full { lasts } => state.full_until = Some(Instant::now() + *lasts),
+            What::Full { lasts } => {
+                state.full_until = Some(Instant::now() + *lasts);
+                state.good_since = state.good_since.max(state.full_until);
+            }
             What::Cut => {
                 drop(state);
                 self.cut_cables();

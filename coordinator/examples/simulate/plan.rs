@@ -26,6 +26,8 @@ pub struct Plan {
     pub fetches: bool,
     /// Importance matrices are collected behind the last round.
     pub measures: bool,
+    /// So small that a round's journal goes on in several files.
+    pub snapshot_bytes: usize,
     /// Nothing keeps anybody away for so long that a round goes on without it.
     pub is_gentle: bool,
 }
@@ -46,6 +48,7 @@ impl Plan {
             lies: 0,
             fetches: false,
             measures: true,
+            snapshot_bytes: 3000,
             is_gentle: true,
         }
     }
@@ -97,6 +100,7 @@ impl Plan {
         }
         plan.fetches = random.random_range(0..16) == 0;
         plan.measures = random.random_range(0..2) == 0;
+        plan.snapshot_bytes = [400, 1000, 3000][random.random_range(0..3)];
         plan
     }
 

@@ -19,7 +19,7 @@ use wire::CloseCode;
 use crate::machine::{IDLE, Machine};
 use crate::network::{Lane, Line};
 use crate::plan::Plan;
-use crate::site::{Calm, NAMES, ROUNDS, Site, experiment};
+use crate::site::{Calm, NAMES, ROUNDS, Site, VARIANTS, experiment};
 use crate::trace::Trace;
 use crate::{device, liar};
 
@@ -27,10 +27,10 @@ use crate::{device, liar};
 const DEADLINE: Duration = Duration::from_secs(3 * 3600);
 /// A coordinator that has to be started again more often than this makes no progress.
 const LIVES_MAX: u32 = 60;
+/// What a disk takes for an fsync, while others go on.
+const DISK: Duration = Duration::from_millis(20);
 /// A new connection is given up after this long.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// So small that a round's journal goes on in several files.
-const SNAPSHOT_BYTES: usize = 3000;
 const UNIX_S: i64 = 1_790_000_000;
 
 pub struct Ended {
@@ -65,6 +65,12 @@ pub struct Seen {
     pub told: u32,
     abandoned: u32,
     accepted: BTreeSet<(u32, String)>,
+    /// Round, sender, and time of the updates that this life of the coordinator has accepted.
+    accepted_at: Vec<(u32, String, Instant)>,
+    /// Those of earlier lives that were on disk when these ended.
+    kept: BTreeSet<(u32, String)>,
+    /// The round that a device was last in, and how many of its steps were acknowledged to it.
+    pub acknowledged: BTreeMap<String, (u32, u64)>,
     /// Steps that each device has finished, repeated ones included.
     pub steps: Vec<u64>,
 }
@@ -75,6 +81,7 @@ pub fn simulate(site: &Site, plan: &Plan, calm: Option<&Calm>, shown: bool) -> E
     let runtime = runtime.expect("a runtime without threads can be made");
     let directory = tempfile::tempdir_in(site.path("")).expect("a temporary directory can be made");
     crate::PANIC.take();
+    offload::set_disk_time(DISK);
     let mut ended = runtime.block_on(async {
         let trace = Trace::new(&directory.path().display().to_string(), shown);
         let sim = Arc::new(Sim::new(plan, directory.path().into(), trace));
@@ -131,12 +138,22 @@ impl Sim {
         Ok(())
     }
 
+    /// What was on record before a kill may not have been on disk.
+    fn forget_unkept(&self) {
+        let mut seen = self.seen();
+        seen.accepted.clear();
+        for (round, name, when) in std::mem::take(&mut seen.accepted_at) {
+            if self.coordinator.had_kept(when) {
+                seen.kept.insert((round, name));
+            }
+        }
+    }
+
     /// The coordinator's lives, until the run is over.
     async fn coordinate(self: &Arc<Self>, site: &Site) -> Result<(), String> {
         for life in 0..LIVES_MAX {
             self.check_kept();
-            // What was on record before may not have been on disk.
-            self.seen().accepted.clear();
+            self.forget_unkept();
             let disk = self.coordinator.boot();
             let jump = self.plan.clock_jumps_ms.get(life as usize).copied().unwrap_or(0);
             let began = self.began;
@@ -150,7 +167,7 @@ impl Sim {
                 home: site.path("home"),
                 runs: self.directory.join("runs"),
                 init_adapter: None,
-                journal: Settings { disk, clock: Arc::new(clock), snapshot_bytes: SNAPSHOT_BYTES },
+                journal: Settings { disk, clock: Arc::new(clock), snapshot_bytes: self.plan.snapshot_bytes },
             };
             let home = Home::open(&run.home).map_err(text)?;
             let (connections, accepted) = mpsc::channel(16);
@@ -341,6 +358,7 @@ impl Watcher for Observer {
             }
             Row::Update { round, participant, accepted: true, .. } => {
                 let is_new = seen.accepted.insert((*round, participant.clone()));
+                seen.accepted_at.push((*round, participant.clone(), Instant::now()));
                 drop(seen);
                 if !is_new {
                     sim.trace.violated(format_args!("an update of {participant} for round {round} is accepted again"));
@@ -357,10 +375,36 @@ impl Watcher for Observer {
             let mut seen = sim.seen();
             seen.abandoned += 1;
             seen.accepted.clear();
+            seen.accepted_at.clear();
+            seen.kept.clear();
+            seen.acknowledged.clear();
+        }
+        let is_split = VARIANTS[sim.plan.variant].is_split;
+        if let Some(lost) = lost(text, &sim.seen(), is_split) {
+            sim.trace.violated(lost);
         }
     }
 
     fn step(&mut self, _: u64, _: u64, _: f64) {}
+}
+
+/// What a coordinator that was started again does not know, though it had been acknowledged. The devices would make up for
+/// it, so that nothing else might show it.
+fn lost(note: &str, seen: &Seen, is_split: bool) -> Option<String> {
+    let mut words = note.split(' ');
+    if let Some((who, rest)) = note.split_once(" goes on with round ") {
+        let (round, step) = rest.split_once(" at step ")?;
+        let (round, step): (u32, u64) = (round.parse().ok()?, step.parse().ok()?);
+        // Without a body a coordinator knows nothing of steps.
+        let (of, steps) = *seen.acknowledged.get(who)?;
+        return (is_split && of == round && step < steps)
+            .then(|| format!("{steps} steps of round {round} were acknowledged to {who}; {step} are left"));
+    }
+    let (Some("round"), Some(round), Some("goes")) = (words.next(), words.next(), words.next()) else { return None };
+    let round: u32 = round.parse().ok()?;
+    let delivered: usize = note.split_once("; ")?.1.split(' ').next()?.parse().ok()?;
+    let kept = seen.kept.iter().filter(|(of, _)| *of == round).count();
+    (delivered < kept).then(|| format!("{kept} updates of round {round} were on disk; {delivered} are left"))
 }
 
 fn text(error: impl std::fmt::Display) -> String {

@@ -187,7 +187,6 @@ threads = 1
 rounds = {ROUNDS}
 cohort = {cohort}
 quorum = {devices}
-deadline_s = 36000
 local_steps = {LOCAL_STEPS}
 evaluate_every = 1
 imatrix_tokens = {imatrix_tokens}

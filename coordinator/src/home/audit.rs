@@ -44,6 +44,8 @@ pub enum Event {
     Refused,
     RunStarted,
     RunEnded,
+    /// The same device has connected while it was connected: a copy of it, or itself after its connection was lost.
+    Superseded,
 }
 
 /// One line of the log. The hash covers the line as it stands, without the hash.

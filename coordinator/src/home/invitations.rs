@@ -53,6 +53,9 @@ struct Record {
     fingerprint: String,
     expires_unix: i64,
     redeemed_unix: Option<i64>,
+    /// SHA-256 of the key that it was redeemed for: that device may not have had the answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    key: Option<String>,
 }
 
 impl Home {
@@ -82,7 +85,8 @@ impl Home {
         let now = self.issue_time(name, now)?;
         let identity = self.authority.issue_enrolment(name, now, valid).map_err(|source| self.cannot_issue(source))?;
         let expires_unix = identity.not_after().unix_timestamp();
-        Record { fingerprint: hex(&identity.fingerprint()), expires_unix, redeemed_unix: None }.write(&path)?;
+        Record { fingerprint: hex(&identity.fingerprint()), expires_unix, redeemed_unix: None, key: None }
+            .write(&path)?;
         self.audit_locked(now, Event::Invited, Some(name), &format!("until {}", moment(expires_unix)))?;
         Ok(Invitation {
             name: name.clone(),
@@ -95,7 +99,8 @@ impl Home {
     }
 
     /// Uses up the invitation whose enrolment certificate has this fingerprint: the certificate chain of the device
-    /// that made the request, in PEM. The caller's peer has proved to hold that certificate's key.
+    /// that made the request, in PEM. A request of the same key is answered again, for as long as the invitation is valid:
+    /// an answer may be lost on the way. The caller's peer has proved to hold that certificate's key.
     pub fn redeem(
         &self,
         name: &PeerName,
@@ -111,21 +116,25 @@ impl Home {
         if record.fingerprint != hex(&fingerprint) {
             return Err(RedeemError::Replaced { name: name.clone() });
         }
-        if let Some(used) = record.redeemed_unix {
-            return Err(RedeemError::Used { name: name.clone(), used: moment(used) });
-        }
+        let used = record.redeemed_unix.map(|used| RedeemError::Used { name: name.clone(), used: moment(used) });
         if record.has_expired(now) {
-            return Err(RedeemError::Expired { name: name.clone(), expired: moment(record.expires_unix) });
+            let expired = || RedeemError::Expired { name: name.clone(), expired: moment(record.expires_unix) };
+            return Err(used.unwrap_or_else(expired));
         }
         let issued = self.issue_time(name, now)?;
         let chain = self.authority.issue_participant(name, csr_der, issued).map_err(|source| match source {
             IdentityError::Request { .. } => RedeemError::Request { name: name.clone(), source },
             source => self.cannot_issue(source).into(),
         })?;
-        // The chain is worth something once it leaves this function, so by then the use is on disk.
-        record.redeemed_unix = Some(now.unix_timestamp());
-        record.write(&path)?;
+        let key = certified_key(&chain).ok().map(|key| hex(&key));
+        if let Some(used) = used {
+            return if key.is_some() && key == record.key { Ok(chain) } else { Err(used) };
+        }
+        // The line first: where that cannot be written, the invitation can still be used. The chain is worth something once
+        // it leaves this function, so by then the use is on disk, too.
         self.audit_locked(now, Event::Enrolled, Some(name), &key_of(&chain))?;
+        (record.redeemed_unix, record.key) = (Some(now.unix_timestamp()), key);
+        record.write(&path)?;
         Ok(chain)
     }
 
@@ -242,6 +251,30 @@ mod tests {
     fn check_refused<T>(result: Result<T, impl std::fmt::Display>, complaint: &str) {
         let error = result.err().map(|error| error.to_string()).unwrap_or_default();
         assert!(error.contains("alice") && error.contains(complaint), "{error:?} does not say {complaint:?}");
+    }
+
+    #[test]
+    fn a_device_whose_answer_was_lost_asks_again_with_the_same_key_and_nobody_else_does() {
+        let (_directory, home, invitation) = invited();
+        let (fingerprint, request) = (fingerprint(&invitation), request());
+        let lost = home.redeem(&alice(), fingerprint, &request, now()).unwrap();
+        let again = home.redeem(&alice(), fingerprint, &request, now() + Duration::HOUR).unwrap();
+        assert_eq!(certified_key(&again).unwrap(), certified_key(&lost).unwrap());
+        check_refused(home.redeem(&alice(), fingerprint, &self::request(), now()), "already used");
+        let late = now() + INVITATION_VALID + Duration::HOUR;
+        check_refused(home.redeem(&alice(), fingerprint, &request, late), "already used");
+    }
+
+    #[test]
+    fn an_invitation_whose_use_cannot_be_written_down_is_not_used_up() {
+        let (_directory, home, invitation) = invited();
+        let log = home.path().join("audit.jsonl");
+        let lines = fs::read(&log).unwrap();
+        fs::write(&log, "no line of an audit log\n").unwrap();
+        let failed = home.redeem(&alice(), fingerprint(&invitation), &request(), now());
+        assert!(failed.unwrap_err().to_string().contains("audit.jsonl"));
+        fs::write(&log, lines).unwrap();
+        home.redeem(&alice(), fingerprint(&invitation), &request(), now()).unwrap();
     }
 
     #[test]

@@ -47,8 +47,17 @@ impl Home {
     pub(super) fn issue_time(&self, name: &PeerName, now: OffsetDateTime) -> Result<OffsetDateTime, HomeError> {
         let revoked = self.revocations()?.0.get(name).copied();
         let earliest = revoked.and_then(|unix| OffsetDateTime::from_unix_timestamp(unix.saturating_add(1)).ok());
-        // Far ahead only where the clock has been set back since.
-        Ok(earliest.filter(|earliest| *earliest > now && *earliest - now < Duration::DAY).unwrap_or(now))
+        let Some(earliest) = earliest.filter(|earliest| *earliest > now) else { return Ok(now) };
+        // Far ahead where the clock has been set back since: what is issued now would be refused as revoked, and what is
+        // dated so far ahead as not valid yet.
+        if earliest - now >= Duration::DAY {
+            return Err(HomeError::ClockBehind {
+                name: name.clone(),
+                revoked: earliest,
+                path: self.path.join(REVOKED),
+            });
+        }
+        Ok(earliest)
     }
 }
 
@@ -105,6 +114,16 @@ mod tests {
         // In the very same second, and nobody asks for --replace.
         let again = home.invite(&alice(), now(), INVITATION_VALID, false).unwrap();
         assert_eq!(again.expires_unix, issued + 1 + INVITATION_VALID.whole_seconds());
+    }
+
+    #[test]
+    fn a_clock_that_was_set_back_behind_a_revocation_is_named() {
+        let (_directory, home) = new_home();
+        home.invite(&alice(), now(), INVITATION_VALID, false).unwrap();
+        home.revoke(&alice(), now() + Duration::days(2)).unwrap();
+        let error = home.invite(&alice(), now(), INVITATION_VALID, false).unwrap_err().to_string();
+        assert!(error.contains("alice") && error.contains("set the clock"), "{error}");
+        home.invite(&alice(), now() + Duration::days(1) + Duration::MINUTE, INVITATION_VALID, false).unwrap();
     }
 
     #[test]

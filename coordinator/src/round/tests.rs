@@ -17,7 +17,7 @@ fn federation(rounds: u32, cohort: u32, quorum: u32) -> Federation {
         rounds,
         cohort,
         quorum,
-        deadline_s: DEADLINE_MS / SECOND_MS,
+        deadline_s: Some(DEADLINE_MS / SECOND_MS),
         local_steps: 5,
         evaluate_every: 0,
         imatrix_tokens: 0,
@@ -341,7 +341,7 @@ fn a_device_that_connects_again_takes_its_place_back() {
 
 #[test]
 fn a_member_that_is_lost_keeps_its_place_until_it_is_back_or_late() {
-    let long = Federation { deadline_s: 3600, ..federation(2, 3, 2) };
+    let long = Federation { deadline_s: Some(3600), ..federation(2, 3, 2) };
     check_scenario(
         long,
         vec![
@@ -615,6 +615,8 @@ enum Op {
     Evaluate(usize),
     SendSums(usize, bool),
     HasNoSums(usize),
+    Step(usize, u64),
+    Move(usize, u64),
     Wait(u64),
     Stop,
 }
@@ -634,17 +636,23 @@ fn op() -> impl Strategy<Value = Op> {
         20 => participant().prop_map(Op::Evaluate),
         20 => (participant(), any::<bool>()).prop_map(|(p, good)| Op::SendSums(p, good)),
         5 => participant().prop_map(Op::HasNoSums),
+        40 => (participant(), 0..5u64).prop_map(|(p, step)| Op::Step(p, step)),
+        10 => (participant(), 0..10_000_000u64).prop_map(|(p, bytes)| Op::Move(p, bytes)),
         20 => (0..2 * DEADLINE_MS).prop_map(Op::Wait),
+        5 => (0..1_000_000u64).prop_map(Op::Wait),
         1 => Just(Op::Stop),
     ]
 }
 
 fn any_federation() -> impl Strategy<Value = Federation> {
-    (1..5u32, 1..5u32, 0..3u32, 0..2u64)
-        .prop_flat_map(|(rounds, cohort, every, tokens)| (Just((rounds, cohort, every, tokens)), 1..=cohort))
-        .prop_map(|((rounds, cohort, every, imatrix_tokens), quorum)| Federation {
-            imatrix_tokens,
-            ..evaluating(every, federation(rounds, cohort, quorum))
+    (1..5u32, 1..5u32, 0..3u32, 0..2u64, any::<bool>())
+        .prop_flat_map(|(rounds, cohort, every, tokens, ends)| {
+            (Just((rounds, cohort, every, tokens, ends)), 1..=cohort)
+        })
+        .prop_map(|((rounds, cohort, every, imatrix_tokens, ends), quorum)| {
+            let federation = federation(rounds, cohort, quorum);
+            let deadline_s = federation.deadline_s.filter(|_| ends);
+            evaluating(every, Federation { deadline_s, imatrix_tokens, ..federation })
         })
 }
 
@@ -718,6 +726,7 @@ impl Ledger {
             | Action::RefuseSums { .. }
             | Action::Supersede { .. }
             | Action::WaitFor { .. }
+            | Action::NoteLate { .. }
             | Action::RefuseUpdate { .. } => {}
         }
     }
@@ -730,7 +739,8 @@ proptest! {
         ops in prop::collection::vec(op(), 1..200),
         seed: u64,
     ) {
-        let mut rounds = Rounds::new(federation.clone(), 1, Seed(seed));
+        let sizes = Sizes { in_step: true, local_steps: 5, step_bytes: 1_000_000, adapter_bytes: 100_000 };
+        let mut rounds = Rounds::new(federation.clone(), 1, Seed(seed)).with_sizes(sizes);
         let mut ledger = Ledger::default();
         let mut now_ms = 0;
         for op in ops {
@@ -749,6 +759,11 @@ proptest! {
                 Op::SendSums(p, true) => Event::SumsArrived { participant: name(CROWD[p]) },
                 Op::SendSums(p, false) => Event::SumsRejected { participant: name(CROWD[p]) },
                 Op::HasNoSums(p) => Event::NothingToMeasure { participant: name(CROWD[p]) },
+                Op::Step(p, step) => {
+                    let step = u64::from(round - 1) * 5 + step;
+                    Event::StepFinished { participant: name(CROWD[p]), round, step }
+                }
+                Op::Move(p, bytes) => Event::Moved { participant: name(CROWD[p]), bytes },
                 Op::Wait(wait_ms) => {
                     now_ms += wait_ms;
                     Event::Ticked
@@ -798,11 +813,30 @@ proptest! {
 
 #[test]
 fn a_departed_participant_holds_the_next_round_up_for_seconds_and_not_for_a_deadline() {
-    let long = Federation { deadline_s: 3600, ..federation(2, 2, 1) };
+    let long = Federation { deadline_s: Some(3600), ..federation(2, 2, 1) };
     let mut rounds = Rounds::new(long, 1, Seed(0));
     let _joins = [rounds.handle(joined("anna"), 1), rounds.handle(joined("bert"), 2)];
     let _removes = rounds.handle(departed("bert"), 3);
     let _aggregates = rounds.handle(update("anna", 1), 4);
     assert_eq!(rounds.next_deadline_ms(), Some(4 + REJOIN_MS));
     assert_eq!(rounds.handle(Event::Ticked, 4 + REJOIN_MS), vec![start(2, "anna")]);
+}
+
+#[test]
+fn without_a_deadline_a_member_that_gets_nowhere_is_given_up_and_one_that_gets_on_is_not() {
+    let no_deadline = Federation { deadline_s: None, ..federation(1, 2, 1) };
+    let mut rounds = Rounds::new(no_deadline, 1, Seed(0));
+    let _joins = [rounds.handle(joined("anna"), 0), rounds.handle(joined("bert"), 0)];
+    assert_eq!(rounds.next_deadline_ms(), Some(pace::UNMEASURED_MS));
+    let late_ms = pace::UNMEASURED_MS;
+    let step = |step| Event::StepFinished { participant: name("anna"), round: 1, step };
+    assert_eq!(rounds.handle(step(0), late_ms - 10), vec![]);
+    let late = Action::NoteLate { participant: name("bert") };
+    assert_eq!(rounds.handle(Event::Ticked, late_ms), vec![late, remove("bert")]);
+    // Many times longer than any deadline, and step by step.
+    for done in 1..5 {
+        assert_eq!(rounds.handle(step(done), (late_ms - 10) * (1 + done)), vec![]);
+    }
+    let ended = rounds.handle(update("anna", 1), 6 * late_ms - 100);
+    assert_eq!(ended, vec![accept("anna", 1), aggregate(1, "anna"), finish(FinishReason::Completed)]);
 }

@@ -1,10 +1,11 @@
 //! Keeps a run going: what happens becomes events for the round machine, and its actions are performed.
 //!
 //! Held here is what is between the machine and the streams: who is connected, and which updates have come. How rounds end
-//! is in `closing`, what goes into the run directory in `record`.
+//! is in `closing`, who gets on in `progress`, what goes into the run directory in `record`.
 
 mod closing;
 mod measuring;
+mod progress;
 mod record;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -13,7 +14,7 @@ use std::time::Duration;
 
 use experiment::{MetricsLog, Row, RunDirectory, hex};
 use model::Adapter;
-use net::Connection;
+use net::{Connection, PeerIdentity};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -22,13 +23,14 @@ use wire::{CloseCode, FromCoordinator, FromParticipant, Outcome, RefusalReason, 
 use super::{Arrivals, Ended, RunError, SOFTWARE, Watcher, body_blocks};
 use crate::aggregate::Aggregator;
 use crate::body::{RoundKey, Standing};
+use crate::home::audit;
 use crate::journal::{Entry, Health, OpenAttempt, Record};
 use crate::round::{Action, DeviceId, Event, FinishReason, ParticipantName, Refusal, Rounds};
 use crate::serve::{self, Incoming, Shared, ToParticipant};
 use crate::status::ParticipantStatus;
 
 /// Connections served at a time, unless the cohort asks for more. Every one of them takes memory before it has said hello.
-const CONNECTIONS_MAX: usize = 1024;
+const CONNECTIONS_MAX: usize = 4096;
 
 /// How often a full disk is asked whether it has room again.
 const STORAGE_RETRY: Duration = Duration::from_millis(250);
@@ -49,6 +51,10 @@ pub(super) struct Conductor {
     open: Option<OpenRound>,
     state: String,
     status_written: Option<Instant>,
+    /// Something has changed since.
+    status_is_stale: bool,
+    /// Connections, those that have not joined included.
+    served: usize,
     begun: Instant,
     shared: Arc<Shared>,
     watcher: Box<dyn Watcher>,
@@ -63,6 +69,10 @@ pub(super) struct Conductor {
     trouble: Option<String>,
     /// What was last said of either.
     degraded: bool,
+    /// What the machine was last told of it.
+    held: bool,
+    /// When it was last looked at what has crossed the connections.
+    looked: Instant,
     stop: watch::Receiver<bool>,
     /// Importance matrices, once they are asked for.
     measuring: Option<measuring::Measuring>,
@@ -73,6 +83,8 @@ struct Connected {
     minor: u16,
     connection: Connection,
     messages: mpsc::Sender<ToParticipant>,
+    /// All that had crossed it when that was last looked at.
+    moved_bytes: u64,
 }
 
 struct OpenRound {
@@ -128,6 +140,8 @@ impl Conductor {
             health: shared.journal.health(),
             trouble: None,
             degraded: false,
+            held: false,
+            looked: Instant::now(),
             stop: watch::channel(false).1,
             measuring: None,
             rounds,
@@ -141,6 +155,8 @@ impl Conductor {
             open: None,
             state: "waiting for participants".into(),
             status_written: None,
+            status_is_stale: false,
+            served: 0,
             begun: Instant::now(),
             shared,
             watcher,
@@ -233,8 +249,16 @@ impl Conductor {
         }
         loop {
             self.note_storage()?;
+            if self.served != peers.len() {
+                (self.served, self.status_is_stale) = (peers.len(), true);
+            }
+            let noted = self.note_progress();
+            if let Some(reason) = self.perform(noted, None).await? {
+                return Ok(reason);
+            }
             let now_ms = self.now_ms();
             let deadline = self.rounds.next_deadline_ms().map(|at| Duration::from_millis(at.saturating_sub(now_ms)));
+            let status_due = self.status_due();
             let happened = tokio::select! {
                 // What becomes ready seldom comes first, so that nobody who says much keeps anything else from happening.
                 biased;
@@ -248,6 +272,10 @@ impl Conductor {
                     self.write_rows()?;
                     continue;
                 }
+                () = tokio::time::sleep_until(status_due.unwrap_or_else(Instant::now)), if status_due.is_some() => {
+                    self.write_status(true)?;
+                    continue;
+                }
                 // A peer's task that has ended has said so; it is only collected here.
                 Some(_) = peers.join_next() => continue,
                 // A connection has cost its handshake, which takes longer than this.
@@ -258,7 +286,12 @@ impl Conductor {
                 incoming = events.recv() => Ok(incoming.expect("the run holds a sender")),
             };
             let (actions, judged) = match happened {
-                Err(event) => (self.handle(event), None),
+                Err(event) => {
+                    // Who has got on meanwhile is not late.
+                    let mut actions = self.note_progress();
+                    actions.extend(self.handle(event));
+                    (actions, None)
+                }
                 Ok(incoming) => match self.receive(incoming).await? {
                     Some(received) => received,
                     None => continue,
@@ -306,7 +339,7 @@ impl Conductor {
                         self.supersede(&participant, round)?;
                     }
                     self.watcher.note(&format!("{participant} joined"));
-                    let connected = Connected { session, minor, connection, messages };
+                    let connected = Connected { session, minor, connection, messages, moved_bytes: 0 };
                     self.connections.insert(participant.clone(), connected);
                     self.set_state(&participant, "connected");
                 }
@@ -373,6 +406,15 @@ impl Conductor {
     fn supersede(&mut self, participant: &ParticipantName, round: u32) -> Result<(), RunError> {
         let reason = "the same device has connected again";
         if let Some(earlier) = self.connections.get(participant) {
+            if let PeerIdentity::Participant { name } = earlier.connection.peer() {
+                let from =
+                    earlier.connection.remote_address().map_or(String::new(), |address| format!(" from {address}"));
+                self.shared.home.admission().note(
+                    audit::Event::Superseded,
+                    name,
+                    format!("its connection{from} is ended"),
+                );
+            }
             earlier.connection.close(CloseCode::Superseded, reason);
         }
         self.note_departure(participant, round, reason.into())
@@ -418,7 +460,7 @@ impl Conductor {
                     self.watcher.step(open.steps_done, all, loss_nats);
                 }
                 self.write_status(false)?;
-                Ok(None)
+                Ok(is_open.then_some(Event::StepFinished { participant, round, step }))
             }
             FromParticipant::Evaluated { round, loss_nats, tokens } => {
                 let is_new = self.evaluated.insert((round, participant.to_string()));
@@ -474,6 +516,10 @@ impl Conductor {
                         self.refuse(judged, round, reason)?;
                     }
                 }
+                Action::NoteLate { participant } => {
+                    self.watcher
+                        .note(&format!("{participant} has got nowhere for too long; nobody waits for it any more"));
+                }
                 Action::RemoveMember { participant } => match &self.shared.body {
                     // The body notes it where it is done, between two commits.
                     Some(body) => body.remove(participant.clone()).await,
@@ -526,6 +572,8 @@ impl Conductor {
         let names = cohort.iter().map(ToString::to_string).collect();
         self.note(Record::Started { attempt, cohort: names, first_step, evaluate }).await;
         self.reported.clear();
+        // Nobody is asked for, or reports, what earlier rounds ended with.
+        self.evaluated.retain(|(evaluated, _)| evaluated.saturating_add(1) >= round);
         self.publish(key, cohort.clone(), first_step).await;
         let local_steps = self.shared.experiment.federation.local_steps;
         // Otherwise what is trained now would belong to no round after a kill.

@@ -3,8 +3,8 @@
 use std::fs;
 use std::sync::Arc;
 
-use coordinator::home::INVITATION_VALID;
 use coordinator::home::audit::Event;
+use coordinator::home::{Home, INVITATION_VALID};
 use experiment::hex;
 use net::{DeviceKey, Invitation, PeerName};
 use participant::device::Device;
@@ -127,6 +127,40 @@ async fn a_revoked_device_is_cut_off_and_stays_out_until_it_is_invited_anew() {
         running.until_noted("press-1 joined").await;
         running.stop().await;
         joined.await.unwrap().unwrap();
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn devices_of_before_and_after_a_renewal_of_the_authority_train_together() {
+    within_a_minute(async {
+        let three = |text: &str| text.replace("cohort = 2", "cohort = 3").replace("quorum = 2", "quorum = 3");
+        let site = Site::new(three);
+        // One certificate is of the earlier issuing authority, and lasts.
+        let before = enrolled_at(&site, NAME, now() - Duration::days(1));
+        // An invitation of before the renewal is good after it, too: the root is the same.
+        let unused = site.invite("mill-1");
+        let earlier = fs::read_to_string(site.world.path("home/issuing.pem")).unwrap();
+        let home = site.world.path("home");
+        Home::renew_authority(&home, &home.join("ca.key"), now()).unwrap();
+        assert_ne!(fs::read_to_string(site.world.path("home/issuing.pem")).unwrap(), earlier);
+        // From now on the root's key is elsewhere.
+        fs::remove_file(home.join("ca.key")).unwrap();
+        let running = site.start().await;
+        let joined = [(NAME, before), ("mill-1", unused), ("packer-1", site.invite("packer-1"))]
+            .map(|(name, invitation)| site.join(&invitation, name, site.world.participant(name).0));
+        for joined in joined {
+            assert_eq!(joined.await.unwrap().unwrap(), "completed");
+        }
+        assert_eq!(running.end().await.unwrap().rounds, 2);
+        // A device sends its issuing authority along, and the two that enrolled now have the new one.
+        let issuers = [NAME, "mill-1", "packer-1"].map(|name| {
+            let chain = identity(&site, name).chain_pem().to_owned();
+            chain[chain.rfind("-----BEGIN").unwrap()..].trim().to_owned()
+        });
+        assert_eq!(issuers[0], earlier.trim());
+        assert_ne!(issuers[1], earlier.trim());
+        assert_eq!(issuers[1], issuers[2]);
     })
     .await;
 }

@@ -4,7 +4,7 @@ use std::net::UdpSocket;
 use std::sync::Arc;
 use std::time::Duration;
 
-use coordinator::home::{Home, INVITATION_VALID};
+use coordinator::home::{Home, INVITATION_VALID, audit};
 use coordinator::run::{Ended, Run, RunError, Watcher};
 use experiment::Row;
 use net::{Invitation, PeerName};
@@ -117,6 +117,9 @@ async fn of_two_connections_of_one_device_the_later_one_stays() {
         running.until_noted("press-1 joined").await;
         running.stop().await;
         assert_eq!(second.await.unwrap().unwrap(), "stopped after round 0 of 2");
+        let lines = site.home().audit_log(None).unwrap();
+        let superseded: Vec<_> = lines.iter().filter(|line| line.event == audit::Event::Superseded).collect();
+        assert!(matches!(&*superseded, [line] if line.name.as_deref() == Some(NAME)), "{lines:?}");
     })
     .await;
 }

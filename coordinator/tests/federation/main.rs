@@ -2,6 +2,7 @@
 #![recursion_limit = "512"]
 
 mod certificates;
+mod datagrams;
 mod durability;
 mod hostile;
 mod identities;

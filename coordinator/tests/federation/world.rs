@@ -140,6 +140,11 @@ impl World {
 }
 
 impl Coordinator {
+    /// Where connections are taken that somebody else has made.
+    pub fn connections(&self) -> mpsc::Sender<Connection> {
+        self.connections.clone()
+    }
+
     /// The participant's end of a new connection.
     pub async fn connect(&self, name: &str) -> Connection {
         self.connect_tapped(name, Arc::new(|_: &[u8]| ())).await

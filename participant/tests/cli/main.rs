@@ -272,7 +272,7 @@ fn an_argument_that_makes_no_sense_is_named() {
     desk.write("press-1.invite", "{\"text\": \"a\"}\n");
     fs::create_dir(desk.path("invites")).unwrap();
     desk.weights("base.gguf");
-    desk.write("long.jsonl", &format!("{{\"text\": \"{}\"}}\n", "a".repeat(5000)));
+    desk.write("long.jsonl", format!("{{\"text\": \"{}\"}}\n", "a".repeat(5000)));
     let cases: [(&str, &[&str]); 18] = [
         (
             "logits --model base.gguf --engine integer --out l --prompts long.jsonl",

@@ -201,7 +201,9 @@ impl Check<'_> {
             format!("at most federation.cohort = {cohort}: a round has no more updates"),
         )?;
         // A month: long enough for any round, short enough to add to any clock.
-        self.count("federation.deadline_s", deadline_s, 1..=30 * 24 * 3600)?;
+        if let Some(deadline_s) = deadline_s {
+            self.count("federation.deadline_s", deadline_s, 1..=30 * 24 * 3600)?;
+        }
         self.count("federation.local_steps", local_steps, 1..=1_000_000)?;
         self.count("federation.evaluate_every", federation.evaluate_every, 0..=1_000_000)?;
         self.that(

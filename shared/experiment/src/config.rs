@@ -208,8 +208,10 @@ pub struct Federation {
     pub cohort: u32,
     /// Updates without which a round is not aggregated.
     pub quorum: u32,
-    /// A round closes this long after its start, whoever is missing.
-    pub deadline_s: u64,
+    /// A round closes this long after its start, whoever is missing. Where it is left away, each member is waited for as
+    /// long as it gets on, by the times that its own steps took.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline_s: Option<u64>,
     /// Optimizer steps of each participant in one round.
     pub local_steps: u64,
     /// Evaluate the held-out records before the first round, after every this many rounds, and after the last; 0: never.

@@ -2,6 +2,7 @@
 //!
 //!     hostile half ADDRESS COUNT               so many handshakes begun and never finished, and again every 9 s; until it is killed
 //!     hostile slow ADDRESS STATE INVITE...     each a participant that says hello at one byte a second, and again when it is cut off
+//!     hostile idle ADDRESS STATE INVITE...     each a participant that says hello and nothing more, and again when it is cut off
 //!     hostile KIND ADDRESS STATE INVITE        one participant that is wrong in one way; ends with a JSON line when it is closed
 //!
 //! STATE is a directory in which the identities are kept that the invitations are turned into.
@@ -25,6 +26,7 @@ use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller, VarInt};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use time::OffsetDateTime;
+use tokio::sync::Semaphore;
 use tokio::time::sleep;
 use wire::{
     BlobRef, CODEC_PLAIN, CloseCode, DType, Enrolled, FrameKind, FromCoordinator, FromParticipant, MessageKind,
@@ -33,6 +35,9 @@ use wire::{
 
 const TRANSPORT: Transport =
     Transport { limits: TransportLimits { tensor_bytes_max: 1 << 21, in_flight: 2 }, congestion: Congestion::Cubic };
+
+/// Enrolments under way at a time.
+const ENROLLING_MAX: usize = 32;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -43,8 +48,12 @@ async fn main() -> Result<(), Failure> {
     match *arguments.as_slice() {
         ["half", address, count] => half(address.parse()?, count.parse()?).await,
         ["slow", address, state, ref invitations @ ..] => slow(address, Path::new(state), invitations).await,
+        ["idle", address, state, ref invitations @ ..] => idle(address, Path::new(state), invitations).await,
         [kind, address, state, invitation] => one(kind, address, Path::new(state), invitation).await,
-        _ => Err("usage: hostile half ADDRESS COUNT | slow ADDRESS STATE INVITE... | KIND ADDRESS STATE INVITE".into()),
+        _ => {
+            Err("usage: hostile half ADDRESS COUNT | slow|idle ADDRESS STATE INVITE... | KIND ADDRESS STATE INVITE"
+                .into())
+        }
     }
 }
 
@@ -139,6 +148,47 @@ async fn slow(address: &str, state: &Path, invitations: &[&str]) -> Result<(), F
         });
     }
     println!("{} slow peers", invitations.len());
+    while peers.join_next().await.is_some() {}
+    Ok(())
+}
+
+/// Not hostile, but many: they are welcomed, take no part, and keep their connections alive.
+async fn idle(address: &str, state: &Path, invitations: &[&str]) -> Result<(), Failure> {
+    let enrolling = Arc::new(Semaphore::new(ENROLLING_MAX));
+    let (count, welcomed) = (invitations.len(), Arc::new(AtomicU64::new(0)));
+    let mut peers = tokio::task::JoinSet::new();
+    for invitation in invitations {
+        let (address, state, invitation) = (address.to_owned(), state.to_owned(), invitation.to_string());
+        let (enrolling, welcomed) = (enrolling.clone(), welcomed.clone());
+        peers.spawn(async move {
+            let identity = loop {
+                let _one = enrolling.acquire().await;
+                // The link loses packets, and the coordinator may be killed.
+                match enrolled(&address, &state, &invitation).await {
+                    Ok(identity) => break identity,
+                    Err(error) => eprintln!("{invitation}: {error}"),
+                }
+                sleep(Duration::from_secs(1)).await;
+            };
+            loop {
+                let waited: Result<NetError, Failure> = async {
+                    let connection = Dialer::new(&identity, &TRANSPORT)?.connect(&address).await?;
+                    let peer = Peer::greet(&connection).await?;
+                    println!("welcomed {}", 1 + welcomed.fetch_add(1, Ordering::Relaxed));
+                    let ended = connection.closed().await;
+                    welcomed.fetch_sub(1, Ordering::Relaxed);
+                    drop(peer);
+                    Ok::<_, Failure>(ended)
+                }
+                .await;
+                if let Err(error) = waited {
+                    eprintln!("{invitation}: {error}");
+                }
+                sleep(Duration::from_secs(1)).await;
+            }
+        });
+    }
+    println!("{count} idle peers");
     while peers.join_next().await.is_some() {}
     Ok(())
 }

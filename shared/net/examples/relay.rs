@@ -69,6 +69,9 @@ struct Relay {
     lines: [mpsc::Sender<UnderWay>; 2],
 }
 
+/// A client that has said nothing for so long is gone; should it come again, the far side sees another port.
+const SILENT: Duration = Duration::from_secs(60);
+
 type UnderWay = (Instant, Pin<Box<dyn Future<Output = ()> + Send>>);
 
 /// Datagrams that a link holds at most; more are lost, as in any router.
@@ -78,6 +81,7 @@ const LINE_DATAGRAMS: usize = 65_536;
 struct Far {
     socket: Arc<UdpSocket>,
     since: Instant,
+    heard: Instant,
     /// Answers to earlier ports are still on their way.
     answers: JoinSet<()>,
 }
@@ -116,7 +120,12 @@ impl Relay {
     async fn pass(self: Arc<Self>) {
         let mut far: HashMap<SocketAddr, Far> = HashMap::new();
         let mut buffer = vec![0; 65_536];
+        let mut looked = Instant::now();
         loop {
+            if looked.elapsed() > SILENT / 4 {
+                looked = Instant::now();
+                far.retain(|_, far| far.heard.elapsed() < SILENT);
+            }
             // On Linux an earlier datagram that found no program is reported here; it is lost like any other.
             let Ok((length, client)) = self.near.recv_from(&mut buffer).await else { continue };
             let is_old =
@@ -127,6 +136,7 @@ impl Relay {
                 let known = far.entry(client).or_insert_with(|| Far {
                     socket: socket.clone(),
                     since: Instant::now(),
+                    heard: Instant::now(),
                     answers: JoinSet::new(),
                 });
                 if !Arc::ptr_eq(&known.socket, &socket) {
@@ -135,7 +145,9 @@ impl Relay {
                 (known.socket, known.since) = (socket.clone(), Instant::now());
                 known.answers.spawn(self.clone().answer(socket, client));
             }
-            let socket = far[&client].socket.clone();
+            let Some(known) = far.get_mut(&client) else { continue };
+            known.heard = Instant::now();
+            let socket = known.socket.clone();
             self.disturb(0, buffer[..length].to_vec(), move |relay, datagram| {
                 let socket = socket.clone();
                 async move { drop(socket.send_to(&datagram, relay.to).await) }

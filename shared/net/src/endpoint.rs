@@ -6,19 +6,19 @@
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use quinn::{Endpoint, EndpointConfig, Incoming, TokioRuntime};
+use quinn::{AsyncUdpSocket, Endpoint, EndpointConfig, Incoming, TokioRuntime};
 use tokio::{
     sync::mpsc,
     task::{JoinHandle, JoinSet},
-    time::timeout,
+    time::{Instant, timeout},
 };
 use wire::{CloseCode, ProtocolError};
 
 use crate::{
-    Connection, Everyone, Gate, NetError, Transport,
+    Connection, Datagrams, Everyone, Gate, NetError, Transport,
     config::{
         HANDSHAKE_DEADLINE, HANDSHAKES_BEFORE_RETRY, HANDSHAKES_MAX, hardened_dialer, hardened_listener,
         hardened_socket,
@@ -61,7 +61,23 @@ impl Listener {
         gate: Arc<dyn Gate>,
     ) -> Result<Self, NetError> {
         let config = hardened_listener(identity, transport, gate)?;
-        let endpoint = endpoint(address, reset::endpoint_config(identity)?, Some(config))?;
+        Self::of(endpoint(address, reset::endpoint_config(identity)?, Some(config))?, address)
+    }
+
+    /// The same on another network than the system's. What QUIC draws at random follows from `seed`.
+    pub fn on(
+        network: &Datagrams,
+        address: SocketAddr,
+        seed: u64,
+        identity: &Identity,
+        transport: &Transport,
+        gate: Arc<dyn Gate>,
+    ) -> Result<Self, NetError> {
+        let config = hardened_listener(identity, transport, gate)?;
+        Self::of(endpoint_on(network, address, seed, reset::endpoint_config(identity)?, Some(config))?, address)
+    }
+
+    fn of(endpoint: Endpoint, address: SocketAddr) -> Result<Self, NetError> {
         let local_address = endpoint.local_addr().map_err(|error| cannot_bind(address, &error))?;
         let (sender, accepted) = mpsc::channel(ACCEPTED_MAX);
         let admission = tokio::spawn(admit(endpoint.clone(), sender));
@@ -98,6 +114,18 @@ impl Dialer {
         // One socket for both families, where the system has IPv6 at all.
         let endpoint = any_port(Ipv6Addr::UNSPECIFIED.into()).or_else(|_| any_port(Ipv4Addr::UNSPECIFIED.into()))?;
         Ok(Self { endpoint, config })
+    }
+
+    /// The same on another network than the system's, as [`Listener::on`].
+    pub fn on(
+        network: &Datagrams,
+        address: SocketAddr,
+        seed: u64,
+        identity: &Identity,
+        transport: &Transport,
+    ) -> Result<Self, NetError> {
+        let config = hardened_dialer(identity, transport)?;
+        Ok(Self { endpoint: endpoint_on(network, address, seed, EndpointConfig::default(), None)?, config })
     }
 
     /// Connects to the coordinator at `address`, a `host:port`; every address of a host name is tried in turn. A coordinator that refuses
@@ -218,6 +246,21 @@ fn endpoint(
 ) -> Result<Endpoint, NetError> {
     let socket = hardened_socket(address)?;
     Endpoint::new(config, listening, socket, Arc::new(TokioRuntime)).map_err(|error| cannot_bind(address, &error))
+}
+
+fn endpoint_on(
+    network: &Datagrams,
+    address: SocketAddr,
+    seed: u64,
+    mut config: EndpointConfig,
+    listening: Option<quinn::ServerConfig>,
+) -> Result<Endpoint, NetError> {
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    config.rng_seed(Some(bytes));
+    let socket: Arc<dyn AsyncUdpSocket> = network.socket(address);
+    Endpoint::new_with_abstract_socket(config, listening, socket, Arc::new(TokioRuntime))
+        .map_err(|error| cannot_bind(address, &error))
 }
 
 fn cannot_bind(address: SocketAddr, error: &std::io::Error) -> NetError {

@@ -7,6 +7,7 @@
 mod authority;
 mod config;
 mod connection;
+mod datagrams;
 mod endpoint;
 mod error;
 mod gate;
@@ -22,6 +23,7 @@ mod watched;
 pub use authority::{Authority, DeviceKey, Root};
 pub use config::{Congestion, Transport, TransportLimits};
 pub use connection::{Connection, StreamKind};
+pub use datagrams::{Datagrams, Weather};
 pub use endpoint::{Dialer, Listener};
 pub use error::NetError;
 pub use gate::{Everyone, Gate};

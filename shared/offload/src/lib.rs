@@ -4,7 +4,9 @@
 //! depends on nothing but what the program does. The simulator runs both programs so, under a clock that it moves, and the
 //! same seed leads to the same run. This crate decides nothing else.
 
+use std::cell::Cell;
 use std::io;
+use std::time::Duration;
 
 use tokio::runtime::{Builder, Handle, RuntimeFlavor};
 
@@ -29,6 +31,24 @@ pub fn start(name: &str, work: impl Future<Output = ()> + Send + 'static) -> io:
     }
     let runtime = Builder::new_current_thread().enable_time().build()?;
     std::thread::Builder::new().name(name.into()).spawn(move || runtime.block_on(work)).map(drop)
+}
+
+thread_local! {
+    static DISK_TIME: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+}
+
+/// How long a disk is to take for whatever is brought to it, by the clock of this thread's runtime: for a simulator.
+pub fn set_disk_time(time: Duration) {
+    DISK_TIME.set(time);
+}
+
+/// Called before something is brought to a disk. A disk takes its time by itself; on one thread nothing else would happen
+/// meanwhile, unless the simulator has asked for that.
+pub async fn disk_takes_time() {
+    let time = DISK_TIME.get();
+    if !time.is_zero() {
+        tokio::time::sleep(time).await;
+    }
 }
 
 fn is_alone() -> bool {

@@ -11,6 +11,8 @@ use crate::journal::Health;
 use crate::round::ParticipantName;
 use crate::status::{ParticipantStatus, Status};
 
+const STATUS_EVERY: Duration = Duration::from_secs(1);
+
 const STORAGE_DEGRADED: &str = "storage degraded";
 
 /// Rows that wait for a full disk at most.
@@ -78,14 +80,21 @@ impl Conductor {
             loss_nats: None,
         });
         status.state = state.into();
+        self.status_is_stale = true;
+    }
+
+    /// When a status that was left unwritten is due.
+    pub(super) fn status_due(&self) -> Option<Instant> {
+        self.status_is_stale.then(|| self.status_written.map_or_else(Instant::now, |written| written + STATUS_EVERY))
     }
 
     /// At most once a second, unless something has changed that a reader waits for.
     pub(super) fn write_status(&mut self, now: bool) -> Result<(), RunError> {
-        if !now && self.status_written.is_some_and(|written| written.elapsed() < Duration::from_secs(1)) {
+        if !now && self.status_written.is_some_and(|written| written.elapsed() < STATUS_EVERY) {
+            self.status_is_stale = true;
             return Ok(());
         }
-        self.status_written = Some(Instant::now());
+        (self.status_written, self.status_is_stale) = (Some(Instant::now()), false);
         let federation = &self.shared.experiment.federation;
         let slowest = self.open.as_ref().map_or(0, |open| {
             let steps = open.cohort.iter().filter_map(|name| self.participants.get(name));
@@ -100,6 +109,8 @@ impl Conductor {
             step: slowest,
             steps: federation.local_steps,
             participants: self.participants.values().cloned().collect(),
+            connections: self.served,
+            tasks: tokio::runtime::Handle::current().metrics().num_alive_tasks(),
             updated_unix_ms: self.shared.journal.unix_ms(),
         };
         match status.write(&self.directory) {
