@@ -21,7 +21,7 @@ use crate::export::{Calibration, Checks, ExportError, Exported, Format, Options,
 use crate::fetch::fetch;
 use crate::home::{ADDRESS_DEFAULT, Home, INVITATION_VALID};
 use crate::report::Report;
-use crate::run::{Ended, Run, Watcher};
+use crate::run::{CONNECTIONS_MAX, Ended, Run, Watcher};
 use crate::status::status;
 use watcher::{JsonWatcher, LineWatcher};
 
@@ -476,7 +476,8 @@ fn invite(arguments: InviteArguments) -> anyhow::Result<()> {
 async fn run(arguments: RunArguments, interrupted: impl Future<Output = ()>) -> anyhow::Result<()> {
     let RunArguments { experiment, home, runs, init_adapter, json } = arguments;
     let again = command_line(&experiment, &home, &runs);
-    let run = Run { experiment, home, runs, init_adapter, journal: Default::default() };
+    let run =
+        Run { experiment, home, runs, init_adapter, journal: Default::default(), connections_max: CONNECTIONS_MAX };
     let watcher: Box<dyn Watcher> = if json { Box::new(JsonWatcher) } else { Box::new(LineWatcher::new()) };
     let Ended { directory, rounds, of, stopped } = run.run(watcher, interrupted).await?;
     if stopped && !json {

@@ -48,7 +48,12 @@ pub struct Run {
     pub runs: PathBuf,
     pub init_adapter: Option<PathBuf>,
     pub journal: journal::Settings,
+    /// Connections served at a time, unless the cohort asks for more: [`CONNECTIONS_MAX`], or what a test can fill.
+    pub connections_max: usize,
 }
+
+/// Every connection takes memory before it has said hello.
+pub const CONNECTIONS_MAX: usize = 4096;
 
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
@@ -227,6 +232,7 @@ impl Run {
             incoming,
             // Sessions of a run that was started again must differ from those before.
             sessions: AtomicU64::new(unix_ms),
+            connections_max: self.connections_max,
         });
         let (federation, seed) = (experiment.federation.clone(), Seed(experiment.seed));
         let rounds = match &recovered.open {

@@ -54,6 +54,7 @@ pub struct Shared {
     pub published: RwLock<Option<(u32, Arc<Adapter>)>>,
     pub incoming: mpsc::Sender<Incoming>,
     pub sessions: AtomicU64,
+    pub connections_max: usize,
 }
 
 /// What a connection tells the run loop.

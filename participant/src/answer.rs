@@ -299,7 +299,11 @@ impl Answer<'_> {
     /// Ends the answer, with the text that was held back.
     pub fn finish(&mut self, mut text: String, finish: Finish) -> Step {
         if let Some((stream, mut stops)) = self.text.take() {
-            let (rest, stopped) = stops.push(&stream.finish());
+            // A character that an answer breaks off in is not a wrong one.
+            let (rest, stopped) = match finish {
+                Finish::Ended | Finish::Stopped => stops.push(&stream.finish()),
+                Finish::Length | Finish::Context | Finish::Deadline => Default::default(),
+            };
             text.push_str(&rest);
             if !stopped {
                 text.push_str(&stops.finish());

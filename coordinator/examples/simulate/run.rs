@@ -166,6 +166,7 @@ impl Sim {
                 experiment: self.directory.join("experiment.toml"),
                 home: site.path("home"),
                 runs: self.directory.join("runs"),
+                connections_max: coordinator::run::CONNECTIONS_MAX,
                 init_adapter: None,
                 journal: Settings { disk, clock: Arc::new(clock), snapshot_bytes: self.plan.snapshot_bytes },
             };

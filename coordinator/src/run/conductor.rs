@@ -29,9 +29,6 @@ use crate::round::{Action, DeviceId, Event, FinishReason, ParticipantName, Refus
 use crate::serve::{self, Incoming, Shared, ToParticipant};
 use crate::status::ParticipantStatus;
 
-/// Connections served at a time, unless the cohort asks for more. Every one of them takes memory before it has said hello.
-const CONNECTIONS_MAX: usize = 4096;
-
 /// How often a full disk is asked whether it has room again.
 const STORAGE_RETRY: Duration = Duration::from_millis(250);
 /// The first minor version that can go on within a round.
@@ -305,7 +302,7 @@ impl Conductor {
 
     fn admit(&self, connection: Connection, peers: &mut JoinSet<()>) {
         // Every member may come again before the connection it has lost times out.
-        let connections_max = CONNECTIONS_MAX.max(2 * self.shared.experiment.federation.cohort as usize);
+        let connections_max = self.shared.connections_max.max(2 * self.shared.experiment.federation.cohort as usize);
         if peers.len() >= connections_max {
             tracing::warn!(peer = %connection.peer(), connections_max, "no room for a connection");
             connection.close(CloseCode::NoRoom, &format!("{connections_max} connections are served already"));

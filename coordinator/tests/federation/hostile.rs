@@ -18,7 +18,7 @@ use wire::{
 };
 
 use self::participant::{Hostile, Step, frame, hello};
-use crate::world::{Coordinator, Holding, Joined, World, alone, run_to_the_end};
+use crate::world::{CONNECTIONS_MAX, Coordinator, Holding, Joined, World, alone, run_to_the_end};
 
 const HONEST: &str = "press-1";
 const HOSTILE: &str = "mill-1";
@@ -481,11 +481,11 @@ async fn a_connection_more_than_there_is_room_for_is_turned_away() {
         let honest = [coordinator.join(press).await, coordinator.join(world.participant("mill-1").0).await];
         reached.recv().await.unwrap();
         let mut crowd = Vec::new();
-        for _ in 2..1024 {
+        for _ in 2..CONNECTIONS_MAX {
             crowd.push(coordinator.connect("packer-1").await);
         }
         let late = coordinator.connect("packer-1").await.closed().await;
-        check_closed(&late, CloseCode::NoRoom, "1024 connections are served already");
+        check_closed(&late, CloseCode::NoRoom, &format!("{CONNECTIONS_MAX} connections are served already"));
         assert!(late.is_retryable());
         drop((crowd, reached, release));
         for joined in honest {

@@ -252,6 +252,7 @@ impl Site {
             experiment: self.world.path("test.toml"),
             home: self.world.path("home"),
             runs: self.world.path("runs"),
+            connections_max: coordinator::run::CONNECTIONS_MAX,
             init_adapter: None,
             journal: Default::default(),
         };

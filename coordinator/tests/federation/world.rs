@@ -22,6 +22,9 @@ use tokio::task::JoinHandle;
 
 pub const SMOKE: &str = include_str!("../../../configs/smoke.toml");
 
+/// Few enough for a test to fill, and more than any other one needs.
+pub const CONNECTIONS_MAX: usize = 200;
+
 /// Directories and the experiment of one test.
 pub struct World {
     pub directory: tempfile::TempDir,
@@ -82,6 +85,7 @@ impl World {
             home: self.path("home"),
             runs: self.path("runs"),
             init_adapter: None,
+            connections_max: CONNECTIONS_MAX,
             journal,
         };
         let (experiment, source) = (Arc::new(self.experiment.clone()), self.source.clone());

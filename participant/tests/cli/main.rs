@@ -279,7 +279,7 @@ fn an_argument_that_makes_no_sense_is_named() {
             &["line 1", "5000 tokens", "context of", "cut it"],
         ),
         ("logits --model hf --cache f32 --out l --prompts long.jsonl", &["--cache", "--engine integer"]),
-        ("bench infer --model hf", &["hf is a directory", "coordinator quantize"]),
+        ("bench infer --model hf", &["hf is no GGUF file", "coordinator quantize"]),
         ("device-log --out smoke.toml/logs", &["smoke.toml/logs", "check the path"]),
         ("logits --model hf --out l --prompts foreign.jsonl", &["foreign.jsonl, line 2", "token 99999", "of 259"]),
         ("logits --model hf --out l --prompts none.jsonl", &["none.jsonl, line 1", "at least one token"]),
