@@ -231,12 +231,10 @@ impl Rounds {
                 let late = self.owing().into_iter().filter_map(|name| self.pace.late_from_ms(name));
                 lost.values().copied().chain(*closes_ms).chain(late).min()
             }
-            State::Gathering { since_ms: Some(since_ms) } if self.is_trained() => {
-                Some(since_ms.saturating_add(LAST_CALL_MS))
-            }
             State::Gathering { since_ms: Some(since_ms) } if !self.is_unstarted() => {
                 let quorum_is_here = self.connected.len() >= self.quorum();
-                quorum_is_here.then(|| self.gathered_by(*since_ms))
+                let last_call_ms = self.is_trained().then(|| since_ms.saturating_add(LAST_CALL_MS));
+                if quorum_is_here { Some(self.gathered_by(*since_ms)) } else { last_call_ms }
             }
             State::Gathering { .. } | State::Finished => None,
         }
@@ -481,11 +479,14 @@ impl Rounds {
                 Member::Removed => {}
             }
         }
+        let are_here = contributions.iter().all(|member| self.connected.contains_key(&member.participant));
         actions.push(Action::Aggregate { round: self.round, members: contributions });
         self.round += 1;
         (self.attempt, self.abandoned) = (1, 0);
-        // A coordinator that was just started again has nobody yet, and waits a while for those it was started for.
-        if self.is_trained() && !self.connected.is_empty() {
+        // Whoever has delivered and is not here has just lost its connection, or has not found a coordinator again that
+        // was just started: where something is left to do, it is waited for a while.
+        let nothing_is_left = self.federation.evaluate_every == 0 && self.federation.imatrix_tokens == 0;
+        if self.is_trained() && (are_here || nothing_is_left) && !self.connected.is_empty() {
             self.evaluate(now_ms, actions);
         }
     }

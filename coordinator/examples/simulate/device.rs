@@ -137,10 +137,13 @@ impl Reporter for Reports {
     fn round_closed(&self, round: u32, outcome: &str) {
         let machine = &self.sim.devices[self.i];
         self.sim.trace.say(&machine.name, format_args!("round {round} {outcome}"));
-        if outcome == "aggregated" {
-            let mut seen = self.sim.seen();
-            seen.told = seen.told.max(round);
+        let mut seen = self.sim.seen();
+        match outcome {
+            "aggregated" => seen.told = seen.told.max(round),
+            // The coordinator had given it up before it said so.
+            _ => _ = seen.acknowledged.remove(&machine.name),
         }
+        drop(seen);
         machine.pass("a round is closed");
     }
 }

@@ -380,6 +380,10 @@ impl Watcher for Observer {
             seen.kept.clear();
             seen.acknowledged.clear();
         }
+        // What was on its way when an attempt was abandoned counts for no other one.
+        if text.contains(" starts with ") {
+            sim.seen().acknowledged.clear();
+        }
         let is_split = VARIANTS[sim.plan.variant].is_split;
         if let Some(lost) = lost(text, &sim.seen(), is_split) {
             sim.trace.violated(lost);

@@ -435,6 +435,24 @@ fn nobody_is_waited_for_without_end_when_all_rounds_are_trained() {
 }
 
 #[test]
+fn the_final_evaluation_waits_for_who_delivered_to_a_coordinator_before_this_one() {
+    let members = ["anna", "bert"].map(|who| (name(who), Member::Delivered { tokens: 7 })).into();
+    let interrupted = Interrupted { round: 1, attempt: 1, evaluate: false, members };
+    let mut federation = federation(1, 2, 2);
+    federation.quorum = 1;
+    let resumed = || {
+        let mut rounds = Rounds::resume(evaluating(1, federation.clone()), Seed(0), interrupted.clone(), 0);
+        assert_eq!(rounds.handle(joined("anna"), 0), [aggregate(1, "anna bert"), wait_for(2, 1)]);
+        rounds
+    };
+    let evaluate = |who: &str| Action::Evaluate { round: 1, participants: names(who) };
+    assert_eq!(resumed().handle(joined("bert"), 1), [evaluate("anna bert")]);
+    let mut rounds = resumed();
+    assert_eq!(rounds.next_deadline_ms(), Some(REJOIN_MS));
+    assert_eq!(rounds.handle(Event::Ticked, REJOIN_MS), [evaluate("anna")]);
+}
+
+#[test]
 fn the_final_evaluation_waits_for_a_device_that_connects_again() {
     let evaluate = || Action::Evaluate { round: 1, participants: names("anna") };
     let mut rounds = Rounds::new(evaluating(1, federation(1, 1, 1)), 1, Seed(0));

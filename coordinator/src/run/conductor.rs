@@ -491,7 +491,11 @@ impl Conductor {
                 Action::RefuseJoin { .. } | Action::Supersede { .. } => {}
                 Action::WaitFor { round, missing } => {
                     self.state = "waiting for participants".into();
-                    self.watcher.note(&format!("round {round} waits for {missing} more participants"));
+                    let what = match round > self.shared.experiment.federation.rounds {
+                        true => "the end of the run".to_owned(),
+                        false => format!("round {round}"),
+                    };
+                    self.watcher.note(&format!("{what} waits for {missing} more participants"));
                     self.write_status(true)?;
                 }
                 Action::StartRound { round, attempt, cohort, first_step, evaluate } => {
