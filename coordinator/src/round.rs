@@ -289,7 +289,11 @@ impl Rounds {
             State::Training { members, lost, .. } if members.get(participant) == Some(&Member::Training) => {
                 lost.insert(participant.clone(), until_ms);
             }
-            State::Closing { awaited, lost, .. } if awaited.contains(participant) => {
+            // Who has evaluated may still have to measure.
+            State::Closing { task, awaited, lost, .. }
+                if awaited.contains(participant)
+                    || (*task == Closing::Evaluation && self.federation.imatrix_tokens > 0) =>
+            {
                 lost.insert(participant.clone(), until_ms);
             }
             _ => {}
@@ -507,29 +511,36 @@ impl Rounds {
         if self.federation.evaluate_every == 0 || self.connected.is_empty() {
             return self.measure(now_ms, actions);
         }
-        let participants = self.close_with(Closing::Evaluation, now_ms);
+        let participants = self.close_with(Closing::Evaluation, BTreeMap::new(), now_ms);
         actions.push(Action::Evaluate { round: self.federation.rounds, participants });
     }
 
     /// So are the records to be measured, where the experiment wants that.
     fn measure(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
-        if self.federation.imatrix_tokens == 0 || self.connected.is_empty() {
+        let lost = match &mut self.state {
+            State::Closing { lost, .. } => std::mem::take(lost),
+            _ => BTreeMap::new(),
+        };
+        if self.federation.imatrix_tokens == 0 || (self.connected.is_empty() && lost.is_empty()) {
             return self.finish(FinishReason::Completed, actions);
         }
-        let participants = self.close_with(Closing::Measuring, now_ms);
-        actions.push(Action::Measure { participants });
+        let participants = self.close_with(Closing::Measuring, lost, now_ms);
+        if !participants.is_empty() {
+            actions.push(Action::Measure { participants });
+        }
     }
 
-    fn close_with(&mut self, task: Closing, now_ms: u64) -> Vec<ParticipantName> {
-        let awaited: BTreeSet<ParticipantName> = self.connected.keys().cloned().collect();
-        let participants = awaited.iter().cloned().collect();
+    /// Those who are here; who is lost is waited for too.
+    fn close_with(&mut self, task: Closing, lost: BTreeMap<ParticipantName, u64>, now_ms: u64) -> Vec<ParticipantName> {
+        let participants = self.connected.keys().cloned().collect();
+        let awaited: BTreeSet<ParticipantName> = self.connected.keys().chain(lost.keys()).cloned().collect();
         let closes_ms = self.deadline_after(now_ms);
         let owed = match task {
             Closing::Evaluation => Owed::Evaluation,
             Closing::Measuring => Owed::Measurement,
         };
         self.pace.begin(&awaited, Some(owed), now_ms);
-        self.state = State::Closing { task, awaited, lost: BTreeMap::new(), closes_ms };
+        self.state = State::Closing { task, awaited, lost, closes_ms };
         participants
     }
 

@@ -32,6 +32,16 @@ fn trained(behind: Vec<Action>) -> Vec<(u64, Event, Vec<Action>)> {
     ]
 }
 
+/// The same, where the first round begins with an evaluation.
+fn evaluating_first(mut ops: Vec<(u64, Event, Vec<Action>)>) -> Vec<(u64, Event, Vec<Action>)> {
+    for action in ops.iter_mut().flat_map(|(_, _, actions)| actions) {
+        if let Action::StartRound { evaluate, .. } = action {
+            *evaluate = true;
+        }
+    }
+    ops
+}
+
 #[test]
 fn sums_are_awaited_of_everybody_behind_the_last_round() {
     let mut ops = trained(vec![measure("a b")]);
@@ -43,24 +53,29 @@ fn sums_are_awaited_of_everybody_behind_the_last_round() {
 }
 
 #[test]
+fn who_is_lost_behind_its_evaluation_measures_when_it_is_back() {
+    let evaluation = Action::Evaluate { round: 1, participants: names("a b") };
+    let mut ops = trained(vec![evaluation]);
+    ops.push((4, evaluated("a", 1), vec![]));
+    ops.push((5, lost("a"), vec![]));
+    ops.push((6, evaluated("b", 1), vec![measure("b")]));
+    ops.push((7, sums("b"), vec![accept_sums("b")]));
+    ops.push((8, joined("a"), vec![measure("a")]));
+    ops.push((9, sums("a"), vec![accept_sums("a"), finish(FinishReason::Completed)]));
+    check_scenario(measuring(evaluating(2, federation(1, 2, 2))), evaluating_first(ops));
+}
+
+#[test]
 fn sums_come_behind_the_evaluation_and_not_before() {
     let evaluation = Action::Evaluate { round: 1, participants: names("a b") };
     let mut ops = trained(vec![evaluation]);
-    // Before the first round nothing is evaluated here, as every second round is.
     ops.push((4, sums("a"), vec![refuse_sums("a", SumsRefusal::NotAwaited)]));
     ops.push((5, evaluated("a", 1), vec![]));
     ops.push((6, evaluated("b", 1), vec![measure("a b")]));
     ops.push((7, evaluated("b", 1), vec![]));
     ops.push((8, sums("b"), vec![accept_sums("b")]));
     ops.push((9, sums("a"), vec![accept_sums("a"), finish(FinishReason::Completed)]));
-    for (_, _, actions) in &mut ops {
-        for action in actions {
-            if let Action::StartRound { evaluate, .. } = action {
-                *evaluate = true;
-            }
-        }
-    }
-    check_scenario(measuring(evaluating(2, federation(1, 2, 2))), ops);
+    check_scenario(measuring(evaluating(2, federation(1, 2, 2))), evaluating_first(ops));
 }
 
 #[test]
