@@ -42,8 +42,8 @@ impl Head {
         assert!(targets.iter().all(|&target| (target as usize) < vocabulary));
         let mut gradient = gradient_scale.map(|_| engine.zeros(x.len()));
         let mut nats = 0.0;
-        let rows = chunk_rows(weights).min(targets.len());
-        // One for all chunks, of which the last one is smaller.
+        let rows = chunk_rows(weights, targets.len());
+        // One for all chunks, of which the last one may be smaller.
         let mut all_logits = engine.take(rows * vocabulary);
         for (i, targets) in targets.chunks(rows.max(1)).enumerate() {
             let place = i * rows * width..(i * rows + targets.len()) * width;
@@ -87,7 +87,7 @@ impl Head {
             row_products(engine, weights, &normed, rows, &mut all);
             return all;
         }
-        let chunk = chunk_rows(weights);
+        let chunk = chunk_rows(weights, rows);
         for (x, to) in x.chunks(chunk * width).zip(all.chunks_mut(chunk * weights.rows())) {
             let blocking = Blocking::new(&[x.len() / width], engine.path().tile_rows());
             let (normed, _) = self.norm.packed(engine, &blocking, x);
@@ -97,10 +97,12 @@ impl Head {
     }
 }
 
-/// As many rows as let the logits be no larger than the weights: who keeps small weights has little memory.
-fn chunk_rows(weights: &Frozen) -> usize {
+/// As many of `rows` as let the logits be no larger than the weights, for who keeps small weights has little memory; and so
+/// that all chunks are about equal.
+fn chunk_rows(weights: &Frozen, rows: usize) -> usize {
     let row_bytes = weights.rows() * size_of::<f32>();
-    (weights.bytes() / row_bytes.max(1)).clamp(CHUNK_ROWS_MIN, CHUNK_ROWS_MAX)
+    let most = (weights.bytes() / row_bytes.max(1)).clamp(CHUNK_ROWS_MIN, CHUNK_ROWS_MAX);
+    rows.div_ceil(rows.div_ceil(most).max(1))
 }
 
 fn logits_of(engine: &Engine, blocking: &Blocking, normed: &Packed, weights: &Frozen, to: &mut [f32]) {
