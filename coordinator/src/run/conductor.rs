@@ -59,6 +59,8 @@ pub(super) struct Conductor {
     evaluated: BTreeSet<(u32, String)>,
     /// The first step of the open round that is not on record yet, by participant.
     reported: BTreeMap<ParticipantName, u64>,
+    /// Round and sender of the updates that a coordinator before this one has recorded, where the round is not over.
+    delivered: BTreeSet<(u32, String)>,
     /// Rows that a full disk has not taken.
     unwritten: VecDeque<Row>,
     /// How the journal does, and what the conductor's own files have met.
@@ -133,6 +135,7 @@ impl Conductor {
         Ok(Self {
             evaluated: BTreeSet::new(),
             reported: BTreeMap::new(),
+            delivered: BTreeSet::new(),
             unwritten: VecDeque::new(),
             health: shared.journal.health(),
             trouble: None,
@@ -170,6 +173,9 @@ impl Conductor {
                 Row::Step { round, step, participant, .. } if *round == self.finished + 1 => {
                     let next = self.reported.entry(ParticipantName::new(participant)).or_insert(0);
                     *next = (*next).max(step + 1);
+                }
+                Row::Update { round, participant, accepted: true, .. } if *round == self.finished + 1 => {
+                    self.delivered.insert((*round, participant.clone()));
                 }
                 _ => {}
             }
@@ -686,6 +692,10 @@ impl Conductor {
         let answered = move || drop(answer.send(UpdateReply::Accepted));
         self.shared.journal.append(Entry { record, tensors }, answered).await;
         self.set_state(&participant, "delivered");
+        // A coordinator that was killed before the update was on disk has recorded it already.
+        if self.delivered.remove(&(round, name.clone())) {
+            return Ok(());
+        }
         self.record(&Row::Update { round, participant: name, tokens, accepted: true, reason: None, energy_j: None })
     }
 
