@@ -40,10 +40,11 @@ const LAST_CALL_MS: u64 = 60_000;
 /// The round machine. Rounds are numbered from 1; round 0 is the adapter nobody has trained yet.
 ///
 /// A round closes when every member that is still in it has delivered, or at its deadline, where the experiment sets one.
-/// A member that departs, is late ([`Pace`]), or whose update is refused for what it contains, is removed from the round: it
-/// may join again, but trains again only from the next start. An update that was accepted stays, even if its sender
-/// departs afterwards. A member that is lost keeps its place for a while, and so does one that joins while it is connected: the same device has lost its earlier
-/// connection, whether that is known yet or not. When it is back it goes on where it was.
+/// A member that departs, is late ([`Pace`]), or whose update is refused for what it contains, is removed from the round:
+/// it may join again, but trains again only from the next start. An update that was accepted stays, even if its sender
+/// departs afterwards. A member that is lost keeps its place for a while, and so does one that joins while it is connected:
+/// the same device has lost its earlier connection, whether that is known yet or not. When it is back it goes on where it
+/// was.
 #[derive(Debug)]
 pub struct Rounds {
     federation: Federation,
