@@ -16,7 +16,6 @@ use std::time::Duration;
 
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
-use sha2::{Digest, Sha256};
 use tokio::time::{Instant, Sleep, sleep_until};
 
 /// Datagrams under way to one socket; more are lost, as in any router.
@@ -46,8 +45,6 @@ struct State {
     outside: HashMap<SocketAddr, SocketAddr>,
     sent: u64,
     lost: u64,
-    began: Instant,
-    trace: Sha256,
 }
 
 #[derive(Default)]
@@ -86,8 +83,6 @@ impl Datagrams {
             outside: HashMap::new(),
             sent: 0,
             lost: 0,
-            began: Instant::now(),
-            trace: Sha256::new(),
         })))
     }
 
@@ -115,12 +110,6 @@ impl Datagrams {
         (state.sent, state.lost)
     }
 
-    /// The first 8 bytes of a hash of who sent when to whom, and what became of it.
-    pub fn trace(&self) -> u64 {
-        let hash: [u8; 32] = self.state().trace.clone().finalize().into();
-        u64::from_be_bytes(std::array::from_fn(|at| hash[at]))
-    }
-
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -133,9 +122,6 @@ impl State {
         let Weather { lost_permille, doubled_permille, delay_ms: [least, most], is_parted } = self.weather;
         let is_lost = self.random.happens(lost_permille) || is_parted;
         let copies = if self.random.happens(doubled_permille) { 2 } else { 1 };
-        let since = (now - self.began).as_nanos().to_le_bytes();
-        self.trace.update(since);
-        self.trace.update(format!("{from} {to} {is_lost} {copies}"));
         let source = self.outside.get(&from).copied().unwrap_or(from);
         let inside = self.outside.iter().find(|(_, outside)| **outside == to).map(|(inside, _)| *inside);
         let is_forgotten = inside.is_none() && self.outside.contains_key(&to);
