@@ -248,25 +248,31 @@ impl Answer<'_> {
             return Ok(self.finish(String::new(), finish));
         }
         let first = until.into_iter().chain(self.due).min();
-        let count = self.chunk.min(self.input.len());
-        let Some(logits) = self.sequence.next(&self.input[..count], first)? else {
-            // Smaller steps fit between others' deadlines.
-            self.chunk = (count / 2).max(1);
-            let due = self.due.is_some() && self.due == first;
-            return Ok(match due {
-                true => self.finish(String::new(), Finish::Deadline),
-                false => Step { text: String::new(), finish: None },
-            });
+        // A step that was broken off behind the model's part has its logits.
+        let logits = if self.form.as_ref().is_some_and(|form| form.waits) {
+            &[]
+        } else {
+            let count = self.chunk.min(self.input.len());
+            let Some(logits) = self.sequence.next(&self.input[..count], first)? else {
+                // Smaller steps fit between others' deadlines.
+                self.chunk = (count / 2).max(1);
+                return Ok(self.broken_off(first));
+            };
+            self.chunk = CHUNK;
+            if count < self.input.len() {
+                self.input.drain(..count);
+                return Ok(Step { text: String::new(), finish: None });
+            }
+            if let Some(form) = &mut self.form {
+                form.take(logits);
+            }
+            logits
         };
-        self.chunk = CHUNK;
-        if count < self.input.len() {
-            self.input.drain(..count);
-            return Ok(Step { text: String::new(), finish: None });
-        }
         let logits = match &mut self.form {
-            Some(form) => match form.restrict(logits)? {
-                Some(logits) => logits,
-                None => return Ok(self.finish(String::new(), Finish::Ended)),
+            Some(form) => match form.restrict(first)? {
+                Restricted::To(logits) => logits,
+                Restricted::ToNothing => return Ok(self.finish(String::new(), Finish::Ended)),
+                Restricted::NotInTime => return Ok(self.broken_off(first)),
             },
             None => logits,
         };
@@ -285,7 +291,7 @@ impl Answer<'_> {
             return Ok(Step { text, finish: Some(Finish::Stopped) });
         }
         if let Some(form) = &mut self.form {
-            form.matcher.push(&self.tokenizer.token_bytes(token)?);
+            form.push(&self.tokenizer.token_bytes(token)?)?;
             if form.matcher.is_over() {
                 return Ok(self.finish(text, Finish::Ended));
             }
@@ -294,6 +300,14 @@ impl Answer<'_> {
             true => self.finish(text, Finish::Length),
             false => Step { text, finish: None },
         })
+    }
+
+    /// A step that has not come to its end by `first`: the last one, where this answer is due itself.
+    fn broken_off(&mut self, first: Option<Instant>) -> Step {
+        match self.due.is_some() && self.due == first {
+            true => self.finish(String::new(), Finish::Deadline),
+            false => Step { text: String::new(), finish: None },
+        }
     }
 
     /// Ends the answer, with the text that was held back.
@@ -319,31 +333,60 @@ struct Form<'a> {
     matcher: Matcher,
     allowed: Allowed,
     logits: Vec<f32>,
+    /// Whether the logits wait for being restricted.
+    waits: bool,
+}
+
+enum Restricted<'a> {
+    To(&'a [f32]),
+    /// The answer is whole, nothing can follow, and the model has no token to say so.
+    ToNothing,
+    NotInTime,
 }
 
 impl<'a> Form<'a> {
     fn new(spelling: &'a Spelling, grammar: &Arc<Grammar>) -> Self {
         let matcher = Matcher::new(grammar.clone());
-        Self { spelling, matcher, allowed: Allowed::default(), logits: Vec::new() }
+        Self { spelling, matcher, allowed: Allowed::default(), logits: Vec::new(), waits: false }
     }
 
-    /// The logits of tokens that are allowed; the others are impossible. None where the answer is whole, nothing can follow,
-    /// and the model has no token to say so.
-    fn restrict(&mut self, logits: &[f32]) -> Result<Option<&[f32]>, ParticipantError> {
-        let Self { spelling, matcher, allowed, logits: to } = self;
-        spelling.allowed(matcher, allowed);
-        to.clear();
-        to.extend(logits.iter().zip(0..).map(|(&logit, token)| match allowed.holds(token) {
-            // One that is no number is as unlikely as can be, but not impossible.
-            true => logit.max(f32::MIN),
-            false => f32::NEG_INFINITY,
-        }));
-        match to.iter().any(|&logit| logit > f32::NEG_INFINITY) {
-            true => Ok(Some(to)),
-            false if matcher.may_end() => Ok(None),
+    fn take(&mut self, logits: &[f32]) {
+        self.logits.clear();
+        self.logits.extend_from_slice(logits);
+        self.waits = true;
+    }
+
+    /// The logits that were taken; tokens that are not allowed are impossible.
+    fn restrict(&mut self, until: Option<Instant>) -> Result<Restricted<'_>, ParticipantError> {
+        let Self { spelling, matcher, allowed, logits, waits } = self;
+        if !spelling.allowed(matcher, until, allowed) {
+            return Ok(Restricted::NotInTime);
+        }
+        *waits = false;
+        for (logit, token) in logits.iter_mut().zip(0..) {
+            *logit = match allowed.holds(token) {
+                // One that is no number is as unlikely as can be, but not impossible.
+                true => logit.max(f32::MIN),
+                false => f32::NEG_INFINITY,
+            };
+        }
+        match logits.iter().any(|&logit| logit > f32::NEG_INFINITY) {
+            true => Ok(Restricted::To(logits)),
+            false if matcher.may_end() => Ok(Restricted::ToNothing),
             false => {
                 let what = "the model has no token with which the answer could go on as its grammar demands: a schema that \
                             contains itself without an end has no answer";
+                Err(ParticipantError::Usage(what.into()))
+            }
+        }
+    }
+
+    fn push(&mut self, bytes: &[u8]) -> Result<(), ParticipantError> {
+        match self.matcher.push(bytes) {
+            true => Ok(()),
+            false => {
+                let what = "the answer can be read as its schema's alternatives in too many ways; give a schema whose \
+                            alternatives differ early, like objects by their first property";
                 Err(ParticipantError::Usage(what.into()))
             }
         }

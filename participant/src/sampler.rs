@@ -52,6 +52,9 @@ impl Sampling {
         ];
         match checks.into_iter().find(|&(_, _, holds, _)| !holds) {
             Some((field, value, _, range)) => {
+                // Large and small ones with a power of ten, and not with hundreds of digits.
+                let value = format!("{value:?}");
+                let value = value.trim_end_matches(".0");
                 Err(ParticipantError::Usage(format!("{} is {value}; give {range}", name(field))))
             }
             None => Ok(()),

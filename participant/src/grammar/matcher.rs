@@ -12,6 +12,8 @@ pub struct Matcher {
     grammar: Arc<Grammar>,
     sets: Vec<Set>,
     numbers: HashMap<Vec<Stack>, SetId>,
+    /// Of all sets.
+    frames: usize,
     now: SetId,
 }
 
@@ -19,6 +21,8 @@ pub struct Matcher {
 pub(super) type SetId = u32;
 /// No way is left to read the text.
 pub(super) const DEAD: SetId = SetId::MAX - 1;
+/// More ways are left than are followed. What comes behind is not known: it may be wrong.
+pub(super) const LOST: SetId = SetId::MAX - 2;
 const UNKNOWN: SetId = SetId::MAX;
 
 struct Set {
@@ -115,11 +119,14 @@ const DIGITS: u8 = 15;
 const POWER_DIGITS: u8 = 2;
 /// Some sixty values within each other: parsers refuse deeper ones.
 const STACK_MAX: usize = 192;
-/// Ways to read a text beyond these are given up: what is left is still valid.
-const STACKS_MAX: usize = 64;
-/// Sets that are remembered between tokens, and at most while one is looked for.
+/// Ways to read a text that are followed. One of as many alternatives as a schema may have needs two at most: an object's name
+/// is one of those it knows, or not.
+const STACKS_MAX: usize = 256;
+/// Sets that are remembered between tokens, and at most while one is looked for; and the frames in them.
 const SETS_KEPT: usize = 1024;
-const SETS_MAX: usize = 8192;
+const SETS_MAX: usize = 16384;
+const FRAMES_KEPT: usize = 1 << 18;
+const FRAMES_MAX: usize = 1 << 20;
 
 const BETWEEN: Character = Character { left: 0, low: 0, high: 0 };
 
@@ -147,21 +154,23 @@ impl Character {
 
 impl Matcher {
     pub fn new(grammar: Arc<Grammar>) -> Self {
-        let mut matcher = Self { grammar, sets: Vec::new(), numbers: HashMap::new(), now: DEAD };
+        let mut matcher = Self { grammar, sets: Vec::new(), numbers: HashMap::new(), frames: 0, now: DEAD };
         matcher.now = matcher.number(vec![vec![Frame::Value(0), GAP]]);
         matcher
     }
 
-    /// Takes a part of the answer; whether it may go on like this, or end.
+    /// Takes a part of the answer; whether it may go on like this, or end. No as well where it can be read in more ways than are
+    /// followed, and nobody knows.
     pub fn push(&mut self, bytes: &[u8]) -> bool {
-        if self.sets.len() > SETS_KEPT {
+        if self.sets.len() > SETS_KEPT || self.frames > FRAMES_KEPT {
             let stacks = self.stacks(self.now).to_vec();
             self.sets.clear();
             self.numbers.clear();
+            self.frames = 0;
             self.now = self.number(stacks);
         }
         self.now = bytes.iter().fold(self.now, |set, &byte| self.step(set, byte));
-        self.now != DEAD
+        !matches!(self.now, DEAD | LOST)
     }
 
     /// Whether what has come is whole.
@@ -189,13 +198,20 @@ impl Matcher {
 
     /// Behind one more byte.
     pub(super) fn step(&mut self, set: SetId, byte: u8) -> SetId {
-        let Some(found) = self.sets.get(set as usize).map(|set| set.next[usize::from(byte)]) else { return DEAD };
+        let Some(found) = self.sets.get(set as usize).map(|set| set.next[usize::from(byte)]) else { return set };
         if found != UNKNOWN {
             return found;
         }
         let mut next = Vec::new();
         for stack in self.stacks(set) {
             self.grammar.advance(stack, byte, &mut next);
+            if next.len() > 4 * STACKS_MAX {
+                next.sort_unstable();
+                next.dedup();
+                if next.len() > STACKS_MAX {
+                    break;
+                }
+            }
         }
         let next = self.number(next);
         self.sets[set as usize].next[usize::from(byte)] = next;
@@ -205,16 +221,16 @@ impl Matcher {
     fn number(&mut self, mut stacks: Vec<Stack>) -> SetId {
         stacks.sort_unstable();
         stacks.dedup();
-        stacks.truncate(STACKS_MAX);
         if stacks.is_empty() {
             return DEAD;
         }
         if let Some(&known) = self.numbers.get(&stacks) {
             return known;
         }
-        if self.sets.len() >= SETS_MAX {
-            return DEAD;
+        if stacks.len() > STACKS_MAX || self.sets.len() >= SETS_MAX || self.frames >= FRAMES_MAX {
+            return LOST;
         }
+        self.frames += stacks.iter().map(Vec::len).sum::<usize>();
         let number = self.sets.len() as SetId;
         self.numbers.insert(stacks.clone(), number);
         self.sets.push(Set { stacks, next: Box::new([UNKNOWN; 256]) });
@@ -240,7 +256,7 @@ impl Grammar {
                 }
             }
             Frame::Gap(_) => self.advance(rest, byte, out),
-            Frame::Value(node) => self.begin(node, rest, byte, out, &mut Vec::new()),
+            Frame::Value(node) => self.begin(node, rest, byte, out),
             Frame::Literal { node, low, high, at } => self.literal(node, [low, high], at, rest, byte, out),
             Frame::Text { at, min, max } => text(at, [min, max], rest, byte, out),
             // Many a program reads this as a fraction.
@@ -257,7 +273,7 @@ impl Grammar {
                     b']' if min == 0 => out.push(rest.to_vec()),
                     b']' => {}
                     _ if max == 0 => {}
-                    _ => self.begin(items, &with(&[Frame::Items(node, 1), GAP]), byte, out, &mut Vec::new()),
+                    _ => self.begin(items, &with(&[Frame::Items(node, 1), GAP]), byte, out),
                 }
             }
             Frame::Items(node, count) => {
@@ -307,15 +323,17 @@ impl Grammar {
     }
 
     /// The first byte of a value, on top of `rest`.
-    fn begin(&self, node: NodeId, rest: &[Frame], byte: u8, out: &mut Vec<Stack>, within: &mut Vec<NodeId>) {
+    fn begin(&self, node: NodeId, rest: &[Frame], byte: u8, out: &mut Vec<Stack>) {
+        match self.node(node) {
+            Node::AnyOf(kinds) => kinds.iter().for_each(|&kind| self.begin_one(kind, rest, byte, out)),
+            _ => self.begin_one(node, rest, byte, out),
+        }
+    }
+
+    /// As [`begin`](Self::begin), of a node that is no alternative of others.
+    fn begin_one(&self, node: NodeId, rest: &[Frame], byte: u8, out: &mut Vec<Stack>) {
         let mut add = |frames: &[Frame]| out.push([rest, frames].concat());
         match (self.node(node), byte) {
-            // A schema may be one of several of which it is one itself.
-            (Node::AnyOf(kinds), _) if !within.contains(&node) => {
-                within.push(node);
-                kinds.iter().for_each(|&kind| self.begin(kind, rest, byte, out, within));
-                within.pop();
-            }
             (Node::Literals(all), _) => self.literal(node, [0, all.len() as u16], 0, rest, byte, out),
             (&Node::String { min, max }, b'"') => {
                 add(&[Frame::Text { at: TextAt::Character(BETWEEN), min, max }]);

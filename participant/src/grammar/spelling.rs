@@ -1,5 +1,7 @@
 //! What tokens spell, and which of them a grammar allows next.
 
+use std::time::Instant;
+
 use model::tokenizer::Tokenizer;
 
 use super::matcher::{DEAD, Matcher};
@@ -20,6 +22,10 @@ struct Token {
     /// Of its first bytes, how many are those of the token before.
     common: u16,
 }
+
+/// Tokens that are tried before the clock is looked at again: as long as a microsecond, or as a few milliseconds for the
+/// worst of schemas.
+const TOKENS_BETWEEN_LOOKS: usize = 16;
 
 /// A bit for each token.
 #[derive(Default)]
@@ -48,12 +54,16 @@ impl Spelling {
         Self { bytes, tokens, ends }
     }
 
-    /// The tokens with which an answer may go on, or end.
-    pub fn allowed(&self, matcher: &mut Matcher, to: &mut Allowed) {
+    /// The tokens with which an answer may go on, or end; and those of which nobody knows, because there are too many ways to
+    /// read them: [`Matcher::push`] tells. Whether all were tried in time: who asks again goes on where this has ended.
+    pub fn allowed(&self, matcher: &mut Matcher, until: Option<Instant>, to: &mut Allowed) -> bool {
         to.0.clear();
         // Behind each byte of the token that was tried last; the first is before all of them.
         let mut sets = vec![matcher.now()];
-        for token in &self.tokens {
+        for (place, token) in self.tokens.iter().enumerate() {
+            if place % TOKENS_BETWEEN_LOOKS == 0 && until.is_some_and(|until| until <= Instant::now()) {
+                return false;
+            }
             let bytes = &self.bytes[token.begin as usize..][..usize::from(token.length)];
             // Where fewer bytes have come, the next of them was not allowed.
             let common = usize::from(token.common);
@@ -64,6 +74,7 @@ impl Spelling {
             for &byte in &bytes[common..] {
                 match matcher.step(sets[sets.len() - 1], byte) {
                     DEAD => break,
+                    // A lost one stays so.
                     set => sets.push(set),
                 }
             }
@@ -74,6 +85,7 @@ impl Spelling {
         if matcher.may_end() {
             self.ends.iter().for_each(|&id| to.insert(id));
         }
+        true
     }
 }
 

@@ -155,6 +155,12 @@ fn what_cannot_be_promised_is_refused_by_its_name() {
         (json!({"allOf": [{}, {}]}), "`allOf`"),
         (json!({"enum": []}), "allows no value"),
         (json!({"enum": [1], "type": "string"}), "allows no value"),
+        (json!({"enum": ["a"], "type": 5}), "`type` is no name"),
+        (json!({"const": "a", "type": ["strin"]}), "`strin`"),
+        (json!({"type": ["string", null]}), "`type` is no name"),
+        (json!({"anyOf": [{"$ref": "#"}]}), "only itself"),
+        (json!({"properties": {"a".repeat(5000): {}}}), "a name of more than 4096 bytes"),
+        (json!({"required": ["a".repeat(70_000)]}), "a name of more than 4096 bytes"),
         (json!({"required": ["a"], "additionalProperties": false}), "requires `a`"),
         (json!({"type": "string", "minLength": 3, "maxLength": 2}), "`minLength` is larger"),
         (json!({"type": "string", "maxLength": -1}), "`maxLength`"),
@@ -169,10 +175,72 @@ fn what_cannot_be_promised_is_refused_by_its_name() {
     assert!(Grammar::schema(&json!({"properties": many})).is_err());
 }
 
+/// Definitions `a0` to `a(count - 1)`, each of which is made of the next's reference; the last is a string.
+fn chain(count: usize, of: impl Fn(Value) -> Value) -> Value {
+    let name = |i: usize| format!("a{i}");
+    let mut parts: serde_json::Map<String, Value> =
+        (0..count).map(|i| (name(i), of(json!({"$ref": format!("#/$defs/{}", name(i + 1))})))).collect();
+    parts.insert(name(count), json!({"type": "string"}));
+    json!({"$ref": "#/$defs/a0", "$defs": parts})
+}
+
+#[test]
+fn schemas_within_each_other_have_an_end() {
+    // On the small stack of a thread that serves.
+    for of in [|next| json!({"items": next}), |next| json!({"allOf": [next]}), |next| next] {
+        let error = Grammar::schema(&chain(2000, of)).err().unwrap().to_string();
+        assert!(error.contains("is within more than 128 others"), "{error}");
+    }
+    assert!(takes(&chain(40, |next| json!({"items": next})), &format!("{}\"\"{}", "[".repeat(40), "]".repeat(40))));
+}
+
+#[test]
+fn alternatives_of_alternatives_are_tried_once() {
+    // Two to the power of forty paths.
+    check(chain(40, |next| json!({"anyOf": [next, next]})), &["\"a\""], &["1"]);
+    // Each is all others.
+    let all: Vec<Value> = (0..60).map(|i| json!({"$ref": format!("#/$defs/a{i}")})).collect();
+    let parts: serde_json::Map<String, Value> = (0..60)
+        .map(|i| (format!("a{i}"), json!({"anyOf": all.iter().chain([&json!({"const": i})]).collect::<Vec<_>>()})))
+        .collect();
+    check(json!({"$ref": "#/$defs/a7", "$defs": parts}), &["0", "59"], &["60"]);
+}
+
+#[test]
+fn no_alternative_is_lost() {
+    let object =
+        |i: usize| json!({"properties": {"kind": {"const": i}, "of": {"type": "string"}}, "required": ["kind"]});
+    let any_of = |count: usize| json!({"anyOf": (0..count).map(object).collect::<Vec<_>>()});
+    for i in 0..64 {
+        assert!(takes(&any_of(64), &format!("{{\"of\":\"\",\"kind\":{i}}}")), "{i}");
+    }
+    let error = Grammar::schema(&any_of(70)).err().unwrap().to_string();
+    assert!(error.contains("`anyOf` has 70 alternatives; 64 are the most"), "{error}");
+    let within: Vec<Value> =
+        (0..7).map(|i| json!({"anyOf": (10 * i..10 * i + 10).map(object).collect::<Vec<_>>()})).collect();
+    let error = Grammar::schema(&json!({"anyOf": within})).err().unwrap().to_string();
+    assert!(error.contains("70 alternatives within alternatives"), "{error}");
+    // Seventy plain values are one alternative.
+    let values: Vec<usize> = (0..70).collect();
+    (0..70).for_each(|i| assert!(takes(&json!({"enum": values}), &i.to_string())));
+    // Ways to read an answer multiply where alternatives hold alternatives, and then nothing is promised.
+    let list = |items: Value| json!({"anyOf": (1..20).map(|max| json!({"items": items, "maxItems": max})).collect::<Vec<_>>()});
+    let mut matcher = matcher(&list(list(json!({"type": "null"}))));
+    assert!(matcher.push(b"[") && !matcher.push(b"["));
+}
+
+#[test]
+fn trying_all_tokens_ends_in_time() {
+    let spelling = Spelling::of(vec![(b"1".to_vec(), 0), (b"[".to_vec(), 1)], Vec::new());
+    let (mut matcher, mut allowed) = (matcher(&json!(true)), Allowed::default());
+    assert!(!spelling.allowed(&mut matcher, Some(std::time::Instant::now()), &mut allowed));
+    assert!(spelling.allowed(&mut matcher, None, &mut allowed) && allowed.holds(0) && allowed.holds(1));
+}
+
 /// Opens one more object, where that is allowed.
 fn takes_more(matcher: &mut Matcher) -> bool {
     let mut allowed = Allowed::default();
-    Spelling::of(vec![(b"{".to_vec(), 0)], Vec::new()).allowed(matcher, &mut allowed);
+    Spelling::of(vec![(b"{".to_vec(), 0)], Vec::new()).allowed(matcher, None, &mut allowed);
     allowed.holds(0) && matcher.push(b"{\"a\":")
 }
 
@@ -260,7 +328,7 @@ proptest! {
         let mut bytes = Vec::new();
         while !matcher.is_over() {
             prop_assert!(bytes.len() < 1 << 16, "{} has no end", String::from_utf8_lossy(&bytes));
-            spelling.allowed(&mut matcher, &mut allowed);
+            spelling.allowed(&mut matcher, None, &mut allowed);
             let logits: Vec<f32> = (0..259)
                 .map(|id| if allowed.holds(id) { noise.random_range(-1.0..1.0) } else { f32::NEG_INFINITY })
                 .collect();
@@ -287,7 +355,7 @@ proptest! {
         let begun = || { let mut matcher = matcher(&json!(true)); matcher.push(text.as_bytes()).then_some(matcher) };
         if let Some(mut matcher) = begun() {
             let mut allowed = Allowed::default();
-            spelling.allowed(&mut matcher, &mut allowed);
+            spelling.allowed(&mut matcher, None, &mut allowed);
             for (word, id) in words.iter().zip(0..) {
                 prop_assert_eq!(allowed.holds(id), begun().unwrap().push(word.as_bytes()), "{} behind {}", word, text);
             }
