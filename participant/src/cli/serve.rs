@@ -55,13 +55,15 @@ pub(super) async fn serve(arguments: ServeArguments, stop: watch::Receiver<bool>
     let runner = super::off_the_runtime(|| model.open(None))?;
     let listener = TcpListener::bind(bind).await.with_context(|| format!("failed to listen on {bind}; give --bind"))?;
     let address = listener.local_addr()?;
-    let mut models = vec![base.clone()];
-    models.extend(runner.adapters().iter().cloned());
-    match json {
-        true => print(json!({"event": "listening", "address": address.to_string(), "models": models}))?,
-        false => print(format_args!("listening on http://{address}/v1 (models: {})", models.join(", ")))?,
-    }
     let limits = Limits { answers: concurrent, waiting: queue, patience, ..Limits::default() };
-    let server = Server { runner, base, deadline, tokens_max: max_tokens, seed, limits, stop };
-    Ok(server.run(listener).await?)
+    let serving = Server { runner, base, deadline, tokens_max: max_tokens, seed, limits, stop }.start(listener)?;
+    // Who reads this may count on it.
+    match json {
+        true => print(json!({"event": "listening", "address": address.to_string(), "models": serving.models()}))?,
+        false => {
+            print(format_args!("listening on http://{address}/v1 (models: {})", serving.models().join(", ")))?;
+        }
+    }
+    serving.run().await;
+    Ok(())
 }

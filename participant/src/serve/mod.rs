@@ -12,6 +12,7 @@ mod response;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use hyper::server::conn::http1;
@@ -70,12 +71,12 @@ const ENCODING: usize = 1;
 const LEAVE: Duration = Duration::from_secs(2);
 
 impl Server {
-    /// Answers until it is stopped.
+    /// Begins to serve whoever connects; [`Serving::run`] lets them.
     ///
     /// # Errors
     /// If a deadline is set that the engine cannot keep, or two models have one name.
-    pub async fn run(self, listener: TcpListener) -> Result<(), ParticipantError> {
-        let Self { runner, base, deadline, tokens_max, seed, limits, mut stop } = self;
+    pub fn start(self, listener: TcpListener) -> Result<Serving, ParticipantError> {
+        let Self { runner, base, deadline, tokens_max, seed, limits, stop } = self;
         if deadline.is_some() && !runner.keeps_deadlines() {
             let what = "--deadline needs the integer engine: a GGUF file, and `--engine integer`";
             return Err(ParticipantError::Usage(what.into()));
@@ -101,6 +102,28 @@ impl Server {
             requests: AtomicU64::new(0),
             encoding: Arc::new(Semaphore::new(ENCODING)),
         });
+        Ok(Serving { listener, service, worker, limits, stop })
+    }
+}
+
+/// A server that nothing is in the way of any more.
+pub struct Serving {
+    listener: TcpListener,
+    service: Arc<Service>,
+    worker: JoinHandle<()>,
+    limits: Limits,
+    stop: watch::Receiver<bool>,
+}
+
+impl Serving {
+    /// What requests may ask for; the first is the model without an adapter.
+    pub fn models(&self) -> &[String] {
+        &self.service.models
+    }
+
+    /// Answers until it is stopped.
+    pub async fn run(self) {
+        let Self { listener, service, worker, limits, mut stop } = self;
         let connections = Arc::new(Semaphore::new(limits.connections));
         let mut tasks = JoinSet::new();
         loop {
@@ -155,7 +178,6 @@ impl Server {
         // The queue is closed, and nobody waits for an answer any more: the worker ends after its step.
         let joined = tokio::task::spawn_blocking(move || worker.join());
         let _ = timeout(LEAVE, joined).await;
-        Ok(())
     }
 }
 

@@ -101,7 +101,9 @@ impl Asked {
         })?;
         let deadline = match fields.number("deadline_ms")? {
             Some(ms) if ms > 0.0 && ms <= DEADLINE_MS_MAX => Some(Duration::from_secs_f64(ms / 1e3)),
-            Some(ms) => {
+            Some(_) => {
+                // A number as JSON has it: others are written with hundreds of digits.
+                let ms = &fields.0["deadline_ms"];
                 let what = format!("deadline_ms is {ms}; give more than 0 and at most {DEADLINE_MS_MAX}");
                 return Err(Refusal::invalid(Some("deadline_ms"), what));
             }
@@ -180,19 +182,28 @@ impl Fields {
         Ok(stops.into_iter().map(str::to_owned).collect())
     }
 
-    /// OpenAI's `response_format`.
+    /// OpenAI's `response_format`, and llama.cpp's: a `schema` beside the type `json_object`.
     fn grammar(&self) -> Result<Option<Grammar>, Refusal> {
         let name = "response_format";
         let Some(format) = self.get(name) else { return Ok(None) };
-        match format["type"].as_str() {
-            Some("text") => Ok(None),
-            Some("json_object") => Ok(Some(Grammar::object())),
-            Some("json_schema") => {
-                let grammar = Grammar::schema(&format["json_schema"]["schema"]);
-                grammar.map(Some).map_err(|error| Refusal::invalid(Some(name), error.to_string()))
+        let grammar = match format["type"].as_str() {
+            Some("text") => {
+                check_known(format, &["type"])?;
+                return Ok(None);
             }
-            _ => Err(wrong(name, "of the type text, json_object or json_schema")),
-        }
+            Some("json_object") => {
+                check_known(format, &["type", "schema"])?;
+                format.get("schema").map_or_else(|| Ok(Grammar::object()), Grammar::schema)
+            }
+            Some("json_schema") => {
+                check_known(format, &["type", "json_schema"])?;
+                let named = &format["json_schema"];
+                check_known(named, &["name", "description", "strict", "schema"])?;
+                Grammar::schema(&named["schema"])
+            }
+            _ => return Err(wrong(name, "of the type text, json_object or json_schema")),
+        };
+        grammar.map(Some).map_err(|error| Refusal::invalid(Some(name), error.to_string()))
     }
 
     fn prompt(&self) -> Result<String, Refusal> {
@@ -214,6 +225,19 @@ impl Fields {
             return Err(wrong("messages", &format!("a list of 1 to {MESSAGES_MAX} messages")));
         }
         messages.iter().map(message).collect()
+    }
+}
+
+/// What is not known in an answer's form is not ignored: the answer would have another one.
+fn check_known(format: &Value, known: &[&str]) -> Result<(), Refusal> {
+    let mut keys = format.as_object().into_iter().flat_map(Map::keys);
+    match keys.find(|key| !known.contains(&key.as_str())) {
+        Some(key) => {
+            let (key, known) = (&key[..key.floor_char_boundary(64)], known.join(", "));
+            let what = format!("`response_format`: `{key}` is not known here, only {known}; leave it out");
+            Err(Refusal::invalid(Some("response_format"), what))
+        }
+        None => Ok(()),
     }
 }
 

@@ -175,6 +175,7 @@ fn an_answer_s_numbers_and_ends_are_checked() {
         ("--temperature -1", "--temperature is -1; give 0 or more"),
         ("--temperature nan", "--temperature is NaN"),
         ("--top-p 0", "--top-p is 0; give more than 0"),
+        ("--top-p 1e300", "--top-p is 1e300; give"),
         ("--min-p 2", "--min-p is 2; give 0 to 1"),
         ("--repetition-penalty 0", "--repetition-penalty is 0"),
         ("--raw --deadline 5ms", "deadline needs the integer engine"),
@@ -203,6 +204,8 @@ fn an_answer_has_the_form_of_its_grammar() {
     desk.write("schema.json", r#"{"type": "array", "items": {"enum": ["on", "off"]}, "minItems": 2, "maxItems": 3}"#);
     desk.write("foreign.json", r#"{"type": "string", "format": "date"}"#);
     desk.write("broken.json", "{");
+    desk.write("deep.json", chained(2000, |next| serde_json::json!({"items": next})).to_string());
+    desk.write("many.json", serde_json::json!({"anyOf": vec![serde_json::json!({"type": "null"}); 70]}).to_string());
     let generate = "generate --model hf --prompt hi --raw --max-tokens 300 --json --grammar";
     for seed in 0..4 {
         let told = desk.check_works(&format!("{generate} schema.json --temperature 1 --seed {seed}"));
@@ -212,13 +215,39 @@ fn an_answer_has_the_form_of_its_grammar() {
         assert_eq!(told["finish"], "ended");
     }
     desk.check_works(&format!("{generate} json"));
-    let cases: [(&str, &[&str]); 3] = [
+    let cases: [(&str, &[&str]); 5] = [
+        ("deep.json", &["deep.json", "the schema, #/$defs/a", "more than 128 others", "give a flatter one"]),
+        ("many.json", &["many.json", "the schema, #: `anyOf` has 70 alternatives; 64 are the most"]),
         ("nowhere.json", &["the schema nowhere.json", "give `json` or a file"]),
         ("broken.json", &["broken.json", "it is no JSON"]),
         ("foreign.json", &["foreign.json", "the schema, #", "`format` is not supported here; leave it out"]),
     ];
     for (file, expected) in cases {
         desk.check_fails(&format!("{generate} {file}"), expected);
+    }
+}
+
+/// A schema whose parts `a0`, `a1` and so on are each made of a reference to the next; the last is a string.
+fn chained(count: usize, of: impl Fn(serde_json::Value) -> serde_json::Value) -> serde_json::Value {
+    let part = |i: usize| (format!("a{i}"), of(serde_json::json!({"$ref": format!("#/$defs/a{}", i + 1)})));
+    let mut parts: serde_json::Map<_, _> = (0..count).map(part).collect();
+    parts.insert(format!("a{count}"), serde_json::json!({"type": "string"}));
+    serde_json::json!({"$ref": "#/$defs/a0", "$defs": parts})
+}
+
+#[test]
+fn a_server_says_that_it_listens_once_it_can_serve() {
+    let desk = Desk::new();
+    desk.weights("base.gguf");
+    desk.save_adapter("base", SMOKE);
+    let cases: [(&str, &[&str]); 2] = [
+        ("serve --model hf --bind 127.0.0.1:0 --deadline 1s", &["--deadline needs the integer engine"]),
+        ("serve --model base.gguf --adapter base --bind 127.0.0.1:0", &["both called `base`", "--name"]),
+    ];
+    for (arguments, expected) in cases {
+        let output = desk.command(arguments).output().unwrap();
+        check_failure(&output, arguments, expected);
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "", "participant {arguments}");
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{Desk, SMOKE};
+use super::{Desk, SMOKE, chained};
 
 /// A server of the desk's model as `base`, with the adapters `one` and `two`.
 struct Served {
@@ -163,6 +163,9 @@ fn wrong_requests_are_told_what_is_wrong() {
         body[name] = value;
         request(TEXT, &body.to_string())
     };
+    let schema = |schema: Value| {
+        ask("response_format", json!({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}))
+    };
     let cases: Vec<(String, u16, &str)> = vec![
         (request(TEXT, "{\"model\":"), 400, "not JSON"),
         (request(TEXT, "[1]"), 400, "no object"),
@@ -180,6 +183,7 @@ fn wrong_requests_are_told_what_is_wrong() {
         (ask("stop", json!([1])), 400, "`stop` is not"),
         (ask("stream", json!("yes")), 400, "`stream` is not true or false"),
         (ask("deadline_ms", json!(0)), 400, "deadline_ms is 0"),
+        (ask("deadline_ms", json!(1e300)), 400, "deadline_ms is 1e+300; give"),
         (ask("n", json!(2)), 400, "`n` is not supported"),
         (ask("response_format", json!({"type": "xml"})), 400, "json_object or json_schema"),
         (ask("response_format", json!({"type": "json_schema"})), 400, "is no schema"),
@@ -188,6 +192,15 @@ fn wrong_requests_are_told_what_is_wrong() {
             400,
             "`pattern` is not supported",
         ),
+        (ask("response_format", json!({"type": "json_object", "scheme": {}})), 400, "`scheme` is not known here"),
+        (ask("response_format", json!({"type": "json_object", "schema": {"pattern": "a"}})), 400, "`pattern`"),
+        (ask("response_format", json!({"type": "json_schema", "schema": {}})), 400, "`schema` is not known here"),
+        (ask("response_format", json!({"type": "json_schema", "json_schema": {"rules": {}}})), 400, "`rules` is not"),
+        (schema(json!({"enum": ["a"], "type": 5})), 400, "`type` is no name"),
+        (schema(json!({"anyOf": vec![json!({"type": "null"}); 70]})), 400, "70 alternatives"),
+        // A thread's stack must not depend on it.
+        (schema(chained(2000, |next| json!({"items": next}))), 400, "within more than 128 others"),
+        (schema(chained(2000, |next| json!({"allOf": [next]}))), 400, "within more than 128 others"),
         (ask("prompt", json!("x ".repeat(4000))), 400, "more than the model's context"),
         (request(CHAT, &json!({"model": "base", "messages": "hi"}).to_string()), 400, "`messages` is not a list"),
         (request(CHAT, &json!({"model": "base", "messages": [{"role": "x"}]}).to_string()), 400, "`role`"),
@@ -308,6 +321,18 @@ fn an_answer_has_the_form_that_its_request_asks_for() {
         body["deadline_ms"] = json!(1);
         let hurried = served.post(TEXT, &body).json();
         assert!(text.starts_with(hurried["choices"][0]["text"].as_str().unwrap()), "{hurried}");
+    }
+    // As llama.cpp spells it; and two to the power of forty ways to the same string.
+    for (format, is_so) in [
+        (json!({"type": "json_object", "schema": {"enum": [12, 15]}}), Value::is_number as fn(&Value) -> bool),
+        (
+            json!({"type": "json_object", "schema": chained(40, |next| json!({"anyOf": [next, next, {"type": "null"}]}))}),
+            |value| value.is_string() || value.is_null(),
+        ),
+    ] {
+        let body = json!({"model": "base", "prompt": "x", "max_tokens": 400, "response_format": format});
+        let text = served.post(TEXT, &body).json()["choices"][0]["text"].as_str().unwrap().to_owned();
+        assert!(serde_json::from_str(&text).is_ok_and(|value| is_so(&value)), "{text}");
     }
     let body = json!({"model": "base", "prompt": "x", "max_tokens": 40, "response_format": {"type": "json_object"}});
     let text = served.post(TEXT, &body).json()["choices"][0]["text"].as_str().unwrap().to_owned();
