@@ -7,6 +7,7 @@
 //! No crate does it: `llguidance` would switch `serde_json` for the whole workspace to maps in the order of insertion.
 
 mod matcher;
+mod place;
 mod schema;
 mod spelling;
 #[cfg(test)]

@@ -1,10 +1,10 @@
 //! JSON Schema (draft 2020-12) as nodes of a grammar.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 
 use serde_json::{Map, Value};
 
+use super::place::{At, refused, shown};
 use crate::ParticipantError;
 
 /// Node 0 is where an answer begins.
@@ -126,7 +126,7 @@ impl Grammar {
             let root = &At::Pointer("");
             match flat.len() {
                 0 => return Err(refused(root, "has a part that is only itself, and allows no value")),
-                ..=ALTERNATIVES_MAX => self.nodes[from] = Node::AnyOf(flat),
+                1..=ALTERNATIVES_MAX => self.nodes[from] = Node::AnyOf(flat),
                 count => {
                     let what = format_args!("has {count} alternatives within alternatives for one value; {FEWER}");
                     return Err(refused(root, what));
@@ -149,36 +149,6 @@ struct Compiler<'a> {
     depth: usize,
     /// Of all nodes.
     alternatives: usize,
-}
-
-/// Where in a schema something stands; spelled out only to refuse it.
-enum At<'a> {
-    /// What a reference names.
-    Pointer(&'a str),
-    Keyword(&'a At<'a>, &'static str),
-    /// Of a keyword's list.
-    Item(&'a At<'a>, &'static str, usize),
-    Property(&'a At<'a>, &'a str),
-}
-
-impl fmt::Display for At<'_> {
-    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Pointer(pointer) => write!(to, "#{}", shown(pointer)),
-            Self::Keyword(within, keyword) => write!(to, "{within}/{keyword}"),
-            Self::Item(within, keyword, place) => write!(to, "{within}/{keyword}/{place}"),
-            Self::Property(within, name) => write!(to, "{within}/properties/{}", shown(name)),
-        }
-    }
-}
-
-/// A beginning of what a schema's author wrote.
-fn shown(text: &str) -> &str {
-    &text[..text.floor_char_boundary(64)]
-}
-
-fn refused(at: &At<'_>, what: impl fmt::Display) -> ParticipantError {
-    ParticipantError::Usage(format!("the schema, {at}: {what}"))
 }
 
 impl<'a> Compiler<'a> {
