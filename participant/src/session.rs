@@ -28,6 +28,8 @@ use crate::{parts, progress};
 
 mod measuring;
 
+pub use measuring::Measured;
+
 /// To be told that it has been heard, a device that takes leave waits this long.
 const LEAVE_DEADLINE: Duration = Duration::from_secs(1);
 
@@ -50,6 +52,8 @@ pub struct Participant {
     pub prepared: Option<Prepared>,
     /// Where what it learns is kept, over a kill of this process too.
     pub keep: Option<Keep>,
+    /// Kept over a lost connection, so that no run measures more than it may.
+    pub measured: Measured,
     /// How often a coordinator has welcomed it.
     pub welcomes: u64,
     /// Base weights, shared with the other participants of this process.
@@ -170,20 +174,36 @@ impl Participant {
                 width: prepared.width,
             });
             let reporter = &*self.reporter;
-            let mut work = RoundWork { prepared, connection, link, reporter, session: session.id, round, attempt };
-            // A round that the coordinator closes before this participant has finished it is left at once.
-            let ended = tokio::select! {
-                biased;
-                message = receive.message() => Some(message?),
-                done = work.perform(send, &asked) => match done {
-                    // The coordinator gives up the round's streams first, and says then what became of it.
-                    Err(error) if is_stale(&error) => Some(receive.message().await?),
-                    done => { done?; None }
-                },
+            let is_final = asked.is_final_evaluation(&prepared.experiment);
+            let (measured, session) = (&mut self.measured, session.id);
+            let mut work = RoundWork { prepared, measured, connection, link, reporter, session, round, attempt };
+            let ended = {
+                let mut done = std::pin::pin!(work.perform(send, &asked));
+                // A round that the coordinator closes before this participant has finished it is left at once.
+                tokio::select! {
+                    biased;
+                    message = receive.message() => {
+                        let message = message?;
+                        if matches!(message, FromCoordinator::Finish { .. }) {
+                            // What it has said of the sums came before, on a stream of its own, and is heard.
+                            tokio::select! {
+                                biased;
+                                _ = done => {}
+                                () = std::future::ready(()) => {}
+                            }
+                        }
+                        Some(message)
+                    }
+                    done = &mut done => match done {
+                        // The coordinator gives up the round's streams first, and says then what became of it.
+                        Err(error) if is_stale(&error) => Some(receive.message().await?),
+                        done => { done?; None }
+                    },
+                }
             };
             match ended {
                 // A final evaluation that is not waited for any longer is told of by what comes behind it.
-                Some(message @ FromCoordinator::Measure { .. }) => next = Some(message),
+                Some(message @ FromCoordinator::Measure { .. }) if is_final => next = Some(message),
                 Some(message) => {
                     if let Some(reason) = self.note(message)? {
                         return Ok(reason);
@@ -212,7 +232,9 @@ impl Participant {
             FromCoordinator::StartRound { round, .. } | FromCoordinator::ResumeRound { round, .. } => {
                 Err(ParticipantError::Coordinator(format!("it started round {round} within a round")))
             }
-            FromCoordinator::Measure { .. } => unreachable!("what measures is work, and told apart before"),
+            FromCoordinator::Measure { .. } => {
+                Err(ParticipantError::Coordinator("it asked for channel sums within a round".into()))
+            }
             FromCoordinator::Welcome { .. } => Err(ParticipantError::Coordinator("it welcomed us twice".into())),
         }
     }
@@ -371,6 +393,14 @@ enum Asked {
     Measure { round: u32 },
 }
 
+impl Asked {
+    /// Whether this is what everybody evaluates behind the last round.
+    fn is_final_evaluation(&self, experiment: &Experiment) -> bool {
+        let last = experiment.federation.rounds;
+        matches!(self, Self::Round(Start { round, train: false, .. }) if round.checked_sub(1) == Some(last))
+    }
+}
+
 /// To train a round, to evaluate before it, or both.
 struct Start {
     round: u32,
@@ -392,6 +422,7 @@ struct Resume {
 /// One attempt of one round.
 struct RoundWork<'a> {
     prepared: &'a mut Prepared,
+    measured: &'a mut Measured,
     connection: &'a Connection,
     link: Option<BodyLink>,
     reporter: &'a dyn Reporter,

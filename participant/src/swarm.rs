@@ -51,6 +51,7 @@ impl Swarm {
                 device: Default::default(),
                 prepared: None,
                 keep: None,
+                measured: Default::default(),
                 welcomes: 0,
                 stages: stages.clone(),
                 reporter: reporter(&name),

@@ -103,6 +103,7 @@ fn participant(
         model: None,
         device: Default::default(),
         prepared: None,
+        measured: Default::default(),
         welcomes: 0,
         stages,
         reporter: Arc::new(Reports { sim: sim.clone(), i }),

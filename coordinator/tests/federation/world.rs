@@ -128,6 +128,7 @@ impl World {
             device: Default::default(),
             prepared: None,
             keep: None,
+            measured: Default::default(),
             welcomes: 0,
             stages: self.stages.clone(),
             reporter: seen.clone(),
@@ -255,8 +256,11 @@ pub async fn run_to_the_end(world: &World, names: &[&str]) -> BTreeMap<String, V
     assert!(!ended.stopped);
     let mut steps = BTreeMap::new();
     for (name, seen, joined) in joined {
-        let (_, reason) = joined.await.unwrap();
+        let (participant, reason) = joined.await.unwrap();
         assert_eq!(reason.unwrap(), "completed", "{name}");
+        // Who measures learns that it was not for nothing.
+        let is_measuring = world.experiment.federation.imatrix_tokens > 0;
+        assert_eq!(participant.measured.is_kept(&world.experiment), is_measuring, "{name}");
         let seen = seen.steps.lock().unwrap().clone();
         steps.insert(name.to_owned(), seen);
     }

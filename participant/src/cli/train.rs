@@ -114,6 +114,7 @@ pub(super) async fn join(arguments: JoinArguments, stop: watch::Receiver<bool>) 
         device: device.choice(),
         prepared: None,
         keep: Some(Keep::in_state(&state)),
+        measured: Default::default(),
         welcomes: 0,
         stages: Arc::new(Stages::default()),
         reporter: Arc::new(Printer { json, name: None }),

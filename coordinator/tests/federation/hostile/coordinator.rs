@@ -5,9 +5,10 @@ use std::collections::HashMap;
 use model::{Adapter, AdapterConfig, Manifest};
 use net::{Connection, NetError, PeerIdentity, PeerName, RecvStream, SendStream};
 use participant::ParticipantError;
+use participant::session::Participant;
 use wire::{
     AdapterListing, BlobHeader, BlobRef, CODEC_PLAIN, CloseCode, DType, FrameKind, FromCoordinator, FromParticipant,
-    MessageKind, Outcome, Request, Shape, TensorHeader, TensorInfo,
+    MessageKind, Outcome, Request, Shape, TensorHeader, TensorInfo, UpdateReply,
 };
 
 use super::participant::frame;
@@ -41,13 +42,21 @@ struct Welcome {
 
 /// `script` plays the coordinator until the participant has ended.
 async fn participate(script: impl AsyncFnOnce(&mut Fake)) -> Result<String, ParticipantError> {
+    let world = World::new(one_alone);
+    participate_as(&mut world.participant(HONEST).0, &world, script).await
+}
+
+/// The same, with a participant that may have been here before.
+async fn participate_as(
+    participant: &mut Participant,
+    world: &World,
+    script: impl AsyncFnOnce(&mut Fake),
+) -> Result<String, ParticipantError> {
     within_a_minute(async {
-        let world = World::new(one_alone);
-        let (mut participant, _) = world.participant(HONEST);
         let peer = PeerIdentity::Participant { name: PeerName::new(HONEST).unwrap() };
         let (ours, theirs) = Connection::pair(peer, PeerIdentity::Coordinator);
         let play = async {
-            let mut fake = Fake::greeted(&world, theirs).await;
+            let mut fake = Fake::greeted(world, theirs).await;
             script(&mut fake).await;
             // The participant has the last word: nothing is closed before it has ended.
             std::future::pending::<()>().await;
@@ -236,6 +245,63 @@ async fn a_body_that_answers_wrongly_is_refused() {
     check("the frame's kind is CutGradient", |header, _| header.kind = FrameKind::CutGradient).await;
 }
 
+/// The run's only round is 1, its final evaluation 2.
+const MEASURING: u32 = 3;
+
+fn measuring(text: &str) -> String {
+    one_alone(text).replace("evaluate_every = 1", "evaluate_every = 1\nimatrix_tokens = 1000")
+}
+
+async fn check_measuring_refused(complaint: &str, script: impl AsyncFnOnce(&mut Fake)) {
+    let world = World::new(measuring);
+    let error = participate_as(&mut world.participant(HONEST).0, &world, script).await.unwrap_err();
+    assert!(error.to_string().contains(complaint), "{error}");
+    assert!(!error.is_retryable(), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn measuring_within_a_round_is_refused() {
+    let complaint = "the coordinator misbehaved: it asked for channel sums within a round";
+    check_measuring_refused(complaint, async |fake| {
+        fake.start().await;
+        fake.measure().await;
+    })
+    .await;
+    // Nor twice at once.
+    check_measuring_refused(complaint, async |fake| {
+        fake.welcome().await;
+        fake.serve_until_ready().await;
+        fake.measure().await;
+        fake.measure().await;
+    })
+    .await;
+}
+
+/// With ever other adapters a coordinator would learn ever more of the records.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_measures_with_one_adapter() {
+    let world = World::new(measuring);
+    let (mut participant, _) = world.participant(HONEST);
+    let mut measured = async |scale: f32| {
+        let ended = participate_as(&mut participant, &world, async |fake| {
+            fake.welcome().await;
+            fake.serve_until_ready().await;
+            let values: Vec<f32> = fake.adapter.flat().iter().map(|value| value * scale).collect();
+            fake.adapter = fake.adapter.with_flat(&values).unwrap();
+            fake.measure().await;
+            fake.serve_adapter(|_| ()).await;
+            fake.serve_sums().await;
+            fake.send.message(&FromCoordinator::Finish { reason: "enough".into() }).await.unwrap();
+        });
+        (ended.await, participant.measured.is_kept(&world.experiment))
+    };
+    // Of the answer and the run's end, which are here at once, both are heard.
+    assert!(matches!(measured(1.0).await, (Ok(_), true)));
+    assert!(matches!(measured(1.0).await, (Ok(_), true)));
+    let error = measured(2.0).await.0.unwrap_err().to_string();
+    assert!(error.contains("the coordinator misbehaved: it asks for channel sums with another adapter"), "{error}");
+}
+
 /// The coordinator gives up streams of a round before it says on the control stream what became of the round.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_that_was_given_up_is_explained_by_the_control_stream() {
@@ -362,6 +428,40 @@ impl Fake {
         self.serve_until_ready().await;
         self.start_round(1, true).await;
         self.serve_adapter(|_| ()).await;
+    }
+
+    async fn measure(&mut self) {
+        self.send.message(&FromCoordinator::Measure { round: MEASURING }).await.unwrap();
+    }
+
+    /// Answers a participant that measures until its sums are here, and accepts them. The body hands back what it gets.
+    async fn serve_sums(&mut self) {
+        loop {
+            let (mut send, mut receive) = self.connection.accept().await.unwrap();
+            let frame_header = |kind, micro, shape| {
+                let (session, round) = (SESSION, MEASURING);
+                TensorHeader { kind, dtype: DType::F32, session, round, step: 0, micro, shape }
+            };
+            match receive.message().await.unwrap() {
+                Request::Step { micro, segments, .. } => {
+                    let shape = Shape::new(&[segments.iter().sum(), self.manifest.config.width as u32]).unwrap();
+                    let header = frame_header(FrameKind::Activations, micro, shape);
+                    let values = receive.tensor(&header).await.unwrap();
+                    send.tensor(&header, &values).await.unwrap();
+                    send.finish();
+                }
+                Request::ChannelSums { tensors, .. } => {
+                    for (i, tensor) in tensors.iter().enumerate() {
+                        let header = frame_header(FrameKind::ChannelSums, i as u32, tensor.shape().unwrap());
+                        receive.tensor(&header).await.unwrap();
+                    }
+                    receive.end().await.unwrap();
+                    send.message(&UpdateReply::Accepted).await.unwrap();
+                    return send.finish();
+                }
+                other => panic!("{other:?}"),
+            }
+        }
     }
 
     /// The next step stream, as far as its activations; the header of the answer.
