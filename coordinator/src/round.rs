@@ -29,13 +29,13 @@ const REJOIN_MS: u64 = 10_000;
 /// loads its parts of the model and goes on where it was.
 const RETURN_MS: u64 = 30_000;
 
+/// A run that was started again with nothing left to train waits this long for somebody to evaluate what it has learned.
+const LAST_CALL_MS: u64 = 60_000;
+
 /// The round that measures for an importance matrix: behind the one of the final evaluation, which has no steps either.
 pub fn measuring_round(federation: &Federation) -> u32 {
     federation.rounds.saturating_add(2)
 }
-
-/// A run that was started again with nothing left to train waits this long for somebody to evaluate what it has learned.
-const LAST_CALL_MS: u64 = 60_000;
 
 /// The round machine. Rounds are numbered from 1; round 0 is the adapter nobody has trained yet.
 ///

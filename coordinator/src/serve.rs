@@ -31,13 +31,15 @@ use crate::journal::Journal;
 use crate::round::ParticipantName;
 use crate::witness::{Micro, Witness, Work};
 
+/// What a participant is told that knows no run without a deadline; the coordinator alone closes rounds.
+const OLD_DEADLINE_S: u64 = 24 * 3600;
 /// A peer that connects must say hello within this time.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 /// Streams that a participant may open and give up, one after the other, before it finishes one. A round that is closed
 /// costs an honest one those that are in flight.
 const STREAMS_GIVEN_UP_MAX: u32 = 256;
-/// The first minor version that measures for an importance matrix.
-pub const MEASURING_MINOR: u16 = 3;
+/// The run's end is told behind the answers that are on their way, but no later than this.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
 const BLOB_CHUNK_BYTES: usize = 256 << 10;
 
 /// What every connection needs to know.
@@ -288,6 +290,7 @@ struct Session<'a> {
     shared: &'a Arc<Shared>,
     minor: u16,
     witness: Arc<Mutex<Witness>>,
+    answering: Arc<Answering>,
 }
 
 impl Session<'_> {
@@ -298,7 +301,7 @@ impl Session<'_> {
     ) -> Result<(), ServeError> {
         let id = shared.sessions.fetch_add(1, Ordering::Relaxed);
         let witness = Arc::new(Mutex::new(Witness::new(&shared.experiment)));
-        let mut session = Session { id, participant, connection, shared, minor: 0, witness };
+        let mut session = Session { id, participant, connection, shared, minor: 0, witness, answering: Arc::default() };
         let PeerIdentity::Participant { name } = connection.peer() else {
             return Err(ServeError::Close(CloseCode::NotAuthorized, "no participant".into()));
         };
@@ -341,11 +344,13 @@ impl Session<'_> {
         session.serve_streams(&mut send, &mut receive, messages, &mut to_send).await
     }
 
-    /// The run's experiment as this participant knows it: one from before a key would refuse it.
+    /// The run's experiment as this participant knows it: one from before a key would refuse it, and so would one from
+    /// before a key could be left away.
     fn experiment(&self) -> Experiment {
         let mut experiment = Experiment::clone(&self.shared.experiment);
-        if self.minor < MEASURING_MINOR {
+        if self.minor < wire::MEASURING_MINOR {
             experiment.federation.imatrix_tokens = 0;
+            experiment.federation.deadline_s.get_or_insert(OLD_DEADLINE_S);
         }
         experiment
     }
@@ -419,6 +424,10 @@ impl Session<'_> {
                     if let FromCoordinator::Measure { round } = message {
                         locked(&self.witness).gave(RoundKey { round, attempt: 1 }, 0..0, false);
                     }
+                    if last {
+                        // Whoever hears that the run is over leaves, and reads no answer any more.
+                        let _ = tokio::time::timeout(ANSWER_DEADLINE, self.answering.write()).await;
+                    }
                     send.message(&message).await?;
                     if last {
                         send.finish();
@@ -447,6 +456,7 @@ impl Session<'_> {
                         connection: self.connection.clone(),
                         shared: self.shared.clone(),
                         witness: self.witness.clone(),
+                        answering: self.answering.clone(),
                         send: stream_send,
                         receive: stream_receive,
                         finished: false,
@@ -514,6 +524,9 @@ impl Session<'_> {
     }
 }
 
+/// Held for reading by streams whose answer must be there before the run's end is told.
+type Answering = tokio::sync::RwLock<()>;
+
 /// One stream that a participant opened. Dropped before its end, because it or the run is no longer wanted, it is given
 /// up: merely ended, it would look like an answer that breaks off.
 struct Stream {
@@ -522,6 +535,7 @@ struct Stream {
     connection: Connection,
     shared: Arc<Shared>,
     witness: Arc<Mutex<Witness>>,
+    answering: Arc<Answering>,
     send: SendStream,
     receive: RecvStream,
     finished: bool,

@@ -40,6 +40,8 @@ impl Stream {
                 }
             }
         };
+        let answering = self.answering.clone();
+        let _answering = answering.read().await;
         let (answer, answered) = oneshot::channel();
         let (participant, session) = (self.participant.clone(), self.session);
         if self.shared.incoming.send(Incoming::ChannelSums { participant, session, sums, answer }).await.is_err() {
@@ -48,6 +50,8 @@ impl Stream {
         let over = || UpdateReply::Refused { reason: RefusalReason::Late, text: "the run is over".into() };
         self.send.message(&answered.await.unwrap_or_else(|_| over())).await?;
         self.finish();
+        // Whoever does not want the answer has none; and a connection that is lost says so itself.
+        let _ = self.send.delivered().await;
         Ok(())
     }
 

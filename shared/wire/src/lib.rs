@@ -34,5 +34,8 @@ pub const MINOR: u16 = 3;
 /// The first minor version in which a certificate is renewed over the live connection.
 pub const RENEWING_MINOR: u16 = 2;
 
+/// The first minor version that measures for an importance matrix.
+pub const MEASURING_MINOR: u16 = 3;
+
 /// The only payload codec so far: values in the header's dtype, one after the other.
 pub const CODEC_PLAIN: u8 = 0;

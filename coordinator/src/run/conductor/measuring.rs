@@ -7,13 +7,13 @@ use std::collections::BTreeSet;
 use model::ChannelSums;
 use quant::Imatrix;
 use tokio::sync::oneshot;
-use wire::{FromCoordinator, RefusalReason, UpdateReply};
+use wire::{FromCoordinator, MEASURING_MINOR, RefusalReason, UpdateReply};
 
 use super::super::RunError;
 use super::Conductor;
 use crate::body::RoundKey;
 use crate::round::{Action, Event, ParticipantName, SumsRefusal, measuring_round};
-use crate::serve::{Incoming, MEASURING_MINOR};
+use crate::serve::Incoming;
 
 /// Whose sums are waited for, and whose are here.
 #[derive(Default)]

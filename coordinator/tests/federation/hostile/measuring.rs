@@ -129,6 +129,22 @@ async fn sums_in_order_are_kept() {
     .await;
 }
 
+/// Whoever hears that the run is over leaves, and would never know.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_answer_to_the_last_sums_is_there_before_the_end_is_told() {
+    check_measuring(async |world, hostile| {
+        hostile.measure(ROUND, TOKENS).await;
+        let mut answer = hostile.send_sums(ROUND, 8, &listing(world), 1.0).await;
+        while !matches!(hostile.control().await, FromCoordinator::Finish { .. }) {}
+        tokio::select! {
+            biased;
+            answer = answer.message() => assert!(matches!(answer.unwrap(), UpdateReply::Accepted)),
+            () = std::future::ready(()) => panic!("the end came first"),
+        }
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn more_tokens_than_the_experiment_measures_are_refused() {
     check_measuring(async |_, hostile| {
@@ -165,15 +181,20 @@ async fn whoever_leaves_or_will_not_measure_is_not_waited_for() {
     .await;
 }
 
-/// It would refuse an experiment with a key that it does not know, and a message that it does not know.
+/// It would refuse an experiment with a key that it does not know or without one that it demands, and a message that it
+/// does not know.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_participant_of_an_older_minor_version_takes_part_and_is_not_asked() {
     within_a_minute(async {
-        let world = World::new(measuring);
+        let world = World::new(|text| measuring(text).replace("deadline_s = 3600\n", ""));
+        assert_eq!(world.experiment.federation.deadline_s, None);
         let coordinator = world.coordinator();
         let honest = coordinator.join(world.participant(HONEST).0).await;
         let mut old = Hostile::greet_as(&world, &coordinator, 2).await;
+        let told = experiment::Experiment::from_toml(&old.experiment_toml, "the welcome's").unwrap();
         assert!(!old.experiment_toml.contains("imatrix_tokens"));
+        assert_eq!(told.federation.deadline_s, Some(24 * 3600));
+        assert_eq!(told.digest(), old.experiment_digest);
         old.ready().await;
         assert!(matches!(old.control().await, FromCoordinator::StartRound { round: 1, .. }));
         old.update(1, 1, 10, &old.trained).await.unwrap_err();
@@ -257,7 +278,18 @@ impl Hostile {
         TensorHeader { kind: FrameKind::ChannelSums, ..self.update_header(round, i, tensor) }
     }
 
-    /// A whole upload, all of whose values are `value`; the coordinator's reply to it.
+    /// A whole upload, all of whose values are `value`; where the coordinator's reply to it comes.
+    async fn send_sums(&self, round: u32, tokens: u64, tensors: &[TensorInfo], value: f32) -> net::RecvStream {
+        let (mut send, receive) = self.announce_sums(round, tokens, tensors).await;
+        for (i, tensor) in tensors.iter().enumerate() {
+            let header = self.sums_header(round, i as u32, tensor);
+            // A listing that is wrong is not read on.
+            let _ = send.tensor(&header, &vec![value; header.shape.elements()]).await;
+        }
+        send.finish();
+        receive
+    }
+
     async fn channel_sums(
         &self,
         round: u32,
@@ -265,14 +297,7 @@ impl Hostile {
         tensors: &[TensorInfo],
         value: f32,
     ) -> Result<(), (RefusalReason, String)> {
-        let (mut send, mut receive) = self.announce_sums(round, tokens, tensors).await;
-        for (i, tensor) in tensors.iter().enumerate() {
-            let header = self.sums_header(round, i as u32, tensor);
-            // A listing that is wrong is not read on.
-            let _ = send.tensor(&header, &vec![value; header.shape.elements()]).await;
-        }
-        send.finish();
-        match receive.message().await.unwrap() {
+        match self.send_sums(round, tokens, tensors, value).await.message().await.unwrap() {
             UpdateReply::Accepted => Ok(()),
             UpdateReply::Refused { reason, text } => Err((reason, text)),
         }
