@@ -66,12 +66,7 @@ impl Imatrix {
 
     /// Writes the file; one that is there is replaced.
     pub fn write(&self, path: &Path) -> Result<(), Error> {
-        let mut writer = Writer::create(path, self.header()?)?;
-        for (name, sums) in &self.sums {
-            writer.write_tensor(&format!("{name}{SQUARES}"), &quantize(BlockType::F32, &sums.squares)?)?;
-            writer.write_tensor(&format!("{name}{COUNTS}"), &quantize(BlockType::F32, &[sums.tokens])?)?;
-        }
-        writer.finish()
+        Writer::replace(path, &self.to_bytes()?)
     }
 
     /// The bytes of the file, for who has a way of its own to write one.

@@ -37,15 +37,24 @@ impl Writer {
             return Err(Error::Refused { reason });
         }
 
-        let partial_path = partial_path(path);
-        let io = |source| Error::Io { path: partial_path.clone(), source };
-        let file = File::create_new(&partial_path).map_err(io)?;
-        let remaining = header.tensors().to_vec().into_iter();
-        let file = BufWriter::new(file);
-        let mut writer =
-            Writer { path: path.to_owned(), partial_path, file, remaining, broken: false, finished: false };
+        let mut writer = Writer::begin(path, header.tensors().to_vec())?;
         writer.put(&bytes)?;
         Ok(writer)
+    }
+
+    /// Writes all bytes of a file at once.
+    pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+        let mut writer = Writer::begin(path, Vec::new())?;
+        writer.put(bytes)?;
+        writer.finish()
+    }
+
+    fn begin(path: &Path, tensors: Vec<TensorInfo>) -> Result<Writer, Error> {
+        let partial_path = partial_path(path);
+        let io = |source| Error::Io { path: partial_path.clone(), source };
+        let file = BufWriter::new(File::create_new(&partial_path).map_err(io)?);
+        let (path, remaining) = (path.to_owned(), tensors.into_iter());
+        Ok(Writer { path, partial_path, file, remaining, broken: false, finished: false })
     }
 
     /// Writes the blocks of the next declared tensor, whose name and size must be these.
