@@ -20,6 +20,7 @@ use std::sync::Arc;
 use experiment::write_atomically;
 use net::{Authority, Identity, IdentityError, PeerIdentity, PeerName, Root};
 use serde::{Deserialize, Serialize};
+use storage::Disk;
 use time::{Duration, OffsetDateTime};
 
 use audit::Event;
@@ -38,6 +39,8 @@ const ADDRESSES_MAX: usize = 16;
 const RENEWAL: Duration = Duration::days(30);
 
 const SETTINGS: &str = "home.toml";
+/// In its place while a home is being made.
+const UNFINISHED: &str = "home.toml.partial";
 const ROOT: [&str; 2] = ["ca.pem", "ca.key"];
 const ISSUING: [&str; 2] = ["issuing.pem", "issuing.key"];
 const COORDINATOR: [&str; 2] = ["coordinator.pem", "coordinator.key"];
@@ -124,7 +127,8 @@ struct Addresses {
 }
 
 impl Home {
-    /// Makes a home in a directory that is empty or does not exist yet. Without addresses it is [`ADDRESS_DEFAULT`].
+    /// Makes a home in a directory that is empty or does not exist yet, or holds one that was not finished. Without
+    /// addresses it is [`ADDRESS_DEFAULT`].
     pub fn init(path: &Path, mut addresses: Vec<String>, now: OffsetDateTime) -> Result<Self, HomeError> {
         if addresses.is_empty() {
             addresses.push(ADDRESS_DEFAULT.into());
@@ -133,7 +137,11 @@ impl Home {
         // Before anything is made: a wrong address must not leave half a home.
         Addresses::read(&settings, &path.join(SETTINGS))?;
         fs::create_dir_all(path).map_err(file("make the directory", path))?;
+        clear_unfinished(path)?;
         check_empty(path)?;
+        let settings = toml::to_string(&settings).expect("a list of strings can be written as TOML");
+        let unfinished = path.join(UNFINISHED);
+        fs::write(&unfinished, SETTINGS_COMMENT.to_owned() + &settings).map_err(file("write", &unfinished))?;
 
         let [certificate, key] = ROOT.map(|name| path.join(name));
         let issue = |source| HomeError::Issue { path: certificate.clone(), source };
@@ -148,8 +156,12 @@ impl Home {
         issue_coordinator(path, &authority, now)?;
         audit::append(path, now, Event::HomeMade, None, "")?;
         // Last, because a directory with this file is a home.
-        let settings = toml::to_string(&settings).expect("a list of strings can be written as TOML");
-        write_atomically(&path.join(SETTINGS), (SETTINGS_COMMENT.to_owned() + &settings).as_bytes())?;
+        let settings_path = path.join(SETTINGS);
+        File::open(&unfinished)
+            .and_then(|settings| settings.sync_all())
+            .and_then(|()| fs::rename(&unfinished, &settings_path))
+            .and_then(|()| Disk::default().sync_directory(&settings_path))
+            .map_err(file("write", &settings_path))?;
         Self::open(path)
     }
 
@@ -332,12 +344,46 @@ fn write_authority(home: &Path, authority: &Authority) -> Result<(), HomeError> 
     write_private(&key, authority.key_pem())
 }
 
+/// Removes what an `init` has left that was cut short: nobody can have been invited by it. Where anything else lies beside
+/// it, all is left alone.
+fn clear_unfinished(path: &Path) -> Result<(), HomeError> {
+    let unfinished = path.join(UNFINISHED);
+    if !unfinished.is_file() {
+        return Ok(());
+    }
+    let made: Vec<&str> = ROOT
+        .into_iter()
+        .chain(ISSUING)
+        .chain(COORDINATOR)
+        .chain([audit::LOG, audit::HEAD])
+        .chain([EXPERIMENT])
+        .collect();
+    let is_ours = |name: &str| {
+        [UNFINISHED, INVITATIONS].contains(&name) || made.contains(&name.strip_suffix(".tmp").unwrap_or(name))
+    };
+    let names = names_in(path)?;
+    if !names.iter().all(|name| is_ours(name)) {
+        return Ok(());
+    }
+    let invitations = path.join(INVITATIONS);
+    if let Err(error) = fs::remove_dir(&invitations)
+        && error.kind() != ErrorKind::NotFound
+    {
+        return Err(file("remove the directory", &invitations)(error));
+    }
+    // The one that tells of it last.
+    let others = names.iter().filter(|name| ![UNFINISHED, INVITATIONS].contains(&name.as_str()));
+    others.map(|name| path.join(name)).chain([unfinished.clone()]).try_for_each(|path| remove(&path))
+}
+
+fn names_in(path: &Path) -> Result<Vec<String>, HomeError> {
+    fs::read_dir(path)
+        .and_then(|entries| entries.map(|entry| Ok(entry?.file_name().display().to_string())).collect())
+        .map_err(file("look into", path))
+}
+
 fn check_empty(path: &Path) -> Result<(), HomeError> {
-    let mut names = fs::read_dir(path)
-        .and_then(|entries| {
-            entries.map(|entry| Ok(entry?.file_name().display().to_string())).collect::<io::Result<Vec<_>>>()
-        })
-        .map_err(file("look into", path))?;
+    let mut names = names_in(path)?;
     if names.is_empty() {
         return Ok(());
     }
@@ -450,6 +496,39 @@ mod tests {
 
         let (_directory, home) = new_home();
         assert!(matches!(Home::init(home.path(), Vec::new(), now()), Err(HomeError::NotEmpty { .. })));
+    }
+
+    /// Ctrl-C may come at any time, and the same command is then to be run again.
+    #[test]
+    fn a_home_that_was_not_finished_is_begun_anew() {
+        let (_directory, home) = new_home();
+        let (path, finished) = (home.path(), names_in(home.path()).unwrap());
+        let [settings, partial] = ["home.toml", UNFINISHED].map(|name| path.join(name));
+        for gone in ["audit.head", "coordinator.pem", "experiment.toml", "invitations", "issuing.key", "ca.pem"] {
+            let key = read(&path.join("ca.key")).unwrap();
+            fs::rename(&settings, &partial).unwrap();
+            let gone = path.join(gone);
+            if gone.is_dir() {
+                fs::remove_dir(&gone).unwrap()
+            } else {
+                fs::remove_file(&gone).unwrap()
+            }
+            fs::write(path.join("experiment.toml.tmp"), "[").unwrap();
+            assert!(matches!(Home::open(path), Err(HomeError::NotAHome { .. })));
+            let again = Home::init(path, Vec::new(), now()).unwrap();
+            assert_ne!(read(&path.join("ca.key")).unwrap(), key);
+            let sorted = |mut names: Vec<String>| {
+                names.sort();
+                names
+            };
+            assert_eq!(sorted(names_in(again.path()).unwrap()), sorted(finished.clone()));
+        }
+        // Somebody's own file beside it is not ours to judge.
+        fs::rename(&settings, &partial).unwrap();
+        fs::write(path.join("mine"), "mine").unwrap();
+        let key = read(&path.join("ca.key")).unwrap();
+        assert!(matches!(Home::init(path, Vec::new(), now()), Err(HomeError::NotEmpty { .. })));
+        assert_eq!(read(&path.join("ca.key")).unwrap(), key);
     }
 
     #[test]
