@@ -113,6 +113,8 @@ pub struct Ended {
 pub trait Watcher: Send + Sync {
     fn row(&mut self, row: &Row);
     fn note(&mut self, text: &str);
+    /// What is evaluated from now on is of another round, or nothing.
+    fn evaluated(&mut self) {}
     fn step(&mut self, done: u64, all: u64, loss_nats: f64);
 }
 

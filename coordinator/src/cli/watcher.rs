@@ -99,6 +99,10 @@ impl Watcher for LineWatcher {
         self.line(text);
     }
 
+    fn evaluated(&mut self) {
+        self.tell_evaluation();
+    }
+
     fn step(&mut self, done: u64, all: u64, loss_nats: f64) {
         self.bar.set_length(all);
         self.bar.set_position(done);

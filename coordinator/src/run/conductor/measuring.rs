@@ -36,6 +36,7 @@ impl Conductor {
         let federation = &self.shared.experiment.federation;
         let (round, rounds, local_steps) = (measuring_round(federation), federation.rounds, federation.local_steps);
         if self.measuring.is_none() {
+            self.watcher.evaluated();
             let first_step = u64::from(rounds).saturating_mul(local_steps);
             self.publish(RoundKey { round, attempt: 1 }, participants.clone(), first_step).await;
             self.measuring = Some(Measuring::default());
