@@ -240,6 +240,10 @@ struct ExportArguments {
     run: PathBuf,
     #[command(flatten)]
     files: FileArguments,
+    /// Importance matrices in GGUF, as llama-imatrix and `participant calibrate` write them; several are added up, and
+    /// `federated` stands for all of the devices' in RUN/imatrix/
+    #[arg(long, value_delimiter = ',', value_name = "FILE")]
+    imatrix: Vec<PathBuf>,
     /// A finished round [default: the newest]
     #[arg(long)]
     round: Option<u32>,
@@ -254,6 +258,9 @@ struct QuantizeArguments {
     adapter: Option<PathBuf>,
     #[command(flatten)]
     files: FileArguments,
+    /// Importance matrices in GGUF, as llama-imatrix and `participant calibrate` write them; several are added up
+    #[arg(long, value_delimiter = ',', value_name = "FILE")]
+    imatrix: Vec<PathBuf>,
 }
 
 #[derive(Args)]
@@ -272,10 +279,6 @@ struct FileArguments {
     /// What the search measures activations on: text that the model writes (`self`), a text file, or `none`
     #[arg(long, default_value = "self", value_name = "self|none|FILE")]
     calibrate: String,
-    /// Importance matrices in GGUF, as llama-imatrix and `participant calibrate` write them; several are added up, and
-    /// `federated` stands for all of the devices' in RUN/imatrix/
-    #[arg(long, value_delimiter = ',', value_name = "FILE")]
-    imatrix: Vec<PathBuf>,
     #[arg(long)]
     out: PathBuf,
     /// Replace files that are there
@@ -295,7 +298,7 @@ struct FileArguments {
 }
 
 impl FileArguments {
-    fn options(&self) -> Result<Options, ExportError> {
+    fn options(&self, imatrix: Vec<PathBuf>) -> Result<Options, ExportError> {
         let calibration = match self.calibrate.as_str() {
             "self" => Calibration::Own,
             "none" => Calibration::None,
@@ -305,17 +308,18 @@ impl FileArguments {
             true => Checks::Skip,
             false => Checks::With { text: self.check_text.clone(), limit_nats: self.limit_kl },
         };
-        let (method, imatrix) = (self.quantizer.into(), self.imatrix.clone());
+        let method = self.quantizer.into();
         let budget = self.budget.as_deref().map(str::parse).transpose()?;
         Ok(Options { method, calibration, imatrix, force: self.force, check, budget })
     }
 
     fn write(
         &self,
+        imatrix: Vec<PathBuf>,
         write: impl FnOnce(&[Format], &Options) -> Result<Vec<Exported>, ExportError>,
     ) -> anyhow::Result<()> {
         let formats = self.format.iter().map(|format| format.parse()).collect::<Result<Vec<Format>, _>>();
-        let exported = formats.and_then(|formats| write(&formats, &self.options()?));
+        let exported = formats.and_then(|formats| write(&formats, &self.options(imatrix)?));
         let exported = exported.map_err(failed)?;
         for exported in &exported {
             match self.json {
@@ -427,12 +431,11 @@ impl Command {
                     false => print(format_args!("{}\npage: {}", report.text.trim_end(), out.display())),
                 }
             }
-            Self::Export(ExportArguments { run, files, round }) => {
-                files.write(|formats, options| export(&run, round, formats, options, &files.out))
+            Self::Export(ExportArguments { run, files, imatrix, round }) => {
+                files.write(imatrix, |formats, options| export(&run, round, formats, options, &files.out))
             }
-            Self::Quantize(QuantizeArguments { model, adapter, files }) => {
-                files.write(|formats, options| quantize(&model, adapter.as_deref(), formats, options, &files.out))
-            }
+            Self::Quantize(QuantizeArguments { model, adapter, files, imatrix }) => files
+                .write(imatrix, |formats, options| quantize(&model, adapter.as_deref(), formats, options, &files.out)),
         }
     }
 }

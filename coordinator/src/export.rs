@@ -89,23 +89,29 @@ pub fn export(
     let run = RunDirectory::open(run)?;
     let round = finished_round(&run, round)?;
     let experiment = run.experiment();
+    let mut options = options.clone();
+    if options.imatrix == [Path::new(FEDERATED)] {
+        options.imatrix = federated::files(&run)?;
+    } else if names_federated(&options) {
+        return Err(ExportError::FederatedAndOthers { directory: run.imatrix_directory() });
+    }
     let base = model::source::of_experiment(experiment)?;
     if !options.force {
-        refuse_existing(formats, options, out)?;
+        refuse_existing(formats, &options, out)?;
     }
     check_digest(experiment, &*base)?;
     let adapter = Adapter::load(&run.round_path(round).join("adapter"), base.config())?;
     let name = format!("{}, round {round}", experiment.name);
-    let mut options = options.clone();
-    if options.imatrix == [Path::new(FEDERATED)] {
-        options.imatrix = federated::files(&run)?;
-    }
     let job = Job { base: &*base, base_name: base_name(experiment), adapter: &adapter, name, seed: experiment.seed };
     job.write(formats, &options, out)
 }
 
 /// In place of importance matrices: those in the run directory.
 const FEDERATED: &str = "federated";
+
+fn names_federated(options: &Options) -> bool {
+    options.imatrix.iter().any(|path| path == Path::new(FEDERATED))
+}
 
 /// The same for a model that nobody trained here: a Hugging Face directory or a GGUF file.
 pub fn quantize(
@@ -117,6 +123,9 @@ pub fn quantize(
 ) -> Result<Vec<Exported>, ExportError> {
     if adapter.is_none() && formats.contains(&Format::Peft) {
         return Err(ExportError::NoAdapter { model: model.to_owned() });
+    }
+    if names_federated(options) {
+        return Err(ExportError::NoFederation { model: model.to_owned() });
     }
     if !options.force {
         refuse_existing(formats, options, out)?;
@@ -416,8 +425,8 @@ pub enum ExportError {
     #[error("keep to a budget of {bytes_max} bytes: the smallest choice of types takes {bytes_min}; allow that much")]
     SmallBudget { bytes_max: u64, bytes_min: u64 },
     #[error(
-        "use the devices' importance matrices: {} holds none; put there what `participant calibrate` writes on each device",
-        directory.display()
+        "use the devices' importance matrices: {} holds none; put there (`mkdir -p` makes it) what `participant calibrate` \
+         writes on each device", directory.display()
     )]
     NoImatrix { directory: PathBuf },
     #[error(
@@ -425,6 +434,16 @@ pub enum ExportError {
          `participant calibrate` gives their owners, or name the files to add with --imatrix", directory.display()
     )]
     MissingImatrix { directory: PathBuf, missing: String },
+    #[error(
+        "use `{FEDERATED}` beside other importance matrices: it stands for all files in {}; put the others there too, or \
+         name every file", directory.display()
+    )]
+    FederatedAndOthers { directory: PathBuf },
+    #[error(
+        "use `{FEDERATED}`: {} is no run, whose devices it would stand for; name the files, or take `coordinator export` \
+         for a run", model.display()
+    )]
+    NoFederation { model: PathBuf },
     #[error("use the importance matrix {}: {what}; collect it on this model", path.display())]
     OtherImatrix { path: PathBuf, what: String },
     #[error("calibrate on {}: {what}; give another text", path.display())]
@@ -438,6 +457,8 @@ pub enum ExportError {
     TooLossy { path: PathBuf, kl_nats: f64, limit_nats: f64 },
     #[error("export {tensor}: cannot {source}")]
     Tensor { tensor: String, source: quant::Error },
+    #[error("read {}: {source}; check the path", path.display())]
+    Read { path: PathBuf, source: io::Error },
     #[error("write {}: {source}; check the path and the disk", path.display())]
     Io { path: PathBuf, source: io::Error },
     #[error(transparent)]
@@ -455,6 +476,11 @@ impl ExportError {
     fn io(path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { path, source }
+    }
+
+    fn reading(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Read { path, source }
     }
 
     fn tensor(tensor: &str) -> impl FnOnce(quant::Error) -> Self {

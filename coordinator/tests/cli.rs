@@ -131,7 +131,22 @@ fn what_no_run_holds_is_not_shown_and_not_exported() {
     let desk = Desk::new();
     RunDirectory::create(&desk.path("begun"), &smoke(SMOKE)).unwrap();
     desk.check_works("export runs/smoke --format peft,gguf:q8_0 --out exports");
-    let cases: [(&str, &[&str]); 9] = [
+    let cases: [(&str, &[&str]); 15] = [
+        ("status home", &["look at a run in home", "runs/NAME"]),
+        ("report home", &["look at a run in home", "runs/NAME"]),
+        ("export home --format hf --out out", &["look at a run in home", "runs/NAME"]),
+        (
+            "export runs/smoke --format gguf:q4_0 --imatrix federated --out out",
+            &["runs/smoke/imatrix holds none", "participant calibrate"],
+        ),
+        (
+            "export runs/smoke --format gguf:q4_0 --imatrix federated,mine.gguf --out out",
+            &["`federated` beside other importance matrices", "runs/smoke/imatrix", "name every file"],
+        ),
+        (
+            "export runs/smoke --format gguf:q4_0 --calibrate none.txt --out out",
+            &["failed to read none.txt", "check the path"],
+        ),
         ("status runs/none", &["runs/none/experiment.toml", "check the path"]),
         ("report runs/none", &["runs/none/experiment.toml", "check the path"]),
         ("report runs/smoke --out none/page.html", &["none/page.html", "check the path"]),
@@ -149,6 +164,7 @@ fn what_no_run_holds_is_not_shown_and_not_exported() {
         desk.check_fails(arguments, expected);
     }
     assert!(!desk.path("out").exists() && !desk.path("exports/hf").exists());
+    assert!(!desk.path("home/report.html").exists() && desk.path("begun/smoke/imatrix").is_dir());
 }
 
 #[test]
@@ -157,7 +173,7 @@ fn what_cannot_be_quantized_as_asked_is_named() {
     desk.check_works("export runs/smoke --format gguf:q8_0 --out exports");
     desk.write("short.txt", "too short");
     let model = "quantize exports/model-q8_0.gguf --out out";
-    let cases: [(&str, &[&str]); 9] = [
+    let cases: [(&str, &[&str]); 10] = [
         ("quantize none --format gguf:q4_0 --out out", &["none", "check the path"]),
         (&format!("{model} --format peft"), &["has no adapter"]),
         (&format!("{model} --format gguf:f16 --adapter none"), &["none/adapter_config.json", "check the path"]),
@@ -166,6 +182,10 @@ fn what_cannot_be_quantized_as_asked_is_named() {
         (&format!("{model} --format gguf:q4_0 --calibrate none.txt"), &["none.txt", "check the path"]),
         (&format!("{model} --format gguf:q4_0 --calibrate short.txt"), &["short.txt", "fewer than 16 tokens"]),
         (&format!("{model} --format gguf:q4_0 --imatrix exports/model-q8_0.gguf"), &["model-q8_0.gguf", "importance"]),
+        (
+            &format!("{model} --format gguf:q4_0 --imatrix federated"),
+            &["`federated`", "exports/model-q8_0.gguf is no run", "name the files"],
+        ),
         (&format!("{model} --format gguf:q4_0 --imatrix none.gguf"), &["none.gguf"]),
     ];
     for (arguments, expected) in cases {

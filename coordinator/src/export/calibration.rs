@@ -183,7 +183,7 @@ fn drawn(logits: &[f32], random: &mut impl Rng) -> u32 {
 
 /// The beginning of a text file, in sequences.
 pub(super) fn read_text(source: &dyn Source, path: &Path, tokens_max: usize) -> Result<Vec<Vec<u32>>, ExportError> {
-    let text = fs::read(path).map_err(ExportError::io(path))?;
+    let text = fs::read(path).map_err(ExportError::reading(path))?;
     let text = String::from_utf8(text)
         .map_err(|_| ExportError::Text { path: path.to_owned(), what: "it is not UTF-8".to_owned() })?;
     let sequences = encode(source, &text, tokens_max)?;

@@ -14,9 +14,9 @@ use super::ExportError;
 pub(super) fn files(run: &RunDirectory) -> Result<Vec<PathBuf>, ExportError> {
     let directory = run.imatrix_directory();
     let entries = match fs::read_dir(&directory) {
-        Ok(entries) => entries.collect::<Result<Vec<_>, _>>().map_err(ExportError::io(&directory))?,
+        Ok(entries) => entries.collect::<Result<Vec<_>, _>>().map_err(ExportError::reading(&directory))?,
         Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-        Err(error) => return Err(ExportError::io(&directory)(error)),
+        Err(error) => return Err(ExportError::reading(&directory)(error)),
     };
     let mut files: Vec<PathBuf> = entries.into_iter().map(|entry| entry.path()).collect();
     files.retain(|file| file.extension().is_some_and(|extension| extension == "gguf"));

@@ -563,7 +563,6 @@ fn the_devices_matrices_add_up() {
     assert!(none.contains("imatrix holds none") && none.contains("participant calibrate"), "{none}");
 
     let (devices, name) = (run.directory.path().join("imatrix"), "blk.0.attn_q.weight");
-    fs::create_dir(&devices).unwrap();
     let mut sum = Imatrix::default();
     for device in 0..3 {
         let squares: Vec<f32> = (0..64).map(|i| ((i * 7 + device * 5) % 11) as f32).collect();
@@ -586,7 +585,6 @@ fn check_members_are_missed(devices: &Path) {
     let text = SMOKE.replace("evaluate_every = 1", "evaluate_every = 1\nimatrix_tokens = 4096");
     let run = Run::of(&Experiment::from_toml(&text, "smoke").unwrap());
     let mine = run.directory.path().join("imatrix");
-    fs::create_dir(&mine).unwrap();
     for device in 0..3 {
         let file = format!("{device}.gguf");
         fs::copy(devices.join(&file), mine.join(&file)).unwrap();

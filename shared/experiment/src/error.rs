@@ -24,6 +24,11 @@ pub enum Error {
     Blocks { head_blocks: u32, tail_blocks: u32, total_blocks: u32 },
     #[error("{action} {}: {source}; {}", path.display(), next_step(source))]
     File { action: &'static str, path: PathBuf, source: io::Error },
+    #[error(
+        "look at a run in {}: it holds an experiment, as a coordinator's home does, but no {}/; name the directory of a \
+         run, such as runs/NAME", path.display(), crate::run_directory::ROUNDS
+    )]
+    NotARun { path: PathBuf },
     /// What is on the disk is not known any more. A second fsync may succeed without the bytes, so that none is tried.
     #[error("bring {} to the disk: {source}; check that disk, then start again", path.display())]
     Unsynced { path: PathBuf, source: io::Error },

@@ -42,6 +42,8 @@ impl RunDirectory {
     pub fn create_on(disk: &Disk, root: &Path, experiment: &Experiment) -> Result<Self, Error> {
         let path = root.join(&experiment.name);
         create_directories(disk, &path.join(ROUNDS))?;
+        // For whoever puts files there by hand.
+        create_directories(disk, &path.join(IMATRIX))?;
         let resolved = path.join(EXPERIMENT);
         if resolved.try_exists().map_err(Error::file("look for", &resolved))? {
             let found = Experiment::from_file(&resolved)?;
@@ -61,6 +63,10 @@ impl RunDirectory {
     /// Opens the directory of a run that has begun, to look at it. Nothing is changed.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let experiment = Experiment::from_file(&path.join(EXPERIMENT))?;
+        // What a coordinator's home holds is an experiment that never ran.
+        if !path.join(ROUNDS).is_dir() {
+            return Err(Error::NotARun { path: path.to_path_buf() });
+        }
         Ok(Self { path: path.to_path_buf(), experiment, disk: Disk::default() })
     }
 
@@ -213,7 +219,7 @@ impl RunDirectory {
 }
 
 const EXPERIMENT: &str = "experiment.toml";
-const ROUNDS: &str = "rounds";
+pub(crate) const ROUNDS: &str = "rounds";
 const COMPLETE: &str = "complete";
 const IMATRIX: &str = "imatrix";
 const RESERVE: &str = "reserve";
