@@ -283,7 +283,7 @@ impl Rounds {
     }
 
     fn lose(&mut self, participant: &ParticipantName, now_ms: u64) {
-        self.connected.remove(participant);
+        let was_here = self.connected.remove(participant).is_some();
         let kept_ms = if planted::is(Bug::RemovesLostMembers) { 0 } else { RETURN_MS };
         let until_ms = now_ms.saturating_add(kept_ms).saturating_add(self.pace.return_ms(participant));
         match &mut self.state {
@@ -293,7 +293,7 @@ impl Rounds {
             // Who has evaluated may still have to measure.
             State::Closing { task, awaited, lost, .. }
                 if awaited.contains(participant)
-                    || (*task == Closing::Evaluation && self.federation.imatrix_tokens > 0) =>
+                    || (was_here && *task == Closing::Evaluation && self.federation.imatrix_tokens > 0) =>
             {
                 lost.insert(participant.clone(), until_ms);
             }
@@ -378,7 +378,9 @@ impl Rounds {
         content: Result<(), SumsRefusal>,
         actions: &mut Vec<Action>,
     ) {
-        let awaited = self.settle(Closing::Measuring, &participant);
+        // Who is lost is waited for, and asked when it is back.
+        let is_here = self.connected.contains_key(&participant);
+        let awaited = is_here && self.settle(Closing::Measuring, &participant);
         match if awaited { content } else { content.and(Err(SumsRefusal::NotAwaited)) } {
             Ok(()) => actions.push(Action::AcceptSums { participant }),
             Err(reason) => actions.push(Action::RefuseSums { participant, reason }),

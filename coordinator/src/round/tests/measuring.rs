@@ -58,7 +58,11 @@ fn who_is_lost_behind_its_evaluation_measures_when_it_is_back() {
     let mut ops = trained(vec![evaluation]);
     ops.push((4, evaluated("a", 1), vec![]));
     ops.push((5, lost("a"), vec![]));
+    // Who was never here is not waited for, nor heard.
+    ops.push((5, lost("c"), vec![]));
     ops.push((6, evaluated("b", 1), vec![measure("b")]));
+    ops.push((6, sums("c"), vec![refuse_sums("c", SumsRefusal::NotAwaited)]));
+    ops.push((6, sums("a"), vec![refuse_sums("a", SumsRefusal::NotAwaited)]));
     ops.push((7, sums("b"), vec![accept_sums("b")]));
     ops.push((8, joined("a"), vec![measure("a")]));
     ops.push((9, sums("a"), vec![accept_sums("a"), finish(FinishReason::Completed)]));
