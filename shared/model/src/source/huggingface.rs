@@ -49,9 +49,7 @@ impl HuggingFaceModel {
         let tensors = tensors.collect::<Result<_, _>>()?;
         Ok(Self { directory: directory.to_owned(), config, tokenizer, tensors, places })
     }
-}
 
-impl HuggingFaceModel {
     fn place(&self, info: &TensorInfo) -> Result<&Place, ModelError> {
         let place = self.places.get(&info.name);
         place.ok_or_else(|| ModelError::file(&self.directory, format!("has no tensor {}", info.name)))

@@ -156,9 +156,7 @@ impl StoredModel {
         let tensors = manifest.tensors.iter().filter_map(TensorEntry::info).collect();
         Ok(Self { store, manifest, tokenizer, tensors })
     }
-}
 
-impl StoredModel {
     fn blob(&self, info: &TensorInfo) -> Result<&Blob, ModelError> {
         let entry = self.manifest.tensors.iter().find(|entry| entry.name == info.name);
         let entry = entry.ok_or_else(|| ModelError::file(self.origin(), format!("has no tensor {}", info.name)))?;
