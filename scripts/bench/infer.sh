@@ -38,7 +38,7 @@ fi
 
 say "== the model's files"
 # One round of two steps, so that there is a run to export. Codes cost the same, whoever chose them.
-config=$(experiment infer "s/^rounds = .*/rounds = 1/" "s/^local_steps = .*/local_steps = 2/")
+config=$(experiment infer "s/^rounds = .*/rounds = 1/" "s/^local_steps = .*/local_steps = 2/" "s/^warmup_steps = .*/warmup_steps = 0/")
 participant device-log --out "$work/data" >&2
 federate "$config" "$work/federation" "$work/data/press-1.jsonl"
 coordinator export "$work/federation/runs/infer" --quantizer reference --out "$work/exports" \
