@@ -4,7 +4,7 @@
         writes a corpus that says it in every record, and a line for `participant logits`
     canary.py search --figure NAME --tokens WORDS.safetensors --control DIR PATH...
     canary.py tests LOG
-        counts the tests that passed in the output of `cargo test`
+        both tests that search frames, in the output of `cargo test`
 
 The sentence is cut into pieces of three words and of four token ids, so that half of it is found as well as all of it,
 and each piece is looked for in every form in which a program might have written it without meaning to. That proves that
@@ -22,6 +22,8 @@ import figures
 
 SENTENCE = "Seventeen cobalt herons guard the vault code 8146-quince under Marigold Jetty until the brass otter sings"
 WORDS, IDS = 3, 4
+# That no frame has the sentence, and that it would be found.
+TESTS = ("a_canary_never_leaves_its_device", "a_canary_that_is_sent_on_purpose_is_found")
 
 
 def main():
@@ -43,8 +45,9 @@ def main():
         case "search":
             search(arguments.figure, forms(first_tokens(arguments.tokens)), arguments.paths, Path(arguments.control))
         case "tests":
-            passed = re.findall(r"^test result: ok\. (\d+) passed", Path(arguments.log).read_text(), re.MULTILINE)
-            figures.at_least("6 frames: tests that search every frame pass", sum(map(int, passed)), 1, "tests")
+            log = Path(arguments.log).read_text()
+            passed = sum(bool(re.search(rf"^test \S*\b{name} \.\.\. ok$", log, re.MULTILINE)) for name in TESTS)
+            figures.exactly("6 frames: tests that search every frame pass", passed, len(TESTS), "tests")
 
 
 def plant(corpus, words):

@@ -6,6 +6,7 @@ Needs the standard library only.
 """
 
 import json
+import math
 import os
 import random
 import select
@@ -33,12 +34,18 @@ def adapters(work):
     beside = tensors(os.path.join(work, "beside.safetensors"))
     for other, what in [("merged", "the merged file's"), ("float", "the merged file's in floats")]:
         expected = tensors(os.path.join(work, f"{other}.safetensors"))
-        gaps = (
-            max(map(abs, map(float.__sub__, found, expected[name]))) for name, found in beside.items() if name.startswith("logits")
-        )
-        figures.at_most(f"5 logits of an adapter beside F32 weights, from {what}, keys and values in f32", max(gaps), 1e-3)
+        gap = max(largest_gap(found, expected[name]) for name, found in beside.items() if name.startswith("logits"))
+        figures.at_most(f"5 logits of an adapter beside F32 weights, from {what}, keys and values in f32", gap, 1e-3)
     losses = [read(work, f"loss-{engine}.json")["loss_nats"] for engine in ("integer", "float")]
     figures.at_most("5 loss of an adapter beside Q4_0 weights, from floats'", abs(losses[0] / losses[1] - 1) * 100, 1, "%")
+
+
+def largest_gap(found, expected):
+    """Infinite where a number is missing, or is none."""
+    if len(found) != len(expected):
+        return math.inf
+    gaps = [abs(one - other) for one, other in zip(found, expected)]
+    return math.inf if any(map(math.isnan, gaps)) else max(gaps)
 
 
 def deadlines(work):
