@@ -10,6 +10,7 @@
 //! it has not committed, and may repeat the one before, of which it may not have had the answer: it gets the same again,
 //! and nothing is applied twice.
 
+mod handle;
 mod measuring;
 mod passes;
 mod resume;
@@ -22,19 +23,19 @@ use std::time::Duration;
 use experiment::{BodyAdapters, Experiment, SplitMode};
 use model::adapter::gradients::clip_factor;
 use model::stage::{Lora, Pending};
-use model::{AdamW, Adapter, ChannelSums, Gradients, Matrix, ModelError, Segments, Stage};
+use model::{AdamW, Adapter, ChannelSums, Gradients, Matrix, ModelError, Stage};
 use planted::Bug;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::barrier::{ApplyStep, Barrier, BarrierError, Turn};
-use crate::journal::{Entry, Journal, Record, Work};
+use crate::journal::{Entry, Journal, Record};
 use crate::round::ParticipantName;
+pub use handle::BodyHandle;
+use handle::{BackwardJob, Change, ForwardJob, Job};
 pub use resume::Standing;
 use resume::{Again, digest_of};
 
-/// Jobs that wait at most; a participant has one or two.
-const QUEUE_JOBS: usize = 64;
 /// Tokens of a pass over several micro-batches at most: more would save nothing and take more memory at once.
 const PASS_TOKENS_MAX: usize = 2048;
 
@@ -81,66 +82,6 @@ pub enum Forward {
     Measure,
 }
 
-enum Job {
-    Forward(ForwardJob),
-    Backward(BackwardJob),
-    Change(Change),
-}
-
-/// What may change what a pass computes.
-enum Change {
-    Open {
-        key: RoundKey,
-        members: Vec<ParticipantName>,
-        first_step: u64,
-        adapter: Adapter,
-    },
-    Commit {
-        place: Place,
-        commit: Commit,
-        reply: oneshot::Sender<Result<(), BodyError>>,
-    },
-    Remove {
-        participant: ParticipantName,
-    },
-    /// What the open round had done before its coordinator was started again.
-    Replay {
-        work: Vec<Work>,
-    },
-    Resume {
-        participant: ParticipantName,
-        session: u64,
-        reply: oneshot::Sender<Option<Standing>>,
-    },
-    /// What a participant's session has measured; it is forgotten.
-    TakeMeasured {
-        participant: ParticipantName,
-        session: u64,
-        reply: oneshot::Sender<Option<ChannelSums>>,
-    },
-    Abandon,
-    Close {
-        reply: oneshot::Sender<Closed>,
-    },
-    Optimizers {
-        reply: oneshot::Sender<Vec<(String, AdamW)>>,
-    },
-}
-
-struct ForwardJob {
-    place: Place,
-    forward: Forward,
-    segments: Segments,
-    x: Matrix,
-    reply: oneshot::Sender<Result<Matrix, BodyError>>,
-}
-
-struct BackwardJob {
-    place: Place,
-    gradient: Matrix,
-    reply: oneshot::Sender<Result<Backward, BodyError>>,
-}
-
 pub struct Backward {
     pub gradient: Matrix,
     /// Of the whole step, by block; on its last micro-batch.
@@ -162,106 +103,6 @@ pub struct Closed {
     pub own: BTreeMap<ParticipantName, Adapter>,
     pub computing: Duration,
     pub idle: Duration,
-}
-
-/// The queue's other end.
-#[derive(Clone)]
-pub struct BodyHandle {
-    jobs: mpsc::Sender<Job>,
-}
-
-impl BodyHandle {
-    /// Starts the thread. `optimizers` continue a run; their names are participants', or empty for the shared body.
-    pub fn start(
-        experiment: Arc<Experiment>,
-        stage: Stage,
-        optimizers: Vec<(String, AdamW)>,
-        journal: Journal,
-    ) -> std::io::Result<Self> {
-        let (jobs, queue) = mpsc::channel(QUEUE_JOBS);
-        let worker = Worker {
-            experiment,
-            stage,
-            journal,
-            journaled_bytes: 0,
-            optimizers: optimizers.into_iter().collect(),
-            round: None,
-            ready: Ready::default(),
-            computing: Duration::ZERO,
-            idle: Duration::ZERO,
-        };
-        offload::start("body", worker.run(queue))?;
-        Ok(Self { jobs })
-    }
-
-    /// Opens a round with the body's share of the global adapter.
-    pub async fn open(&self, key: RoundKey, members: Vec<ParticipantName>, first_step: u64, adapter: Adapter) {
-        self.tell(Job::Change(Change::Open { key, members, first_step, adapter })).await;
-    }
-
-    pub async fn forward(
-        &self,
-        place: Place,
-        forward: Forward,
-        segments: Segments,
-        x: Matrix,
-    ) -> Result<Matrix, BodyError> {
-        self.ask(|reply| Job::Forward(ForwardJob { place, forward, segments, x, reply }))
-            .await
-            .unwrap_or(Err(BodyError::Stale))
-    }
-
-    pub async fn backward(&self, place: Place, gradient: Matrix) -> Result<Backward, BodyError> {
-        self.ask(|reply| Job::Backward(BackwardJob { place, gradient, reply })).await.unwrap_or(Err(BodyError::Stale))
-    }
-
-    pub async fn commit(&self, place: Place, commit: Commit) -> Result<(), BodyError> {
-        self.ask(|reply| Job::Change(Change::Commit { place, commit, reply })).await.unwrap_or(Err(BodyError::Stale))
-    }
-
-    pub async fn remove(&self, participant: ParticipantName) {
-        self.tell(Job::Change(Change::Remove { participant })).await;
-    }
-
-    /// Does again, in the round that has just been opened, what its journal says.
-    pub async fn replay(&self, work: Vec<Work>) {
-        self.tell(Job::Change(Change::Replay { work })).await;
-    }
-
-    /// A member is back, in a new session: forgets what it has not committed, and says where it stands.
-    pub async fn resume(&self, participant: ParticipantName, session: u64) -> Option<Standing> {
-        self.ask(|reply| Job::Change(Change::Resume { participant, session, reply })).await.flatten()
-    }
-
-    /// Sums over what has gone through the body in this session to be measured; nothing where nothing has.
-    pub async fn take_measured(&self, participant: ParticipantName, session: u64) -> Option<ChannelSums> {
-        self.ask(|reply| Job::Change(Change::TakeMeasured { participant, session, reply })).await.flatten()
-    }
-
-    /// Forgets what the open round has trained.
-    pub async fn abandon(&self) {
-        self.tell(Job::Change(Change::Abandon)).await;
-    }
-
-    pub async fn close(&self) -> Option<Closed> {
-        self.ask(|reply| Job::Change(Change::Close { reply })).await
-    }
-
-    /// Every optimizer, to be kept with the finished round.
-    pub async fn optimizers(&self) -> Vec<(String, AdamW)> {
-        self.ask(|reply| Job::Change(Change::Optimizers { reply })).await.unwrap_or_default()
-    }
-
-    async fn tell(&self, job: Job) {
-        // It fails where the thread has ended, which the next question finds out.
-        let _ = self.jobs.send(job).await;
-    }
-
-    async fn ask<T>(&self, job: impl FnOnce(oneshot::Sender<T>) -> Job) -> Option<T> {
-        let (reply, answer) = oneshot::channel();
-        self.tell(job(reply)).await;
-        answer.await.ok()
-    }
 }
 
 struct Worker {
@@ -337,6 +178,20 @@ struct Member {
 }
 
 impl Worker {
+    fn new(experiment: Arc<Experiment>, stage: Stage, optimizers: Vec<(String, AdamW)>, journal: Journal) -> Self {
+        Self {
+            experiment,
+            stage,
+            journal,
+            journaled_bytes: 0,
+            optimizers: optimizers.into_iter().collect(),
+            round: None,
+            ready: Ready::default(),
+            computing: Duration::ZERO,
+            idle: Duration::ZERO,
+        }
+    }
+
     async fn run(mut self, mut queue: mpsc::Receiver<Job>) {
         loop {
             let waited = Instant::now();

@@ -1,0 +1,90 @@
+//! How what was interrupted goes on: a run's open round behind a restart, and a member that is back.
+
+use std::collections::BTreeMap;
+
+use experiment::Row;
+use tokio::time::Instant;
+use wire::FromCoordinator;
+
+use super::super::RunError;
+use super::{Conductor, OpenRound, ToParticipant, Update};
+use crate::body::{RoundKey, Standing};
+use crate::journal::{self, OpenAttempt};
+use crate::round::ParticipantName;
+
+/// The first minor version that can go on within a round.
+const RESUMING_MINOR: u16 = 1;
+
+impl Conductor {
+    /// Remembers what is on record already.
+    pub(in crate::run) fn remember(&mut self, rows: &[Row]) {
+        for row in rows {
+            match row {
+                Row::Evaluation { round, participant, .. } => {
+                    self.evaluated.insert((*round, participant.clone()));
+                }
+                Row::Step { round, step, participant, .. } if *round == self.finished + 1 => {
+                    let next = self.reported.entry(ParticipantName::new(participant)).or_insert(0);
+                    *next = (*next).max(step + 1);
+                }
+                Row::Update { round, participant, accepted: true, .. } if *round == self.finished + 1 => {
+                    self.delivered.insert((*round, participant.clone()));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Takes up a round that was open when the coordinator ended.
+    pub(in crate::run) async fn recover(&mut self, recovered: OpenAttempt) -> Result<(), RunError> {
+        let OpenAttempt { interrupted, first_step, work, updates } = recovered;
+        let key = RoundKey { round: interrupted.round, attempt: interrupted.attempt };
+        let cohort: Vec<ParticipantName> = interrupted.members.keys().cloned().collect();
+        self.publish(key, cohort.clone(), first_step).await;
+        let steps_done = self.reported.values().map(|next| next.saturating_sub(first_step)).sum();
+        if let Some(body) = &self.shared.body {
+            body.replay(work).await;
+        }
+        let like = self.shared.trained_share(&self.adapter);
+        let mut accepted = BTreeMap::new();
+        for (participant, update) in updates {
+            let journal::Update { tokens, loss_nats, tensors } = update;
+            self.set_state(&participant, "delivered");
+            accepted.insert(participant, Update { adapter: like.with_tensors(tensors)?, tokens, loss_nats });
+        }
+        let round = key.round;
+        let delivered = accepted.len();
+        self.watcher.note(&format!("round {round} goes on; {delivered} of {} members have delivered", cohort.len()));
+        self.open = Some(OpenRound { key, begun: Instant::now(), cohort, first_step, updates: accepted, steps_done });
+        self.state = "training".into();
+        self.write_status(true)
+    }
+
+    /// Lets a member that is back go on; false where it cannot.
+    pub(super) async fn resume(
+        &mut self,
+        participant: &ParticipantName,
+        RoundKey { round, attempt }: RoundKey,
+        first_step: u64,
+        evaluate: bool,
+    ) -> Result<bool, RunError> {
+        let Some(connected) = self.connections.get(participant) else { return Ok(true) };
+        if connected.minor < RESUMING_MINOR {
+            return Ok(false);
+        }
+        let standing = match &self.shared.body {
+            Some(body) => body.resume(participant.clone(), connected.session).await,
+            None => Some(Standing { step: first_step, tokens: BTreeMap::new() }),
+        };
+        let Some(Standing { step, tokens: committed }) = standing else { return Ok(false) };
+        let local_steps = self.shared.experiment.federation.local_steps;
+        let evaluate = evaluate && !self.evaluated.contains(&(round - 1, participant.to_string()));
+        let reported = self.reported.get(participant).copied().unwrap_or(0).max(first_step);
+        let message =
+            FromCoordinator::ResumeRound { round, attempt, first_step, local_steps, evaluate, step, reported };
+        self.set_state(participant, "training");
+        self.watcher.note(&format!("{participant} goes on with round {round} at step {}", step - first_step));
+        self.send_all(participant, ToParticipant { message, committed });
+        Ok(true)
+    }
+}
