@@ -4,7 +4,7 @@
 
 use std::{
     fs,
-    io::{self, Write},
+    io::{self, ErrorKind, Write},
     path::{Path, PathBuf},
 };
 
@@ -108,8 +108,13 @@ impl Invitation {
     pub fn write(&self, path: &Path) -> Result<(), InvitationError> {
         let failed = |error| InvitationError::Io { path: path.to_owned(), error };
         let unfinished = path.with_extension("unfinished");
+        // A file that is there already would keep its mode.
+        match fs::remove_file(&unfinished) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
         let mut options = fs::OpenOptions::new();
-        options.write(true).create(true).truncate(true);
+        options.write(true).create_new(true);
         #[cfg(unix)]
         std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
         let mut file = options.open(&unfinished).map_err(failed)?;
