@@ -19,6 +19,8 @@ pub(super) const UNMEASURED_MS: u64 = 600_000;
 const BANDWIDTH_MIN_BYTES_PER_S: u64 = 1024;
 /// To move more than so many times the bytes of what is owed is no progress with it.
 const MOVED_MAX: u64 = 2;
+/// Who comes back so often without having got on in between gets no more time for it.
+const RETURNS_MAX: u32 = 3;
 /// An evaluation moves at most the bytes of so many steps, as far as anybody waits for it.
 const EVALUATION_STEPS: u64 = 64;
 
@@ -53,6 +55,8 @@ struct Progress {
     /// What has moved since, and when it was looked at.
     moved_bytes: u64,
     looked_ms: u64,
+    /// How often it has come back since.
+    returns: u32,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,7 +91,7 @@ impl Pace {
         before: Option<Owed>,
         now_ms: u64,
     ) {
-        let progress = Progress { before, steps: 0, since_ms: now_ms, moved_bytes: 0, looked_ms: now_ms };
+        let progress = Progress { before, steps: 0, since_ms: now_ms, moved_bytes: 0, looked_ms: now_ms, returns: 0 };
         self.members = members.into_iter().map(|name| (name.clone(), progress)).collect();
         self.common = (0, now_ms);
     }
@@ -98,10 +102,11 @@ impl Pace {
         self.look_round(now_ms);
     }
 
-    /// It is back, and has to find its place first.
+    /// It is back, and has to find its place first. To come back is no progress, and does not count as such for ever.
     pub(super) fn returned(&mut self, participant: &ParticipantName, now_ms: u64) {
-        if let Some(progress) = self.members.get_mut(participant) {
-            progress.get_on(now_ms);
+        if let Some(progress) = self.members.get_mut(participant).filter(|progress| progress.returns < RETURNS_MAX) {
+            progress.returns += 1;
+            progress.begin_again(now_ms);
         }
     }
 
@@ -156,7 +161,7 @@ impl Pace {
 
     pub(super) fn release(&mut self, now_ms: u64) {
         self.held = false;
-        self.members.values_mut().for_each(|progress| progress.get_on(now_ms));
+        self.members.values_mut().for_each(|progress| progress.begin_again(now_ms));
         self.common.1 = now_ms;
     }
 
@@ -228,6 +233,11 @@ impl Sizes {
 
 impl Progress {
     fn get_on(&mut self, now_ms: u64) {
+        self.returns = 0;
+        self.begin_again(now_ms);
+    }
+
+    fn begin_again(&mut self, now_ms: u64) {
         (self.since_ms, self.moved_bytes) = (now_ms, 0);
     }
 }
@@ -334,6 +344,21 @@ mod tests {
         pace.begin(&["anna", "bert"].map(name), Some(Owed::Evaluation), 100_000);
         assert_eq!(late(&pace, "anna"), Some(100_000 + MARGIN * 30_000 + GRACE_MS));
         assert_eq!(late(&pace, "bert"), Some(100_000 + UNMEASURED_MS));
+    }
+
+    #[test]
+    fn who_comes_back_again_and_again_and_gets_nowhere_is_late() {
+        let mut pace = round(Sizes { in_step: false, ..SIZES }, false);
+        for now_ms in [20_000, 40_000, 60_000] {
+            pace.returned(&name("anna"), now_ms);
+            assert_eq!(late(&pace, "anna"), Some(now_ms + UNMEASURED_MS));
+        }
+        pace.returned(&name("anna"), 80_000);
+        assert_eq!(late(&pace, "anna"), Some(60_000 + UNMEASURED_MS));
+        // Who gets on may come back as often again.
+        pace.stepped(&name("anna"), 1, 90_000);
+        pace.returned(&name("anna"), 100_000);
+        assert_eq!(late(&pace, "anna"), Some(100_000 + UNMEASURED_MS));
     }
 
     #[test]
