@@ -35,8 +35,13 @@ pub enum AggregateError {
     Model(#[from] ModelError),
     #[error("the members trained different blocks")]
     DifferentBlocks,
-    #[error("the updates are so large that their aggregate is not finite; the rounds before stay as they are")]
-    NotFinite,
+    #[error(
+        "failed to aggregate: the updates are so large that values of the aggregate are not finite, or above {}. The rounds \
+         before stay as they are. To train this round again, move its journal away; a smaller `training.learning_rate` keeps \
+         updates small, and the strategies `median` and `trimmed_mean` bear single absurd ones",
+        wire::limits::VALUE_MAX
+    )]
+    TooLarge,
 }
 
 impl Aggregator {
@@ -98,9 +103,9 @@ impl Aggregator {
         }
         parts.push(global.filtered(|block| !replaced.contains(&block)));
         let adapter = Adapter::join(parts)?;
-        // A round that could not be read again must not be written.
-        if adapter.flat().iter().any(|value| !value.is_finite()) {
-            return Err(AggregateError::NotFinite);
+        // A round that could not be read again, or not be sent, must not be written.
+        if wire::first_not_finite(&adapter.flat()).is_some() {
+            return Err(AggregateError::TooLarge);
         }
         Ok(Aggregate { adapter, error })
     }

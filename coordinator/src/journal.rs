@@ -260,6 +260,13 @@ impl Place {
         entries.flatten().filter_map(|entry| entry.file_name().to_str().and_then(parse)).collect()
     }
 
+    /// Removes what there is of this round and of later ones.
+    fn remove_from(&self, round: u32) {
+        for (of, segment) in self.segments().into_iter().filter(|(of, _)| *of >= round) {
+            let _ = self.settings.disk.remove(&self.path(of, segment));
+        }
+    }
+
     /// Removes what is older than two generations; that one fails to go is no reason to stop.
     fn remove_old(&self, round: u32, number: u32) {
         let is_old = |of: u32, segment: u32| of.saturating_add(1) < round || (of == round && segment + 1 < number);
@@ -345,6 +352,8 @@ impl Writer {
                         // What the journal before it holds is on disk before it is left.
                         self.sync()?;
                         let place = self.place.clone();
+                        // Of a round that is begun anew, because the one before it had to be made again, nothing counts.
+                        place.remove_from(round);
                         let journal = self.until_written(queue, |_| place.create(round, 0)).await?;
                         self.open = Some(Segment { round, number: 0, journal, carried: Vec::new() });
                         self.place.remove_old(round, 0);

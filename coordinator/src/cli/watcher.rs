@@ -7,6 +7,7 @@ use experiment::Row;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::print;
+use crate::report::units::printable;
 use crate::run::Watcher;
 
 /// Rows as JSON, one a line.
@@ -46,7 +47,8 @@ impl LineWatcher {
 
     fn line(&self, text: &str) {
         // A run does not end because nobody reads along any more.
-        let _ = self.bar.suspend(|| print(text));
+        // Some of it is a participant's word.
+        let _ = self.bar.suspend(|| print(printable(text)));
     }
 
     fn tell_evaluation(&mut self) {
