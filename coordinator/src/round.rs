@@ -40,7 +40,8 @@ const LAST_CALL_MS: u64 = 60_000;
 /// A round closes when every member that is still in it has delivered, or at its deadline, where the experiment sets one.
 /// A member that departs, is late ([`Pace`]), or whose update is refused for what it contains, is removed from the round:
 /// it may join again, but trains again only from the next start. An update that was accepted stays, even if its sender
-/// departs afterwards. A member that is lost keeps its place for a while, and so does one that joins while it is connected:
+/// departs afterwards. A member that is lost keeps its place for a while, and so does one that was stopped where the round
+/// cannot go on without it, and so does one that joins while it is connected:
 /// the same device has lost its earlier connection, whether that is known yet or not. When it is back it goes on where it
 /// was.
 #[derive(Debug)]
@@ -171,6 +172,8 @@ impl Rounds {
             Event::Joined { participant, device } => self.join(participant, device, now_ms, &mut actions),
             Event::Departed { participant } => self.depart(&participant, now_ms, &mut actions),
             Event::Lost { participant } => self.lose(&participant, now_ms),
+            Event::Left { participant } if self.needs(&participant) => self.lose(&participant, now_ms),
+            Event::Left { participant } => self.depart(&participant, now_ms, &mut actions),
             Event::CannotResume { participant, round, attempt } => {
                 if (round, attempt) == (self.round, self.attempt) {
                     self.remove(&participant, now_ms, &mut actions);
@@ -290,6 +293,13 @@ impl Rounds {
             }
             _ => {}
         }
+    }
+
+    /// Whether the open round would have to be abandoned without this member.
+    fn needs(&self, participant: &ParticipantName) -> bool {
+        let State::Training { members, .. } = &self.state else { return false };
+        let remaining = members.values().filter(|member| **member != Member::Removed).count();
+        members.get(participant) == Some(&Member::Training) && remaining <= self.quorum()
     }
 
     /// Takes the places of those who have not come back in time.

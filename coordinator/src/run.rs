@@ -7,7 +7,7 @@ mod conductor;
 mod ledger;
 
 use std::path::PathBuf;
-use std::sync::{Arc, RwLock, atomic::AtomicU64};
+use std::sync::{Arc, Mutex, RwLock, atomic::AtomicU64};
 use std::time::Duration;
 
 use experiment::{BodyAdapters, Experiment, Row, RunDirectory, Seed, SplitMode, hex};
@@ -186,6 +186,8 @@ impl Run {
             return Err(RunError::OtherModel { expected, found: hex(&manifest.digest()) });
         }
         let directory = RunDirectory::create_on(&self.journal.disk, &self.runs, &experiment)?;
+        // Locks the run: what follows mends what a coordinator that is no more has left.
+        let metrics = directory.metrics_log()?;
         let body_blocks = body_blocks(&experiment, source.config().blocks);
         let mut aggregator = Aggregator::new(&experiment);
         let rows = directory.rows()?;
@@ -235,6 +237,7 @@ impl Run {
             // Sessions of a run that was started again must differ from those before.
             sessions: AtomicU64::new(unix_ms),
             connections_max: self.connections_max,
+            served: Mutex::default(),
         });
         let (federation, seed) = (experiment.federation.clone(), Seed(experiment.seed));
         let rounds = match &recovered.open {
@@ -242,8 +245,10 @@ impl Run {
             None => Rounds::new(federation, finished + 1, seed).with_attempt(recovered.next_attempt),
         };
         let rounds = rounds.with_sizes(sizes(&shared, &adapter));
-        let mut conductor = Conductor::new(rounds, directory, aggregator, adapter, finished, shared.clone(), watcher)?;
-        conductor.remember(&rows);
+        let mut conductor =
+            Conductor::new(rounds, (directory, metrics), aggregator, adapter, finished, shared.clone(), watcher);
+        let attempt = recovered.open.as_ref().map_or(recovered.next_attempt, |open| open.interrupted.attempt);
+        conductor.remember(&rows, attempt);
         // Of a long run they are most of what there is in memory.
         drop(rows);
         conductor.announce()?;

@@ -31,10 +31,12 @@ use crate::home::Home;
 use crate::home::audit::Event;
 use crate::journal::Journal;
 use crate::round::ParticipantName;
-use crate::witness::Witness;
 
 /// A peer that connects must say hello within this time.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Connections of one peer that are served at a time: those that it has lost count until they time out.
+pub const CONNECTIONS_OF_PEER_MAX: usize = 8;
 
 /// What every connection needs to know.
 pub struct Shared {
@@ -51,6 +53,8 @@ pub struct Shared {
     pub incoming: mpsc::Sender<Incoming>,
     pub sessions: AtomicU64,
     pub connections_max: usize,
+    /// How many connections of each peer are served.
+    pub served: Mutex<BTreeMap<String, usize>>,
 }
 
 /// What a connection tells the run loop.
@@ -69,13 +73,14 @@ pub enum Incoming {
         participant: ParticipantName,
         session: u64,
         reason: String,
-        /// Its connection broke off without a word.
-        may_return: bool,
+        how: Departure,
     },
     Said {
         participant: ParticipantName,
         session: u64,
         message: FromParticipant,
+        /// The attempt whose step it reports, where it does.
+        of: Option<RoundKey>,
     },
     Update {
         participant: ParticipantName,
@@ -94,6 +99,17 @@ pub enum Incoming {
         sums: Result<ChannelSums, (RefusalReason, String)>,
         answer: oneshot::Sender<UpdateReply>,
     },
+}
+
+/// How a participant has gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Departure {
+    /// Without a word, or for trouble of ours: it comes back as soon as it can.
+    Lost,
+    /// It was stopped, and may be started again.
+    Left,
+    /// It was sent away, or all is over.
+    Ended,
 }
 
 /// What the run loop wants said.
@@ -145,8 +161,13 @@ impl Shared {
 /// it may try again.
 pub fn serve(connection: Connection, shared: Arc<Shared>) -> impl Future<Output = ()> {
     let leaving = Leaving(connection.clone());
+    let counted = Counted::new(&connection, &shared);
     async move {
         let _leaving = leaving;
+        let Some(_counted) = counted else {
+            let reason = format!("{CONNECTIONS_OF_PEER_MAX} connections of this peer are served already");
+            return connection.close(CloseCode::NoRoom, &reason);
+        };
         serve_peer(connection, shared).await;
     }
 }
@@ -183,6 +204,38 @@ async fn serve_peer(connection: Connection, shared: Arc<Shared>) {
     }
 }
 
+/// A connection that counts as one of its peer's.
+struct Counted {
+    peer: String,
+    shared: Arc<Shared>,
+}
+
+impl Counted {
+    /// None where the peer has as many as it may have.
+    fn new(connection: &Connection, shared: &Arc<Shared>) -> Option<Self> {
+        let peer = connection.peer().to_string();
+        let mut served = locked(&shared.served);
+        let count = served.entry(peer.clone()).or_default();
+        if *count >= CONNECTIONS_OF_PEER_MAX {
+            return None;
+        }
+        *count += 1;
+        Some(Self { peer, shared: shared.clone() })
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut served = locked(&self.shared.served);
+        if let Some(count) = served.get_mut(&self.peer) {
+            *count -= 1;
+            if *count == 0 {
+                served.remove(&self.peer);
+            }
+        }
+    }
+}
+
 /// A peer that is dropped unserved is not sent away for good: without a word its connection would be closed as if all
 /// were done.
 struct Leaving(Connection);
@@ -199,6 +252,8 @@ impl Drop for Leaving {
 enum ServeError {
     Net(NetError),
     Close(CloseCode, String),
+    /// The participant has taken its leave, and says why.
+    Left(String),
 }
 
 impl From<NetError> for ServeError {
@@ -208,12 +263,14 @@ impl From<NetError> for ServeError {
 }
 
 impl ServeError {
-    /// Whether the peer has gone without a word, or with the word that it will try again.
-    fn may_return(&self) -> bool {
+    fn departure(&self) -> Departure {
         match self {
-            Self::Net(NetError::Lost { retryable, .. }) => *retryable,
-            Self::Net(NetError::Closed { code, .. }) => *code == Some(CloseCode::GoingAway),
-            _ => false,
+            Self::Net(NetError::Lost { retryable: true, .. }) => Departure::Lost,
+            Self::Net(NetError::Closed { code: Some(CloseCode::GoingAway), .. }) => Departure::Lost,
+            // Whom trouble of ours has sent away tries again.
+            Self::Close(CloseCode::Internal, _) => Departure::Lost,
+            Self::Left(_) => Departure::Left,
+            Self::Net(_) | Self::Close(..) => Departure::Ended,
         }
     }
 
@@ -221,6 +278,7 @@ impl ServeError {
         match self {
             Self::Net(error) => (error.close_code(), error.to_string()),
             Self::Close(code, reason) => (*code, reason.clone()),
+            Self::Left(reason) => (CloseCode::Done, format!("the participant left: {reason}")),
         }
     }
 }
@@ -231,8 +289,8 @@ async fn within<T>(deadline: Duration, what: impl Future<Output = T>) -> Result<
 }
 
 /// What is there is whole: nothing panics while it holds the lock, and nothing waits.
-fn locked(witness: &Mutex<Witness>) -> MutexGuard<'_, Witness> {
-    witness.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 /// The peer is at fault, in a way that only the coordinator's knowledge shows.

@@ -39,6 +39,15 @@ pub enum Work {
     Uncounted,
 }
 
+/// A report of a step that is in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reported {
+    /// The attempt whose step it is.
+    pub key: RoundKey,
+    /// False of a step that an earlier session has reported.
+    pub is_new: bool,
+}
+
 /// A step's micro-batch, as its request describes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Micro {
@@ -157,8 +166,8 @@ impl Witness {
         }
     }
 
-    /// A step is reported once for every time that it was trained.
-    pub fn check_step(&mut self, round: u32, step: u64, tokens: u64) -> Result<(), String> {
+    /// A step is reported once for every time that it was trained, and once more where an earlier session has trained it.
+    pub fn check_step(&mut self, round: u32, step: u64, tokens: u64) -> Result<Reported, String> {
         let (sees_steps, step_tokens_max) = (self.sees_steps, self.step_tokens_max);
         let is_asked = |given: &&mut Given| given.key.round == round && given.steps.contains(&step);
         let mut complaint = format!("step {step} in a report of round {round}");
@@ -171,10 +180,7 @@ impl Witness {
                 complaint = format!("a report of step {step}, which is not complete");
                 continue;
             };
-            if work.reported && work.before {
-                return Ok(());
-            }
-            if work.reported {
+            if work.reported && !work.before {
                 complaint = format!("a second report of step {step}");
             } else if sees_steps && work.step_tokens != tokens {
                 complaint =
@@ -182,9 +188,10 @@ impl Witness {
             } else if !(1..=step_tokens_max).contains(&tokens) {
                 complaint = format!("a report of {tokens} trained tokens in a step; it has 1 to {step_tokens_max}");
             } else {
-                work.reported = true;
+                let is_new = !std::mem::replace(&mut work.reported, true);
+                work.before = work.before && is_new;
                 self.reported = self.reported.max(round);
-                return Ok(());
+                return Ok(Reported { key: given.key, is_new });
             }
         }
         Err(complaint)
@@ -256,7 +263,7 @@ mod tests {
     }
 
     #[track_caller]
-    fn check_refused(judged: Result<(), String>, complaint: &str) {
+    fn check_refused<T: std::fmt::Debug>(judged: Result<T, String>, complaint: &str) {
         let found = judged.unwrap_err();
         assert!(found.contains(complaint), "{found}");
     }
@@ -272,7 +279,7 @@ mod tests {
         check_refused(witness.check_step(1, 0, 70), "step 0, which is not complete");
         witness.finished(FIRST, micro(0, 1, 40, 70));
         check_refused(witness.check_step(1, 0, 71), "71 trained tokens in step 0, which had 70");
-        assert_eq!(witness.check_step(1, 0, 70), Ok(()));
+        assert!(witness.check_step(1, 0, 70).is_ok());
         check_refused(witness.check_step(1, 0, 70), "a second report of step 0");
         check_refused(witness.check_step(1, 2, 70), "step 2 in a report of round 1");
         check_refused(witness.check_step(2, 2, 70), "step 2 in a report of round 2");
@@ -303,12 +310,12 @@ mod tests {
         train(&mut witness, FIRST, 0);
         witness.gave(AGAIN, 0..2, true);
         train(&mut witness, AGAIN, 0);
-        assert_eq!(witness.check_step(1, 0, 70), Ok(()));
-        assert_eq!(witness.check_step(1, 0, 70), Ok(()));
+        assert!(witness.check_step(1, 0, 70).is_ok());
+        assert!(witness.check_step(1, 0, 70).is_ok());
         check_refused(witness.check_step(1, 0, 70), "a second report");
         train(&mut witness, AGAIN, 1);
         witness.gave(RoundKey { round: 2, attempt: 1 }, 2..4, false);
-        assert_eq!(witness.check_step(1, 1, 70), Ok(()));
+        assert!(witness.check_step(1, 1, 70).is_ok());
         witness.gave(RoundKey { round: 3, attempt: 1 }, 4..6, false);
         check_refused(witness.check_step(1, 1, 70), "a second report of step 1");
     }
@@ -320,8 +327,8 @@ mod tests {
             let steps = 2 * u64::from(round - 1)..2 * u64::from(round);
             witness.gave(RoundKey { round, attempt: 1 }, steps, false);
         }
-        assert_eq!(witness.check_step(1, 0, 200), Ok(()));
-        assert_eq!(witness.check_step(3, 4, 200), Ok(()));
+        assert!(witness.check_step(1, 0, 200).is_ok());
+        assert!(witness.check_step(3, 4, 200).is_ok());
         witness.gave(RoundKey { round: 5, attempt: 1 }, 8..10, false);
         check_refused(witness.check_step(1, 1, 200), "step 1 in a report of round 1");
         witness.gave(RoundKey { round: 40, attempt: 1 }, 78..80, false);
@@ -361,7 +368,7 @@ mod tests {
         for tokens in [0, 201, u64::MAX] {
             check_refused(witness.check_step(1, 0, tokens), "it has 1 to 200");
         }
-        assert_eq!(witness.check_step(1, 0, 200), Ok(()));
+        assert!(witness.check_step(1, 0, 200).is_ok());
         check_refused(witness.check_step(1, 0, 200), "a second report of step 0");
         check_refused(witness.check_step(1, 2, 1), "step 2 in a report of round 1");
         assert_eq!(witness.check_evaluation(0, 1_000_000), Ok(()));

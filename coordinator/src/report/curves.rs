@@ -84,7 +84,17 @@ mod tests {
 
     fn step(round: u32, step: u64, participant: &str, loss_nats: f64) -> Row {
         let (participant, energy_j) = (participant.to_owned(), None);
-        Row::Step { round, step, participant, loss_nats, tokens: 1, compute_ms: 1.0, wait_ms: 1.0, energy_j }
+        Row::Step {
+            round,
+            attempt: 1,
+            step,
+            participant,
+            loss_nats,
+            tokens: 1,
+            compute_ms: 1.0,
+            wait_ms: 1.0,
+            energy_j,
+        }
     }
 
     #[test]

@@ -45,12 +45,22 @@ fn evaluation(round: u32, name: &str, loss_nats: f64) -> Row {
 fn step(round: u32, step: u64, name: &str) -> Row {
     let loss_nats = 4.0 - 0.1 * (step as f64 + 8.0 * f64::from(round));
     let (participant, energy_j) = (name.to_owned(), Some(0.5));
-    Row::Step { round, step, participant, loss_nats, tokens: 100, compute_ms: 60.0, wait_ms: 40.0, energy_j }
+    Row::Step {
+        round,
+        attempt: 1,
+        step,
+        participant,
+        loss_nats,
+        tokens: 100,
+        compute_ms: 60.0,
+        wait_ms: 40.0,
+        energy_j,
+    }
 }
 
 fn update(round: u32, name: &str, refused: Option<&str>) -> Row {
     let (accepted, reason) = (refused.is_none(), refused.map(String::from));
-    Row::Update { round, participant: name.to_owned(), tokens: 800, accepted, reason, energy_j: None }
+    Row::Update { round, attempt: 1, participant: name.to_owned(), tokens: 800, accepted, reason, energy_j: None }
 }
 
 fn aggregated(round: u32) -> Row {

@@ -9,7 +9,11 @@ pub enum Event {
         participant: ParticipantName,
         device: DeviceId,
     },
-    /// It has left, or has been sent away.
+    /// It was stopped, and may be started again.
+    Left {
+        participant: ParticipantName,
+    },
+    /// It has been sent away.
     Departed {
         participant: ParticipantName,
     },
@@ -165,7 +169,10 @@ pub struct Contribution {
 /// Why a participant may not join.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum JoinRefusal {
-    #[error("a participant of this name is connected already, and its key is another")]
+    #[error(
+        "a participant of this name is connected already, and its key is another; if that is this device before it was \
+         enrolled anew, join again in half a minute"
+    )]
     NameTaken,
     #[error("the run has finished")]
     Finished,

@@ -365,6 +365,27 @@ fn a_member_that_is_lost_keeps_its_place_until_it_is_back_or_late() {
     );
 }
 
+/// Nobody waits for whoever takes leave, unless the round could not go on without it: a device is updated and started again.
+#[test]
+fn a_member_that_leaves_keeps_its_place_where_it_is_needed() {
+    let left = |participant| Event::Left { participant: name(participant) };
+    let why = Abandonment::TooFewMembers { remaining: 1, quorum: 2 };
+    let long = Federation { deadline_s: Some(3600), ..federation(1, 3, 2) };
+    check_scenario(
+        long,
+        vec![
+            (0, joined("anna"), vec![wait_for(1, 2)]),
+            (0, joined("bert"), vec![wait_for(1, 1)]),
+            (0, joined("cleo"), vec![start(1, "anna bert cleo")]),
+            (1, left("anna"), vec![remove("anna")]),
+            (2, left("bert"), vec![]),
+            (3, joined("bert"), vec![resume("bert", 1)]),
+            (4, left("cleo"), vec![]),
+            (4 + RETURN_MS, Event::Ticked, vec![remove("cleo"), abandon(1, 1, why), wait_for(1, 2)]),
+        ],
+    );
+}
+
 #[test]
 fn a_member_that_cannot_go_on_is_removed_and_stays_connected() {
     let why = Abandonment::TooFewMembers { remaining: 1, quorum: 2 };

@@ -27,7 +27,7 @@ use crate::body::RoundKey;
 use crate::home::audit;
 use crate::journal::{Entry, Health, Record};
 use crate::round::{Action, DeviceId, Event, FinishReason, ParticipantName, Refusal, Rounds};
-use crate::serve::{self, Incoming, Shared, ToParticipant};
+use crate::serve::{self, Departure, Incoming, Shared, ToParticipant};
 use crate::status::ParticipantStatus;
 
 /// How often a full disk is asked whether it has room again.
@@ -57,8 +57,8 @@ pub(super) struct Conductor {
     evaluated: BTreeSet<(u32, String)>,
     /// The first step of the open round that is not on record yet, by participant.
     reported: BTreeMap<ParticipantName, u64>,
-    /// Round and sender of the updates that a coordinator before this one has recorded, where the round is not over.
-    delivered: BTreeSet<(u32, String)>,
+    /// Round, attempt and sender of the updates that a coordinator before this one has recorded, where the round is not over.
+    delivered: BTreeSet<(u32, u32, String)>,
     /// Rows that a full disk has not taken.
     unwritten: VecDeque<Row>,
     /// How the journal does, and what the conductor's own files have met.
@@ -111,6 +111,7 @@ enum Judged {
 /// An update whose fate the round machine is deciding.
 struct JudgedUpdate {
     participant: ParticipantName,
+    attempt: u32,
     adapter: Option<Adapter>,
     /// Why the content is refused, where it is.
     reason: Option<(RefusalReason, String)>,
@@ -122,15 +123,15 @@ struct JudgedUpdate {
 impl Conductor {
     pub(super) fn new(
         rounds: Rounds,
-        directory: RunDirectory,
+        (directory, metrics): (RunDirectory, MetricsLog),
         aggregator: Aggregator,
         adapter: Adapter,
         finished: u32,
         shared: Arc<Shared>,
         watcher: Box<dyn Watcher>,
-    ) -> Result<Self, RunError> {
+    ) -> Self {
         directory.hold_reserve();
-        Ok(Self {
+        Self {
             evaluated: BTreeSet::new(),
             reported: BTreeMap::new(),
             delivered: BTreeSet::new(),
@@ -143,7 +144,7 @@ impl Conductor {
             stop: watch::channel(false).1,
             measuring: None,
             rounds,
-            metrics: directory.metrics_log()?,
+            metrics,
             directory,
             aggregator,
             adapter: Arc::new(adapter),
@@ -158,7 +159,7 @@ impl Conductor {
             begun: Instant::now(),
             shared,
             watcher,
-        })
+        }
     }
 
     pub(super) fn announce(&mut self) -> Result<(), RunError> {
@@ -327,22 +328,23 @@ impl Conductor {
                 }
                 Ok(Some((actions, None)))
             }
-            Incoming::Departed { participant, session, reason, may_return } => {
+            Incoming::Departed { participant, session, reason, how } => {
                 if self.connections.get(&participant).is_none_or(|connected| connected.session != session) {
                     return Ok(None);
                 }
                 self.note_departure(&participant, self.rounds.round(), reason)?;
-                let event = match may_return {
-                    true => Event::Lost { participant },
-                    false => Event::Departed { participant },
+                let event = match how {
+                    Departure::Lost => Event::Lost { participant },
+                    Departure::Left => Event::Left { participant },
+                    Departure::Ended => Event::Departed { participant },
                 };
                 Ok(Some((self.handle(event), None)))
             }
-            Incoming::Said { participant, session, message } => {
+            Incoming::Said { participant, session, message, of } => {
                 if self.connections.get(&participant).is_none_or(|connected| connected.session != session) {
                     return Ok(None);
                 }
-                Ok(self.said(participant, message)?.map(|event| (self.handle(event), None)))
+                Ok(self.said(participant, message, of)?.map(|event| (self.handle(event), None)))
             }
             Incoming::Update { participant, session, key, tokens, loss_nats, adapter, answer } => {
                 if self.connections.get(&participant).is_none_or(|connected| connected.session != session) {
@@ -360,7 +362,8 @@ impl Conductor {
                     Ok(adapter) => (Event::UpdateArrived { participant, round, attempt, tokens }, Some(adapter), None),
                     Err(reason) => (Event::UpdateRejected { participant, round, attempt }, None, Some(reason)),
                 };
-                let judged = JudgedUpdate { participant: name, adapter, reason, tokens, loss_nats, answer };
+                let attempt = key.attempt;
+                let judged = JudgedUpdate { participant: name, attempt, adapter, reason, tokens, loss_nats, answer };
                 Ok(Some((self.handle(event), Some(Judged::Update(judged)))))
             }
             incoming @ Incoming::ChannelSums { .. } => {
@@ -410,10 +413,16 @@ impl Conductor {
         self.record(&Row::Departure { round, participant: participant.to_string(), reason, energy_j: None })
     }
 
-    fn said(&mut self, participant: ParticipantName, message: FromParticipant) -> Result<Option<Event>, RunError> {
+    /// `of` is the attempt whose step is reported: one that was abandoned may be heard of behind the next one's start.
+    fn said(
+        &mut self,
+        participant: ParticipantName,
+        message: FromParticipant,
+        of: Option<RoundKey>,
+    ) -> Result<Option<Event>, RunError> {
         match message {
             FromParticipant::StepFinished { round, step, loss_nats, tokens, compute_ms, wait_ms } => {
-                let is_open = self.open.as_ref().is_some_and(|open| open.key.round == round);
+                let is_open = self.open.as_ref().is_some_and(|open| Some(open.key) == of);
                 let next = self.reported.entry(participant.clone()).or_insert(0);
                 // A step that was repeated is on record already.
                 if is_open && step < *next {
@@ -425,6 +434,7 @@ impl Conductor {
                 let name = participant.to_string();
                 self.record(&Row::Step {
                     round,
+                    attempt: of.map_or(1, |key| key.attempt),
                     step,
                     participant: name,
                     loss_nats,
@@ -436,7 +446,7 @@ impl Conductor {
                 if let Some(status) = self.participants.get_mut(&participant) {
                     (status.round, status.step, status.loss_nats) = (round, step, Some(loss_nats));
                 }
-                if let Some(open) = self.open.as_mut().filter(|open| open.key.round == round) {
+                if let Some(open) = self.open.as_mut().filter(|_| is_open) {
                     open.steps_done += 1;
                     let all = open.cohort.len() as u64 * self.shared.experiment.federation.local_steps;
                     self.watcher.step(open.steps_done, all, loss_nats);
@@ -610,7 +620,7 @@ impl Conductor {
     async fn accept(&mut self, judged: JudgedUpdate) -> Result<(), RunError> {
         let JudgedUpdate { participant, adapter, tokens, loss_nats, answer, .. } = judged;
         let (Some(open), Some(adapter)) = (&mut self.open, adapter) else { return Ok(()) };
-        let (round, name) = (open.key.round, participant.to_string());
+        let (RoundKey { round, attempt }, name) = (open.key, participant.to_string());
         let tensors = adapter.tensors().iter().map(|tensor| tensor.values.clone()).collect();
         let record = Record::Accepted { participant: name.clone(), tokens, loss_nats_bits: loss_nats.to_bits() };
         open.updates.insert(participant.clone(), Update { adapter, tokens, loss_nats });
@@ -619,14 +629,16 @@ impl Conductor {
         self.shared.journal.append(Entry { record, tensors }, answered).await;
         self.set_state(&participant, "delivered");
         // A coordinator that was killed before the update was on disk has recorded it already.
-        if self.delivered.remove(&(round, name.clone())) {
+        if self.delivered.remove(&(round, attempt, name.clone())) {
             return Ok(());
         }
-        self.record(&Row::Update { round, participant: name, tokens, accepted: true, reason: None, energy_j: None })
+        let row =
+            Row::Update { round, attempt, participant: name, tokens, accepted: true, reason: None, energy_j: None };
+        self.record(&row)
     }
 
     fn refuse(&mut self, judged: JudgedUpdate, round: u32, refusal: Refusal) -> Result<(), RunError> {
-        let JudgedUpdate { participant, reason, tokens, answer, .. } = judged;
+        let JudgedUpdate { participant, attempt, reason, tokens, answer, .. } = judged;
         let said = |reason: RefusalReason| (reason, refusal.to_string());
         let (reason, text) = match refusal {
             Refusal::WrongRound { .. } | Refusal::Late | Refusal::Abandoned => said(RefusalReason::Late),
@@ -638,7 +650,7 @@ impl Conductor {
         let _ = answer.send(UpdateReply::Refused { reason, text: text.clone() });
         self.watcher.note(&format!("an update of {participant} for round {round} is refused: {text}"));
         let (participant, reason) = (participant.to_string(), Some(text));
-        self.record(&Row::Update { round, participant, tokens, accepted: false, reason, energy_j: None })
+        self.record(&Row::Update { round, attempt, participant, tokens, accepted: false, reason, energy_j: None })
     }
 
     async fn send(&self, participant: &ParticipantName, message: FromCoordinator) {

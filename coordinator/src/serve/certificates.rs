@@ -36,7 +36,15 @@ impl Stream {
         let (renewer, of) = (self.shared.clone(), name.clone());
         let proved = (self.connection.peer_key(), self.connection.issued_unix());
         let renew = move || renewer.home.renew(&of, proved, &csr_der, OffsetDateTime::now_utc());
-        let chain_pem = issued(renew).await?;
+        let chain_pem = match issued(renew).await {
+            // The one it has is still good, and it asks again.
+            Err(ServeError::Close(CloseCode::Internal, _)) => {
+                self.send.reset(CloseCode::Internal);
+                self.finished = true;
+                return Ok(());
+            }
+            issued => issued?,
+        };
         tracing::info!(participant = %name, "certificate renewed");
         self.send.message(&Enrolled { chain_pem }).await?;
         self.finish();

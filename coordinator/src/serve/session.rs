@@ -12,11 +12,13 @@ use tokio::task::JoinSet;
 use wire::{CODEC_PLAIN, CloseCode, FromCoordinator, FromParticipant};
 
 use super::stream::Answering;
-use super::{HELLO_DEADLINE, Incoming, ServeError, Shared, Stream, ToParticipant, locked, misbehaved, within};
+use super::{
+    Departure, HELLO_DEADLINE, Incoming, ServeError, Shared, Stream, ToParticipant, locked, misbehaved, within,
+};
 use crate::body::RoundKey;
 use crate::home::audit::Event;
 use crate::round::ParticipantName;
-use crate::witness::Witness;
+use crate::witness::{Reported, Witness};
 
 /// What a participant is told that knows no run without a deadline; the coordinator alone closes rounds.
 const OLD_DEADLINE_S: u64 = 24 * 3600;
@@ -61,10 +63,10 @@ impl Session<'_> {
             Ok(()) => "the run is over".to_owned(),
             Err(error) => error.close().1,
         };
-        let may_return = matches!(&ended, Err(error) if error.may_return());
+        let how = ended.as_ref().map_or_else(ServeError::departure, |()| Departure::Ended);
         let (participant, session) = (session.participant.clone(), session.id);
         // It fails when the run loop has ended, which then knows. Of a session that never joined it is not news.
-        let _ = shared.incoming.send(Incoming::Departed { participant, session, reason, may_return }).await;
+        let _ = shared.incoming.send(Incoming::Departed { participant, session, reason, how }).await;
         ended
     }
 
@@ -79,8 +81,7 @@ impl Session<'_> {
         }
         if let Err(reason) = session.check_hello(&hello) {
             let code = CloseCode::Incompatible;
-            send.message(&FromCoordinator::Refused { code: code.code(), reason: reason.clone() }).await?;
-            return Err(ServeError::Close(code, reason));
+            return Err(refuse(&mut send, code, reason).await);
         }
         send.message(&session.welcome()).await?;
         let (messages, mut to_send) = mpsc::channel(16);
@@ -146,8 +147,7 @@ impl Session<'_> {
                     self.note_joining(&joined);
                     if let Ok(Err(reason)) = joined {
                         let code = CloseCode::NotAuthorized;
-                        send.message(&FromCoordinator::Refused { code: code.code(), reason: reason.clone() }).await?;
-                        return Err(ServeError::Close(code, reason));
+                        return Err(refuse(send, code, reason).await);
                     }
                 }
                 message = to_send.recv() => {
@@ -225,15 +225,18 @@ impl Session<'_> {
                         }).await?;
                     }
                     FromParticipant::Leaving { reason } => {
-                        return Err(ServeError::Close(CloseCode::Done, format!("the participant left: {reason}")));
+                        return Err(ServeError::Left(reason));
                     }
                     FromParticipant::Hello { .. } => {
                         return Err(ServeError::Close(CloseCode::Unexpected, "a second hello".into()));
                     }
                     message => {
-                        self.check_report(&message)?;
+                        let of = match self.check_report(&message)? {
+                            Some(Reported { is_new: false, .. }) => continue,
+                            reported => reported.map(|reported| reported.key),
+                        };
                         let (participant, session) = (self.participant.clone(), self.id);
-                        self.tell(Incoming::Said { participant, session, message }).await?;
+                        self.tell(Incoming::Said { participant, session, message, of }).await?;
                     }
                 },
             }
@@ -251,12 +254,14 @@ impl Session<'_> {
         }
     }
 
-    fn check_report(&self, message: &FromParticipant) -> Result<(), ServeError> {
+    fn check_report(&self, message: &FromParticipant) -> Result<Option<Reported>, ServeError> {
         let mut witness = locked(&self.witness);
         let judged = match *message {
-            FromParticipant::StepFinished { round, step, tokens, .. } => witness.check_step(round, step, tokens),
-            FromParticipant::Evaluated { round, tokens, .. } => witness.check_evaluation(round, tokens),
-            _ => Ok(()),
+            FromParticipant::StepFinished { round, step, tokens, .. } => {
+                witness.check_step(round, step, tokens).map(Some)
+            }
+            FromParticipant::Evaluated { round, tokens, .. } => witness.check_evaluation(round, tokens).map(|()| None),
+            _ => Ok(None),
         };
         judged.map_err(misbehaved)
     }
@@ -265,4 +270,16 @@ impl Session<'_> {
         let over = |_| ServeError::Close(CloseCode::GoingAway, "the run is over".into());
         self.shared.incoming.send(incoming).await.map_err(over)
     }
+}
+
+/// Tells a participant why it may not take part, and lets it hear that before the connection is closed.
+async fn refuse(send: &mut SendStream, code: CloseCode, reason: String) -> ServeError {
+    let refused = FromCoordinator::Refused { code: code.code(), reason: reason.clone() };
+    let told = async {
+        send.message(&refused).await?;
+        send.finish();
+        send.delivered().await
+    };
+    let _ = tokio::time::timeout(ANSWER_DEADLINE, told).await;
+    ServeError::Close(code, reason)
 }

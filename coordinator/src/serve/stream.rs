@@ -99,6 +99,9 @@ impl Stream {
                 if purpose == Purpose::Train {
                     self.check_size(micros, step_tokens)?;
                 }
+                if micro >= micros {
+                    return Err(misbehaved(format!("micro-batch {micro} of a step of {micros}")));
+                }
                 let served = self.step(&Step { place, purpose, segments, trained_tokens, step_tokens }).await;
                 match served {
                     Err(StepError::Serve(error)) => Err(error),

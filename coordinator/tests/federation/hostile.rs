@@ -8,6 +8,7 @@ mod participant;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ::coordinator::serve::CONNECTIONS_OF_PEER_MAX;
 use model::Adapter;
 use net::{NetError, StreamKind};
 use tokio::sync::OnceCell;
@@ -199,7 +200,7 @@ async fn a_request_that_does_not_fit_the_run_is_refused() {
     check(unexpected, "a step of session 9 in session", |s| s.session = 9).await;
     check(unexpected, "step 1, micro-batch 0 came where step 0, micro-batch 0 was due", |s| s.step = 1).await;
     check(unexpected, "step 18446744073709551615, micro-batch 0 came", |s| s.step = u64::MAX).await;
-    check(unexpected, "step 0, micro-batch 1 came", |s| s.micro = 1).await;
+    check(unexpected, "micro-batch 1 of a step of 1", |s| s.micro = 1).await;
     check(unexpected, "a step of 0 micro-batches", |s| s.micros = 0).await;
     check(unexpected, "a step of 2 micro-batches; the experiment has 1", |s| s.micros = 2).await;
     check(unexpected, "a step of 0 trained tokens", |s| s.step_tokens = 0).await;
@@ -424,6 +425,37 @@ async fn a_figure_that_cannot_be_is_refused() {
     }
 }
 
+/// Where no gradient crosses, the body does not look at what number a micro-batch has.
+#[tokio::test(flavor = "multi_thread")]
+async fn in_forward_only_mode_too_a_micro_batch_is_one_of_its_step() {
+    within_a_minute(async {
+        let world = World::new(|text| one_alone(text).replace("mode = \"u\"", "mode = \"forward_only\""));
+        let coordinator = world.coordinator();
+        let hostile = Hostile::join(&world, &coordinator).await;
+        let mut step = hostile.step(0);
+        step.micro = u32::MAX;
+        let _streams = hostile.ask(&step).await;
+        let complaint = "micro-batch 4294967295 of a step of 1";
+        check_closed(&hostile.connection.closed().await, CloseCode::Unexpected, complaint);
+        coordinator.stop().await.unwrap();
+    })
+    .await;
+}
+
+/// A device may lose some connections before the first of them times out, and no more.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_peer_has_a_few_connections() {
+    check_before(async |world, coordinator| {
+        let mut greeted = Vec::new();
+        for _ in 0..CONNECTIONS_OF_PEER_MAX {
+            greeted.push(Hostile::greet(world, coordinator).await);
+        }
+        let one_more = coordinator.connect(HOSTILE).await;
+        check_closed(&one_more.closed().await, CloseCode::NoRoom, "8 connections of this peer are served already");
+    })
+    .await;
+}
+
 /// Where no gradient crosses, the body keeps no count of a member's steps.
 #[tokio::test(flavor = "multi_thread")]
 async fn in_forward_only_mode_an_update_rests_on_the_steps_that_came() {
@@ -481,8 +513,8 @@ async fn a_connection_more_than_there_is_room_for_is_turned_away() {
         let honest = [coordinator.join(press).await, coordinator.join(world.participant("mill-1").0).await];
         reached.recv().await.unwrap();
         let mut crowd = Vec::new();
-        for _ in 2..CONNECTIONS_MAX {
-            crowd.push(coordinator.connect("packer-1").await);
+        for number in 2..CONNECTIONS_MAX {
+            crowd.push(coordinator.connect(&format!("packer-{number}")).await);
         }
         let late = coordinator.connect("packer-1").await.closed().await;
         check_closed(&late, CloseCode::NoRoom, &format!("{CONNECTIONS_MAX} connections are served already"));

@@ -36,6 +36,9 @@ pub enum Row {
     /// One optimizer step of one participant.
     Step {
         round: u32,
+        /// Rounds that were abandoned are trained again.
+        #[serde(default = "first")]
+        attempt: u32,
         step: u64,
         participant: String,
         /// Mean per trained token.
@@ -64,6 +67,8 @@ pub enum Row {
     /// An update arrived, and was aggregated or refused.
     Update {
         round: u32,
+        #[serde(default = "first")]
+        attempt: u32,
         participant: String,
         tokens: u64,
         accepted: bool,
@@ -129,6 +134,10 @@ pub enum Row {
         #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "some_number")]
         energy_j: Option<f64>,
     },
+}
+
+fn first() -> u32 {
+    1
 }
 
 fn number<'de, D: Deserializer<'de>>(value: D) -> Result<f64, D::Error> {
@@ -219,6 +228,7 @@ mod tests {
         let participant = String::from("clinic-a");
         Row::Step {
             round,
+            attempt: 1,
             step: 3,
             participant,
             loss_nats,
@@ -249,7 +259,7 @@ mod tests {
         );
         check_row(
             &step(1, 2.5),
-            r#"{"row":"step","round":1,"step":3,"participant":"clinic-a","loss_nats":2.5,"tokens":200,"compute_ms":12.5,"wait_ms":0.25}"#,
+            r#"{"row":"step","round":1,"attempt":1,"step":3,"participant":"clinic-a","loss_nats":2.5,"tokens":200,"compute_ms":12.5,"wait_ms":0.25}"#,
         );
         check_row(
             &Row::Evaluation { round: 0, participant: participant(), loss_nats: 3.0, tokens: 9, energy_j: Some(1.5) },
@@ -259,13 +269,14 @@ mod tests {
         check_row(
             &Row::Update {
                 round: 1,
+                attempt: 2,
                 participant: participant(),
                 tokens: 9,
                 accepted: false,
                 reason: refused,
                 energy_j: None,
             },
-            r#"{"row":"update","round":1,"participant":"clinic-a","tokens":9,"accepted":false,"reason":"too late"}"#,
+            r#"{"row":"update","round":1,"attempt":2,"participant":"clinic-a","tokens":9,"accepted":false,"reason":"too late"}"#,
         );
         check_row(
             &Row::Round {

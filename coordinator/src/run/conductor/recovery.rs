@@ -16,19 +16,20 @@ use crate::round::ParticipantName;
 const RESUMING_MINOR: u16 = 1;
 
 impl Conductor {
-    /// Remembers what is on record already.
-    pub(in crate::run) fn remember(&mut self, rows: &[Row]) {
+    /// Remembers what is on record already, of steps those of the attempt that is open or comes next.
+    pub(in crate::run) fn remember(&mut self, rows: &[Row], open_attempt: u32) {
+        let open = (self.finished + 1, open_attempt);
         for row in rows {
             match row {
                 Row::Evaluation { round, participant, .. } => {
                     self.evaluated.insert((*round, participant.clone()));
                 }
-                Row::Step { round, step, participant, .. } if *round == self.finished + 1 => {
+                Row::Step { round, attempt, step, participant, .. } if (*round, *attempt) == open => {
                     let next = self.reported.entry(ParticipantName::new(participant)).or_insert(0);
                     *next = (*next).max(step + 1);
                 }
-                Row::Update { round, participant, accepted: true, .. } if *round == self.finished + 1 => {
-                    self.delivered.insert((*round, participant.clone()));
+                Row::Update { round, attempt, participant, accepted: true, .. } if (*round, *attempt) == open => {
+                    self.delivered.insert((*round, *attempt, participant.clone()));
                 }
                 _ => {}
             }
