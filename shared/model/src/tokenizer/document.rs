@@ -1,5 +1,6 @@
 //! Writing a tokenizer.json: a canonical document with vocabulary, merges and added tokens in order. It is what we
-//! export, what participants receive and what our own engine runs on, so the three cannot differ.
+//! export and what participants receive. Our own engine is made of the same rules, and of the same tokens directly; a
+//! test compares it with the one that is read from the whole document.
 
 use std::collections::BTreeMap;
 
@@ -22,6 +23,38 @@ pub(super) const LLAMA_WORDS: &str = concat!(
 
 /// Writes a tokenizer.json. `bos` is put in front of every text by programs that ask for special tokens.
 pub(super) fn write(vocabulary: &Vocabulary, bos: Option<&str>) -> Vec<u8> {
+    let unknown = vocabulary.unknown().and_then(|id| vocabulary.text(id));
+    written(vocabulary, bos, vocabulary.tokens(), vocabulary.merges(), unknown)
+}
+
+/// The same without any token.
+pub(super) fn write_rules(vocabulary: &Vocabulary, bos: Option<&str>) -> Vec<u8> {
+    written(vocabulary, bos, &[], &[], None)
+}
+
+/// How merging goes beside the merges themselves.
+pub(super) struct Flags {
+    pub fuse_unk: bool,
+    pub byte_fallback: bool,
+    pub ignore_merges: bool,
+}
+
+impl Flags {
+    pub(super) fn of(vocabulary: &Vocabulary) -> Self {
+        let is_sentence_piece = matches!(vocabulary.scheme(), Scheme::SentencePiece { .. });
+        let ignore_merges = matches!(vocabulary.scheme(), Scheme::ByteLevel { split: Split::LlamaBpe, .. });
+        Self { fuse_unk: is_sentence_piece, byte_fallback: is_sentence_piece, ignore_merges }
+    }
+}
+
+fn written(
+    vocabulary: &Vocabulary,
+    bos: Option<&str>,
+    tokens: &[Token],
+    merges: &[(String, String)],
+    unknown: Option<&str>,
+) -> Vec<u8> {
+    let Flags { fuse_unk, byte_fallback, ignore_merges } = Flags::of(vocabulary);
     let (normalizer, pre_tokenizer) = rules(*vocabulary.scheme());
     let is_sentence_piece = matches!(vocabulary.scheme(), Scheme::SentencePiece { .. });
     let post_processor = match bos {
@@ -29,7 +62,7 @@ pub(super) fn write(vocabulary: &Vocabulary, bos: Option<&str>) -> Vec<u8> {
         None if is_sentence_piece => Value::Null,
         None => byte_level(true),
     };
-    let added_tokens = (0u32..).zip(vocabulary.tokens()).filter(|(_, token)| token.kind.is_added());
+    let added_tokens = (0u32..).zip(tokens).filter(|(_, token)| token.kind.is_added());
     let document = WrittenFile {
         version: "1.0",
         truncation: None,
@@ -52,14 +85,14 @@ pub(super) fn write(vocabulary: &Vocabulary, bos: Option<&str>) -> Vec<u8> {
         model: WrittenModel {
             kind: "BPE",
             dropout: None,
-            unk_token: vocabulary.unknown().and_then(|id| vocabulary.text(id)),
+            unk_token: unknown,
             continuing_subword_prefix: None,
             end_of_word_suffix: None,
-            fuse_unk: is_sentence_piece,
-            byte_fallback: is_sentence_piece,
-            ignore_merges: matches!(vocabulary.scheme(), Scheme::ByteLevel { split: Split::LlamaBpe, .. }),
-            vocab: OrderedVocabulary(vocabulary.tokens()),
-            merges: vocabulary.merges(),
+            fuse_unk,
+            byte_fallback,
+            ignore_merges,
+            vocab: OrderedVocabulary(tokens),
+            merges,
         },
     };
     serde_json::to_vec(&document).expect("strings, numbers and maps with string keys always serialize")

@@ -2,12 +2,13 @@
 //! with a special meaning and the chat template, whichever file they came from: tokenizer.json, the metadata of a GGUF
 //! file, or [`Tokenizer::bytes`]. It never opens a file and never reaches a network. It refuses what it cannot
 //! reproduce exactly: other algorithms than byte-pair encoding, unknown rules for cutting text, and vocabularies that
-//! contradict themselves. The third-party engine that does the merging only ever reads what `document.rs` wrote, so
-//! bytes from outside do not reach it.
+//! contradict themselves. The third-party engine that does the merging is made in `engine.rs` of what has been
+//! checked here, so bytes from outside do not reach it.
 
 mod bytes;
 mod chat;
 mod document;
+mod engine;
 mod gguf;
 mod huggingface;
 mod json;
@@ -138,9 +139,7 @@ impl Tokenizer {
             Some(source) => Some(ChatTemplate::new(source, bos_text.clone(), text(settings.eos.first().copied()))?),
             None => None,
         };
-        let document = document::write(&vocabulary, bos_text.as_deref().filter(|_| settings.add_bos));
-        let engine =
-            tokenizers::Tokenizer::from_bytes(document).map_err(|error| TokenizerError::Engine(error.to_string()))?;
+        let engine = engine::build(&vocabulary, bos_text.as_deref().filter(|_| settings.add_bos))?;
         Ok(Self { vocabulary, settings, template, engine, plain_engine: OnceLock::new() })
     }
 

@@ -62,6 +62,8 @@ fn check_refused(result: Result<Tokenizer, TokenizerError>, message: &str) {
 
 /// Whatever format a tokenizer goes through, it must give the same ids afterwards.
 fn check_formats_agree(tokenizer: &Tokenizer, text: &str) {
+    let read = tokenizers::Tokenizer::from_bytes(tokenizer.json()).unwrap();
+    assert_eq!(tokenizer.engine.to_string(false).unwrap(), read.to_string(false).unwrap());
     let json = Tokenizer::from_json(&tokenizer.json(), tokenizer.settings()).unwrap();
     assert_eq!(json.json(), tokenizer.json(), "the document is canonical");
     let gguf = Tokenizer::from_gguf(tokenizer.gguf().unwrap()).unwrap();
