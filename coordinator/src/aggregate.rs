@@ -191,6 +191,21 @@ mod tests {
         assert!(found <= expected * 1.000001 && found > expected * 0.5, "{found} of {expected}");
     }
 
+    /// All that each of them sent is within the wire's limits.
+    #[test]
+    fn an_aggregate_that_nobody_could_fetch_is_none() {
+        let experiment = experiment(|federation| federation.average = Average::Product);
+        let global = adapter(&experiment, 1);
+        let huge = global.with_flat(&vec![1e18; global.flat().len()]).unwrap();
+        let members = [Member { weight: 1.0, adapter: huge }, Member { weight: 1.0, adapter: global.clone() }];
+        let refused = Aggregator::new(&experiment).aggregate(&global, &members, None).err().unwrap();
+        assert!(matches!(refused, AggregateError::TooLarge), "{refused}");
+        assert!(
+            refused.to_string().contains("1000000000000000000") && refused.to_string().contains("median"),
+            "{refused}"
+        );
+    }
+
     #[test]
     fn members_of_different_blocks_are_refused() {
         let experiment = experiment(|_| ());

@@ -124,15 +124,6 @@ impl Barrier {
         Ok(if commit.is_some() { Turn::Wait } else { Turn::Now })
     }
 
-    /// Whether the member has committed all steps of the round, so that its update may be accepted.
-    pub fn has_finished(&self, participant: &ParticipantName) -> bool {
-        match self.members.get(participant) {
-            Some(Some(_tokens)) => self.step + 1 >= self.end,
-            Some(None) => self.step >= self.end,
-            None => false,
-        }
-    }
-
     fn apply_if_complete(&mut self) -> Option<ApplyStep> {
         let mut contributions = Vec::with_capacity(self.members.len());
         for (participant, commit) in &self.members {
@@ -240,22 +231,16 @@ mod tests {
     fn members_finish_after_the_rounds_last_step() {
         let mut barrier = barrier(&["anna", "bert"], 0, 1);
         let over = |participant| BarrierError::RoundIsOver { participant: name(participant), steps_end: 1 };
-        assert!(!barrier.has_finished(&name("anna")));
         barrier.committed(&name("anna"), 0, 1).unwrap();
-        assert!(barrier.has_finished(&name("anna")));
-        assert!(!barrier.has_finished(&name("bert")));
         assert_eq!(barrier.forward(&name("anna"), 1), Err(over("anna")));
         barrier.committed(&name("bert"), 0, 1).unwrap();
-        assert!(barrier.has_finished(&name("anna")) && barrier.has_finished(&name("bert")));
         assert_eq!(barrier.committed(&name("bert"), 1, 1), Err(over("bert")));
-        assert!(!barrier.has_finished(&name("cleo")));
         assert_eq!(barrier.removed(&name("anna")), None, "nothing is left to apply");
     }
 
     #[test]
-    fn a_round_without_steps_is_finished_from_the_start() {
+    fn a_round_without_steps_is_over_from_the_start() {
         let barrier = barrier(&["anna"], 3, 0);
-        assert!(barrier.has_finished(&name("anna")));
         assert!(matches!(barrier.forward(&name("anna"), 3), Err(BarrierError::RoundIsOver { .. })));
     }
 

@@ -470,6 +470,25 @@ mod tests {
         assert!(Entry::decode(&entry().encode()[1..]).is_err());
     }
 
+    /// What is left of a round that was begun once before counts for an adapter that is no more.
+    #[tokio::test]
+    async fn a_round_that_is_begun_anew_leaves_no_segment_of_its_first_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let settings = Settings::default();
+        let place = Place { settings, directory: directory.path().join("journal"), experiment_digest: [7; 32] };
+        for (round, number) in [(5, 0), (6, 4), (7, 0)] {
+            place.create(round, number).unwrap();
+        }
+        let journal = Journal::start(place.clone(), None).unwrap();
+        journal.begin(6).await;
+        let (tell, told) = tokio::sync::oneshot::channel();
+        journal.flush(move || tell.send(()).unwrap()).await;
+        told.await.unwrap();
+        let mut left = place.segments();
+        left.sort_unstable();
+        assert_eq!(left, [(5, 0), (6, 0)]);
+    }
+
     proptest! {
         #[test]
         fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..100)) {

@@ -284,7 +284,12 @@ impl ServeError {
 }
 
 async fn within<T>(deadline: Duration, what: impl Future<Output = T>) -> Result<T, ServeError> {
-    let late = |_| ServeError::Close(CloseCode::TooSlow, "no hello in time".into());
+    let late = |_| {
+        ServeError::Close(
+            CloseCode::TooSlow,
+            format!("nothing was said within {} s of connecting; try again", deadline.as_secs()),
+        )
+    };
     tokio::time::timeout(deadline, what).await.map_err(late)
 }
 

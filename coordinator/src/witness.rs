@@ -79,7 +79,10 @@ struct Step {
     complete: bool,
     /// In an earlier session, of which the participant may not have had the answer: it may come once more.
     before: bool,
+    /// On record, whichever session reported it.
     reported: bool,
+    /// Reported in this session.
+    heard: bool,
 }
 
 impl Witness {
@@ -137,7 +140,7 @@ impl Witness {
         };
         let work = given.work.entry(step).or_default();
         if work.before && work.step_tokens == u64::from(step_tokens) {
-            *work = Step { reported: work.reported, ..Step::default() };
+            *work = Step { reported: work.reported, heard: work.heard, ..Step::default() };
         }
         if work.complete || !work.micros.insert(micro) {
             return Err(format!("micro-batch {micro} of step {step}, which came before"));
@@ -180,7 +183,7 @@ impl Witness {
                 complaint = format!("a report of step {step}, which is not complete");
                 continue;
             };
-            if work.reported && !work.before {
+            if work.heard {
                 complaint = format!("a second report of step {step}");
             } else if sees_steps && work.step_tokens != tokens {
                 complaint =
@@ -188,8 +191,8 @@ impl Witness {
             } else if !(1..=step_tokens_max).contains(&tokens) {
                 complaint = format!("a report of {tokens} trained tokens in a step; it has 1 to {step_tokens_max}");
             } else {
-                let is_new = !std::mem::replace(&mut work.reported, true);
-                work.before = work.before && is_new;
+                let is_new = !work.reported;
+                (work.reported, work.heard) = (true, true);
                 self.reported = self.reported.max(round);
                 return Ok(Reported { key: given.key, is_new });
             }
@@ -283,6 +286,28 @@ mod tests {
         check_refused(witness.check_step(1, 0, 70), "a second report of step 0");
         check_refused(witness.check_step(1, 2, 70), "step 2 in a report of round 1");
         check_refused(witness.check_step(2, 2, 70), "step 2 in a report of round 2");
+    }
+
+    /// Reports come in order over one stream, and may cross a round's abandonment.
+    #[test]
+    fn a_report_is_of_the_attempt_whose_step_it_has() {
+        let mut witness = witness(true);
+        train(&mut witness, FIRST, 0);
+        witness.gave(AGAIN, 0..2, true);
+        assert_eq!(witness.check_step(1, 0, 70), Ok(Reported { key: FIRST, is_new: true }));
+        train(&mut witness, AGAIN, 0);
+        assert_eq!(witness.check_step(1, 0, 70), Ok(Reported { key: AGAIN, is_new: true }));
+    }
+
+    #[test]
+    fn what_an_earlier_session_reported_is_heard_once_more_and_is_not_new() {
+        let mut witness = Witness { sees_steps: true, step_tokens_max: 200, rounds: Vec::new(), reported: 0 };
+        witness.gave_again(FIRST, 0..2, false, [(0, 70), (1, 60)].into(), 1);
+        check_refused(witness.check_step(1, 0, 71), "71 trained tokens in step 0, which had 70");
+        assert_eq!(witness.check_step(1, 0, 70), Ok(Reported { key: FIRST, is_new: false }));
+        check_refused(witness.check_step(1, 0, 70), "a second report of step 0");
+        assert_eq!(witness.check_step(1, 1, 60), Ok(Reported { key: FIRST, is_new: true }));
+        check_refused(witness.check_step(1, 1, 60), "a second report of step 1");
     }
 
     #[test]

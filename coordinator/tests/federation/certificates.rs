@@ -72,6 +72,24 @@ async fn a_certificate_about_to_expire_is_renewed_during_a_run() {
     .await;
 }
 
+/// The certificate that it has is good for days yet: a home that cannot issue another one costs no round.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_renewal_that_fails_by_the_coordinators_trouble_costs_no_step() {
+    within_a_minute(async {
+        let site = Site::new(crate::world::alone);
+        let invitation = enrolled_at(&site, "device", now() - Duration::days(25));
+        let before = identity(&site, "device");
+        let running = site.start().await;
+        let head = site.home().path().join("audit.head");
+        fs::write(&head, "somebody has changed it").unwrap();
+        let joined = site.join(&invitation, "device", site.world.participant(NAME).0);
+        assert_eq!(joined.await.unwrap().unwrap(), "completed");
+        assert_eq!(identity(&site, "device").not_after(), before.not_after());
+        running.end().await.unwrap();
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_expired_device_is_told_what_to_do_and_a_new_invitation_does_it() {
     within_a_minute(async {
