@@ -17,7 +17,7 @@ use std::time::Duration;
 use experiment::{Experiment, SplitMode, WireDtype};
 use model::source::Manifest;
 use model::{Adapter, ChannelSums, Cut, Source};
-use net::{Connection, NetError, PeerIdentity};
+use net::{Connection, NetError, PeerIdentity, RecvStream, SendStream};
 use planted::Bug;
 use tokio::sync::{mpsc, oneshot};
 use wire::{CloseCode, DType, FromCoordinator, FromParticipant, ProtocolError, RefusalReason, UpdateReply};
@@ -172,15 +172,20 @@ pub fn serve(connection: Connection, shared: Arc<Shared>) -> impl Future<Output 
     }
 }
 
+/// A connection's first stream. It is kept until the connection is closed: dropped before, it would look as if it had ended,
+/// and what the peer would hear of first is that.
+type Control = Option<(SendStream, RecvStream)>;
+
 async fn serve_peer(connection: Connection, shared: Arc<Shared>) {
     let peer = connection.peer().clone();
+    let mut control = None;
     let served = match &peer {
         PeerIdentity::Participant { name } => {
             let name = ParticipantName::new(name.to_string());
-            Session::run(name, &connection, &shared).await
+            Session::run(name, &connection, &shared, &mut control).await
         }
         PeerIdentity::Enrol { name, .. } => {
-            let enrolled = certificates::enrol(&connection, &shared).await;
+            let enrolled = certificates::enrol(&connection, &shared, &mut control).await;
             if let Err(ServeError::Close(CloseCode::NotAuthorized, reason)) = &enrolled {
                 shared.home.admission().note(Event::Refused, name, reason);
             }

@@ -6,14 +6,18 @@ use net::{Connection, PeerIdentity};
 use time::OffsetDateTime;
 use wire::{CloseCode, Enrolled, Request};
 
-use super::{HELLO_DEADLINE, ServeError, Shared, Stream, misbehaved, within};
+use super::{Control, HELLO_DEADLINE, ServeError, Shared, Stream, misbehaved, within};
 use crate::home::RedeemError;
 
-pub(super) async fn enrol(connection: &Connection, shared: &Arc<Shared>) -> Result<(), ServeError> {
+pub(super) async fn enrol(
+    connection: &Connection,
+    shared: &Arc<Shared>,
+    control: &mut Control,
+) -> Result<(), ServeError> {
     let PeerIdentity::Enrol { name, fingerprint } = connection.peer().clone() else {
         return Err(ServeError::Close(CloseCode::Internal, "no invitation".into()));
     };
-    let (mut send, mut receive) = within(HELLO_DEADLINE, connection.accept()).await??;
+    let (send, receive) = control.insert(within(HELLO_DEADLINE, connection.accept()).await??);
     let Request::Enrol { csr_der } = within(HELLO_DEADLINE, receive.message()).await?? else {
         return Err(ServeError::Close(CloseCode::Unexpected, "an invitation is good for enrolling alone".into()));
     };

@@ -13,7 +13,7 @@ use wire::{CODEC_PLAIN, CloseCode, FromCoordinator, FromParticipant};
 
 use super::stream::Answering;
 use super::{
-    Departure, HELLO_DEADLINE, Incoming, ServeError, Shared, Stream, ToParticipant, locked, misbehaved, within,
+    Control, Departure, HELLO_DEADLINE, Incoming, ServeError, Shared, Stream, ToParticipant, locked, misbehaved, within,
 };
 use crate::body::RoundKey;
 use crate::home::audit::Event;
@@ -43,6 +43,7 @@ impl Session<'_> {
         participant: ParticipantName,
         connection: &Connection,
         shared: &Arc<Shared>,
+        control: &mut Control,
     ) -> Result<(), ServeError> {
         let id = shared.sessions.fetch_add(1, Ordering::Relaxed);
         let witness = Arc::new(Mutex::new(Witness::new(&shared.experiment)));
@@ -53,7 +54,7 @@ impl Session<'_> {
         // Whatever it is busy with, or does not do: a peer that is revoked goes.
         let ended = tokio::select! {
             biased;
-            ended = session.until_over() => ended,
+            ended = session.until_over(control) => ended,
             () = shared.home.admission().revoked(name, connection.issued_unix()) => {
                 let reason = "its certificate has been revoked; ask the coordinator for a new invitation";
                 Err(ServeError::Close(CloseCode::Revoked, reason.into()))
@@ -70,9 +71,9 @@ impl Session<'_> {
         ended
     }
 
-    async fn until_over(&mut self) -> Result<(), ServeError> {
+    async fn until_over(&mut self, control: &mut Control) -> Result<(), ServeError> {
         let (connection, session) = (self.connection, self);
-        let (mut send, mut receive) = within(HELLO_DEADLINE, connection.accept()).await??;
+        let (send, receive) = control.insert(within(HELLO_DEADLINE, connection.accept()).await??);
         send.prioritize(StreamKind::Control);
         let hello: FromParticipant = within(HELLO_DEADLINE, receive.message()).await??;
         if let FromParticipant::Hello { minor, .. } = hello {
@@ -81,11 +82,11 @@ impl Session<'_> {
         }
         if let Err(reason) = session.check_hello(&hello) {
             let code = CloseCode::Incompatible;
-            return Err(refuse(&mut send, code, reason).await);
+            return Err(refuse(send, code, reason).await);
         }
         send.message(&session.welcome()).await?;
         let (messages, mut to_send) = mpsc::channel(16);
-        session.serve_streams(&mut send, &mut receive, messages, &mut to_send).await
+        session.serve_streams(send, receive, messages, &mut to_send).await
     }
 
     /// The run's experiment as this participant knows it: one from before a key would refuse it, and so would one from

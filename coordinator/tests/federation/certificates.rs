@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use coordinator::home::audit::Event;
 use coordinator::home::{Home, INVITATION_VALID};
-use experiment::hex;
+use experiment::{Row, hex};
 use net::{DeviceKey, Invitation, PeerName};
 use participant::device::Device;
 use participant::join::transport;
@@ -79,12 +79,14 @@ async fn a_renewal_that_fails_by_the_coordinators_trouble_costs_no_step() {
         let site = Site::new(crate::world::alone);
         let invitation = enrolled_at(&site, "device", now() - Duration::days(25));
         let before = identity(&site, "device");
-        let running = site.start().await;
-        let head = site.home().path().join("audit.head");
-        fs::write(&head, "somebody has changed it").unwrap();
+        let mut running = site.start().await;
+        running.until_wrote(|row| matches!(row, Row::Run { .. })).await;
+        let revoked = site.home().path().join("revoked.toml");
+        fs::write(&revoked, "somebody has changed it").unwrap();
         let joined = site.join(&invitation, "device", site.world.participant(NAME).0);
         assert_eq!(joined.await.unwrap().unwrap(), "completed");
         assert_eq!(identity(&site, "device").not_after(), before.not_after());
+        fs::remove_file(&revoked).unwrap();
         running.end().await.unwrap();
     })
     .await;
