@@ -1,5 +1,6 @@
 //! A GGUF file, presented under Hugging Face names and in Hugging Face's row order; and the way back, for export.
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use quant::gguf::{Header, Reader, TensorType, Vocabulary};
@@ -37,7 +38,9 @@ impl GgufModel {
                 ))),
             }
         });
-        let tensors = tensors.collect::<Result<_, _>>()?;
+        let tensors: Vec<TensorInfo> = tensors.collect::<Result<_, _>>()?;
+        let used: HashSet<String> = tensors.iter().map(|info| gguf_tensor_name(&info.name)).collect();
+        reader.check_used(|name| used.contains(name)).map_err(|error| refused(format!("failed to {error}")))?;
         Ok(Self { reader, config, tokenizer, tensors })
     }
 }

@@ -83,6 +83,22 @@ impl Reader {
         self.header.tensor(name).ok_or_else(missing)
     }
 
+    /// Refuses a file with a tensor of a block, or a bias, that is none of `used`: a decoder without it computes something
+    /// else than the model. What is computed from keys instead, and what has no part in decoding, may be there.
+    pub fn check_used(&self, used: impl Fn(&str) -> bool) -> Result<(), Error> {
+        let counts = |name: &str| name.starts_with("blk.") || name.ends_with(".bias");
+        // Old files repeat the rotary frequencies in every block.
+        let is_left = |name: &str| counts(name) && !name.contains(".attn_rot_embd") && !used(name);
+        match self.tensors().iter().find(|info| is_left(&info.name)) {
+            Some(info) => Err(self.malformed(format!(
+                "tensor `{}` belongs to no decoder that is supported, and answers without it would be wrong; \
+                 use a model that does not have it",
+                info.name
+            ))),
+            None => Ok(()),
+        }
+    }
+
     /// The raw blocks of a tensor.
     pub fn read_tensor(&self, name: &str) -> Result<Vec<u8>, Error> {
         Ok(self.read_blocks(name)?.1)

@@ -47,6 +47,7 @@ impl Model {
     /// If the file cannot be read, is none of a supported decoder, or has numbers that are not finite.
     pub fn load(reader: &Reader, engine: &Engine) -> Result<Model, Error> {
         let Config { shape, blocks, context, interleaved } = config::read(reader)?;
+        reader.check_used(|name| is_used(reader, blocks, name))?;
         let (queries, keys) = (shape.heads * shape.head_size, shape.kv_heads * shape.head_size);
         let head = interleaved.then_some(shape.head_size);
         let mut all = Vec::new();
@@ -161,6 +162,20 @@ impl Model {
     pub fn session(&self, context: usize) -> Session {
         Session::new(&self.engine, &self.decoder, context.max(1), self.cache)
     }
+}
+
+/// Whether [`Model::load`] reads this tensor of a block, or bias.
+fn is_used(reader: &Reader, blocks: usize, name: &str) -> bool {
+    let Some((block, of)) = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) else { return false };
+    let beside = |other: &str| reader.tensor(&format!("blk.{block}.{other}")).is_ok();
+    let is_known = match of {
+        "attn_q.bias" | "attn_k.bias" | "attn_v.bias" => beside("attn_q.bias"),
+        "attn_q_norm.weight" | "attn_k_norm.weight" => beside("attn_q_norm.weight"),
+        "attn_norm.weight" | "attn_q.weight" | "attn_k.weight" | "attn_v.weight" | "attn_output.weight" => true,
+        "ffn_norm.weight" | "ffn_gate.weight" | "ffn_up.weight" | "ffn_down.weight" => true,
+        _ => false,
+    };
+    is_known && block.parse().is_ok_and(|block: usize| block < blocks)
 }
 
 /// The type of a tensor that must have this shape.

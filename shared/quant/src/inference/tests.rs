@@ -63,6 +63,8 @@ struct File {
     ty: BlockType,
     tied: bool,
     scaled: bool,
+    /// One more, a vector of as many numbers as the model is wide.
+    extra: Option<&'static str>,
 }
 
 const WIDTH: usize = 256;
@@ -123,6 +125,7 @@ impl File {
                 of("attn_k_norm.weight", &[HEAD]);
             }
         }
+        tensors.extend(self.extra.map(|name| (name.to_owned(), vec![WIDTH])));
         let ty = |shape: &[usize]| if shape.len() == 1 { BlockType::F32 } else { self.ty };
         for (name, shape) in &tensors {
             header.add_tensor(name, shape, ty(shape)).unwrap();
@@ -249,7 +252,7 @@ const OF_BYTES: f64 = 0.04;
 fn models_of_every_type_are_those_of_the_reference() {
     for ty in BlockType::ALL {
         let floats = [BlockType::F32, BlockType::F16, BlockType::BF16].contains(&ty);
-        check(&File { architecture: "llama", ty, tied: true, scaled: false }, if floats { 1e-3 } else { OF_BYTES });
+        check(&File { architecture: "llama", ty, tied: true, scaled: false, extra: None }, if floats { 1e-3 } else { OF_BYTES });
     }
 }
 
@@ -257,10 +260,28 @@ fn models_of_every_type_are_those_of_the_reference() {
 fn biases_norms_of_heads_and_scaled_rotations_are_those_of_the_reference() {
     for architecture in ["llama", "qwen2", "qwen3"] {
         for (tied, scaled) in [(false, false), (true, true)] {
-            check(&File { architecture, ty: BlockType::F32, tied, scaled }, 1e-3);
-            check(&File { architecture, ty: BlockType::Q8_0, tied, scaled }, OF_BYTES);
+            check(&File { architecture, ty: BlockType::F32, tied, scaled, extra: None }, 1e-3);
+            check(&File { architecture, ty: BlockType::Q8_0, tied, scaled, extra: None }, OF_BYTES);
         }
     }
+}
+
+/// Without a bias that the model has, every logit would be wrong.
+#[test]
+fn a_tensor_that_would_be_left_out_is_refused_by_name() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("model.gguf");
+    let load = |architecture: &'static str, extra: &'static str| {
+        File { architecture, ty: BlockType::F32, tied: true, scaled: false, extra: Some(extra) }.write(&path);
+        let engine = Engine::new(KernelPath::detect().unwrap(), 1, false);
+        Model::load(&Reader::open(&path).unwrap(), &engine).map_err(|error| error.to_string())
+    };
+    for extra in ["blk.1.attn_output.bias", "blk.0.attn_k.bias", "blk.2.attn_norm.weight", "output.bias"] {
+        let error = load("llama", extra).err().expect("a refusal");
+        assert!(error.contains(extra) && error.contains("use a model that does not have it"), "{error}");
+    }
+    assert!(load("qwen2", "blk.0.attn_output.bias").is_err());
+    assert!(load("llama", "blk.0.attn_rot_embd").is_ok());
 }
 
 #[test]
