@@ -43,10 +43,24 @@ impl HuggingFaceModel {
         for file in weight_files(directory)? {
             read_header(&file, &mut infos, &mut places)?;
         }
-        let tensors = tensors_of(&config).into_iter().map(|(name, _)| {
-            infos.remove(&name).ok_or_else(|| ModelError::file(directory, format!("has no tensor {name}")))
+        let refused = |what: String| ModelError::file(directory, what);
+        let tensors = tensors_of(&config).into_iter().map(|(name, shape)| {
+            let info = infos.remove(&name).ok_or_else(|| refused(format!("has no tensor {name}")))?;
+            if info.shape != shape {
+                let found = &info.shape;
+                return Err(refused(format!(
+                    "{name} has shape {found:?}, and by config.json {shape:?}; copy or download config and weights again"
+                )));
+            }
+            Ok(info)
         });
         let tensors = tensors.collect::<Result<_, _>>()?;
+        if let Some(name) = infos.keys().find(|name| is_part_of_a_decoder(name)) {
+            return Err(refused(format!(
+                "has {name}, which belongs to no decoder that is supported, and answers without it would be wrong; \
+                 use a model that does not have it"
+            )));
+        }
         Ok(Self { directory: directory.to_owned(), config, tokenizer, tensors, places })
     }
 
@@ -96,6 +110,12 @@ impl Source for HuggingFaceModel {
         }
         Ok(())
     }
+}
+
+/// Of names that are left over: biases, such as that of the output projection which `attention_bias` means as well, and
+/// whatever stands in a block, but for frequencies that old checkpoints keep there.
+fn is_part_of_a_decoder(name: &str) -> bool {
+    (name.starts_with("model.layers.") || name.ends_with(".bias")) && !name.contains(".rotary_emb.")
 }
 
 fn read_tokenizer(directory: &Path) -> Result<Tokenizer, ModelError> {
@@ -188,5 +208,56 @@ pub(crate) fn floats(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
         Dtype::F16 => Some(bytes.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect()),
         Dtype::BF16 => Some(bytes.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect()),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use safetensors::tensor::TensorView;
+
+    use super::*;
+    use crate::source::random::tests::tiny_model;
+
+    /// A directory of the tiny model in f32, with its tensors' shapes changed.
+    fn written(change: impl Fn(&mut BTreeMap<String, Vec<usize>>)) -> tempfile::TempDir {
+        let (directory, model) = (tempfile::tempdir().unwrap(), tiny_model(2));
+        std::fs::write(directory.path().join("config.json"), model.config().to_huggingface().to_string()).unwrap();
+        std::fs::write(directory.path().join("tokenizer.json"), model.tokenizer().json()).unwrap();
+        let mut shapes = model.tensors().iter().map(|info| (info.name.clone(), info.shape.clone())).collect();
+        change(&mut shapes);
+        let zeros = vec![0; 4 * shapes.values().map(|shape| shape.iter().product::<usize>()).max().unwrap()];
+        let views = shapes.iter().map(|(name, shape)| {
+            let bytes = 4 * shape.iter().product::<usize>();
+            (name, TensorView::new(Dtype::F32, shape.clone(), &zeros[..bytes]).unwrap())
+        });
+        std::fs::write(directory.path().join("model.safetensors"), safetensors::serialize(views, None).unwrap())
+            .unwrap();
+        directory
+    }
+
+    fn check_refused(expected: &str, change: impl Fn(&mut BTreeMap<String, Vec<usize>>)) {
+        let error = HuggingFaceModel::open(written(change).path()).err().expect("a refusal").to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+
+    /// `attention_bias` of Llama and Qwen3 gives the output projection one, too. Without it every logit would be wrong.
+    #[test]
+    fn a_tensor_that_would_be_left_out_is_refused_by_name() {
+        for name in ["model.layers.1.self_attn.o_proj.bias", "model.layers.2.input_layernorm.weight", "lm_head.bias"] {
+            check_refused(&format!("has {name}, which"), |shapes| drop(shapes.insert(name.into(), vec![16])));
+        }
+        for name in ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight", "model.rotary_emb.inv_freq"] {
+            let directory = written(|shapes| drop(shapes.insert(name.into(), vec![2])));
+            assert!(HuggingFaceModel::open(directory.path()).is_ok(), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_tensor_of_another_shape_is_refused_before_it_is_read() {
+        let name = "model.layers.1.mlp.up_proj.weight";
+        for shape in [vec![0], vec![0, 1 << 63], vec![16, 24], vec![24, 16, 1], vec![]] {
+            let expected = format!("{name} has shape {shape:?}, and by config.json [24, 16]; copy or download");
+            check_refused(&expected, |shapes| drop(shapes.insert(name.into(), shape.clone())));
+        }
     }
 }
