@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{Source, TensorInfo};
-use crate::tokenizer::TokenizerSettings;
+use crate::tokenizer::{JSON_BYTES_MAX, TokenizerSettings};
 use crate::{ModelConfig, ModelError, Part};
 
 /// Names every piece of a model by its SHA-256. Two models are the same if their manifests have the same digest.
@@ -77,6 +77,14 @@ impl Manifest {
         }
         let mut manifest: Self = serde_json::from_slice(bytes).map_err(|error| refused(error.to_string()))?;
         manifest.config = manifest.config.checked().map_err(refused)?;
+        let (tokenizer, blocks) = (manifest.tokenizer_json.bytes, manifest.config.blocks);
+        if tokenizer > JSON_BYTES_MAX as u64 {
+            return Err(refused(format!("gives tokenizer.json {tokenizer} bytes; at most {JSON_BYTES_MAX} are read")));
+        }
+        // Before the names of all their tensors are made.
+        if blocks > manifest.tensors.len() {
+            return Err(refused(format!("lists {} tensors for {blocks} blocks", manifest.tensors.len())));
+        }
         let expected = super::tensors_of(&manifest.config);
         if manifest.tensors.len() != expected.len() {
             return Err(refused(format!("lists {} tensors; expected {}", manifest.tensors.len(), expected.len())));
@@ -181,5 +189,11 @@ mod tests {
         check_refused(|m| m.tensors[1].dtype = "Q9".into(), "unknown type Q9");
         check_refused(|m| drop(m.tensors.pop()), "tensors; expected");
         check_refused(|m| m.config.kv_heads = 0, "kv_heads");
+        check_refused(|m| m.config.blocks = 1 << 20, "lists 20 tensors for 1048576 blocks");
+        check_refused(
+            |m| m.tokenizer_json.bytes = u64::MAX,
+            "gives tokenizer.json 18446744073709551615 bytes; at most",
+        );
+        check_refused(|m| m.tokenizer_json.bytes = (64 << 20) + 1, "at most 67108864 are read");
     }
 }

@@ -10,7 +10,8 @@ use super::TokenizerError;
 use super::document::{LLAMA_WORDS, QWEN2_WORDS};
 use super::vocabulary::{Kind, LeadingSpace, Scheme, Split, Token, Vocabulary, byte_of, check_limit};
 
-const JSON_BYTES_MAX: usize = 64 << 20;
+/// Longer files are refused before they are read, wherever they come from.
+pub(crate) const JSON_BYTES_MAX: usize = 64 << 20;
 /// Ids without a token, at most, beside as many as there are tokens.
 const GAP_MAX: usize = 4096;
 

@@ -27,6 +27,7 @@ use vocabulary::Vocabulary;
 pub use chat::Message;
 pub use gguf::GgufTokenizer;
 pub use huggingface::HuggingFaceFiles;
+pub(crate) use json::JSON_BYTES_MAX;
 pub use stream::DecodeStream;
 
 /// Longer texts are refused: the engine keeps about a hundred bytes per byte of input while it works, and its regular
