@@ -360,8 +360,8 @@ fn check_round(experiment: &Experiment, start: &Start) -> Result<(), Participant
         false => round > 0 && round - 1 <= rounds,
     };
     // Both sums are those of the experiment by now.
-    let goes_on = resume.is_none_or(|resume| (first_step..=first_step + expected).contains(&resume.step));
-    if fits && goes_on {
+    let goes_on = |resume: Resume| (first_step..=first_step + expected).contains(&resume.step);
+    if fits && resume.is_none_or(goes_on) {
         return Ok(());
     }
     let what = format!("it starts round {round} with steps from {first_step} on, which the experiment does not have");

@@ -186,6 +186,30 @@ async fn a_round_that_is_not_the_experiments_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_round_that_goes_on_where_the_experiment_is_not_is_refused() {
+    let check = async |first_step: u64, step: u64| {
+        check_participant_refuses(&format!("round 1 with steps from {first_step}"), async |fake| {
+            fake.welcome().await;
+            fake.serve_until_ready().await;
+            let resume = FromCoordinator::ResumeRound {
+                round: 1,
+                attempt: 1,
+                first_step,
+                local_steps: fake.local_steps,
+                evaluate: false,
+                step,
+                reported: 0,
+            };
+            fake.send.message(&resume).await.unwrap();
+        })
+        .await;
+    };
+    check(u64::MAX, u64::MAX).await;
+    check(0, 6).await;
+    check(0, u64::MAX).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_round_within_a_round_is_refused() {
     check_participant_refuses("it started round 1 within a round", async |fake| {
         fake.start().await;
