@@ -73,7 +73,7 @@ impl Join {
                     dialer.close().await;
                     return ran;
                 }
-                Err(error) => failure = Some(error),
+                Err(error) => failure = Some(graver(failure, error)),
             }
         }
         Err(failure
@@ -94,6 +94,17 @@ impl Join {
         let connection = dialer.connect(address).await?;
         Ok((dialer, connection))
     }
+}
+
+/// Of what went wrong at two addresses. A refusal is not mended by trying again, whatever became of the others; that
+/// somebody else answers at one of them says nothing of the coordinator.
+fn graver(before: Option<ParticipantError>, error: ParticipantError) -> ParticipantError {
+    let weight = |error: &ParticipantError| match error {
+        ParticipantError::Net(NetError::PeerUntrusted { .. }) => 0,
+        error if error.is_retryable() => 1,
+        _ => 2,
+    };
+    before.filter(|before| weight(before) >= weight(&error)).unwrap_or(error)
 }
 
 /// When a device tries again, and when it gives up.
@@ -171,4 +182,26 @@ pub fn transport() -> Transport {
 /// Where an invitation's device keeps its state unless the owner says otherwise: beside the invitation.
 pub fn default_state(invitation: &Path) -> PathBuf {
     invitation.with_extension("device")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_at_one_address_counts_more_than_silence_at_another() {
+        let refusal = || ParticipantError::Refused("it is full".into());
+        let silence = || NetError::Lost { reason: "nobody answers".into(), retryable: true }.into();
+        let stranger = || NetError::PeerUntrusted { reason: "another root".into() }.into();
+        let gravest = |errors: [ParticipantError; 3]| {
+            errors.into_iter().fold(None, |failure, error| Some(graver(failure, error))).unwrap()
+        };
+        for errors in [[refusal(), silence(), stranger()], [stranger(), silence(), refusal()]] {
+            assert_eq!(gravest(errors).to_string(), "the coordinator refused: it is full");
+        }
+        for errors in [[silence(), stranger(), silence()], [stranger(), silence(), stranger()]] {
+            assert!(gravest(errors).is_retryable());
+        }
+        assert!(!gravest([stranger(), stranger(), stranger()]).is_retryable());
+    }
 }
