@@ -3,6 +3,7 @@
 //! What leaves the device, if its owner hands the file on, are sums over all tokens of all records, one number for each
 //! channel; the coordinator adds those of several devices up.
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -10,8 +11,7 @@ use experiment::Columns;
 use model::{Adapter, ChannelSums, Walk};
 
 use crate::ParticipantError;
-use crate::data::{encode_records, read_records};
-use crate::encoder::Encoder;
+use crate::encoder::encode_file;
 
 #[derive(Args)]
 pub struct CalibrateArguments {
@@ -30,8 +30,8 @@ pub struct CalibrateArguments {
     #[arg(long, default_value_t = 512)]
     sequence_tokens_max: u32,
     /// Records behind these tokens are left out; sums hardly change any more
-    #[arg(long, default_value_t = 65_536)]
-    tokens_max: usize,
+    #[arg(long, default_value = "65536")]
+    tokens_max: NonZeroUsize,
 }
 
 impl CalibrateArguments {
@@ -42,11 +42,10 @@ impl CalibrateArguments {
             Some(directory) => Adapter::load(directory, source.config())?,
             None => Adapter::none(),
         };
-        let records = read_records(&self.data, &Columns::default())?;
-        let sequences = encode_records(&records, &Encoder(source.tokenizer()), self.sequence_tokens_max)?;
+        let sequences = encode_file(&self.data, &Columns::default(), source.tokenizer(), self.sequence_tokens_max)?;
         let mut tokens = 0;
         let sequences = sequences.iter().map(|sequence| sequence.tokens().to_vec()).take_while(|sequence| {
-            let room = tokens < self.tokens_max;
+            let room = tokens < self.tokens_max.get();
             tokens += sequence.len();
             room
         });

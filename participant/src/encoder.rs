@@ -1,9 +1,12 @@
 //! The model's tokenizer as the data side sees it.
 
+use std::path::Path;
+
+use experiment::Columns;
 use model::Tokenizer;
 use model::tokenizer::Message as ChatMessage;
 
-use crate::data::{Message, TextEncoder};
+use crate::data::{DataError, Message, Sequence, TextEncoder, encode_records, read_records};
 
 pub struct Encoder<'a>(pub &'a Tokenizer);
 
@@ -27,4 +30,20 @@ impl TextEncoder for Encoder<'_> {
     fn eos(&self) -> Option<u32> {
         self.0.settings().eos.first().copied()
     }
+}
+
+/// All records of a file, to measure something on: at least one sequence.
+pub fn encode_file(
+    path: &Path,
+    columns: &Columns,
+    tokenizer: &Tokenizer,
+    sequence_tokens_max: u32,
+) -> Result<Vec<Sequence>, DataError> {
+    let sequences = encode_records(&read_records(path, columns)?, &Encoder(tokenizer), sequence_tokens_max)?;
+    if sequences.is_empty() {
+        let reason =
+            "no token of it is to be predicted; give it texts, completions, or conversations with an assistant";
+        return Err(DataError::File { path: path.to_owned(), reason: reason.into() });
+    }
+    Ok(sequences)
 }

@@ -10,13 +10,13 @@ use safetensors::{Dtype, tensor::TensorView};
 use serde_json::Value;
 
 use crate::ParticipantError;
-use crate::data::{encode_records, evaluation_batches, read_records};
-use crate::encoder::Encoder;
+use crate::data::evaluation_batches;
+use crate::encoder::encode_file;
 use crate::integer;
 use crate::runner::{Runner, Sequence};
 
 impl Runner {
-    /// Summed loss over every trained token of every record, with one of the adapters or none.
+    /// Summed loss over every trained token of every record, at least one, with one of the adapters or none.
     pub fn evaluate(
         &self,
         adapter: Option<usize>,
@@ -25,8 +25,7 @@ impl Runner {
         sequence_tokens_max: u32,
         mut done: impl FnMut(usize, usize),
     ) -> Result<Loss, ParticipantError> {
-        let records = read_records(data, columns)?;
-        let sequences = encode_records(&records, &Encoder(self.source.tokenizer()), sequence_tokens_max)?;
+        let sequences = encode_file(data, columns, self.source.tokenizer(), sequence_tokens_max)?;
         let batches = evaluation_batches(&sequences, sequence_tokens_max.max(512))?;
         let mut total = Loss { nats: 0.0, tokens: 0 };
         for (i, batch) in batches.iter().enumerate() {

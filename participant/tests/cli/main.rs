@@ -41,6 +41,12 @@ fn data_that_cannot_be_read_is_named_with_its_line() {
         desk.check_fails(&format!("evaluate --model hf --data {file}"), expected);
         desk.check_fails(&format!("calibrate --model hf --out matrix.gguf --data {file}"), expected);
     }
+    // Of a conversation in which only the user speaks, nothing is predicted.
+    desk.weights("chat.gguf");
+    desk.write("unanswered.jsonl", "{\"messages\": [{\"role\": \"user\", \"content\": \"hi\"}]}\n");
+    let expected = &["unanswered.jsonl", "no token of it is to be predicted", "conversations with an assistant"];
+    desk.check_fails("evaluate --model chat.gguf --data unanswered.jsonl", expected);
+    desk.check_fails("calibrate --model chat.gguf --out matrix.gguf --data unanswered.jsonl", expected);
     assert!(!desk.path("matrix.gguf").exists());
 }
 
