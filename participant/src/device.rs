@@ -11,6 +11,7 @@ use wire::{CloseCode, Enrolled, Request};
 
 use crate::ParticipantError;
 
+const CERTIFICATE: &str = "device.pem";
 const KEY: &str = "device.key";
 /// The key of an enrolment with another invitation, until that has succeeded.
 const NEXT_KEY: &str = "device.key.next";
@@ -28,6 +29,11 @@ pub struct Device {
 impl Device {
     pub fn open(directory: &Path) -> Result<Self, ParticipantError> {
         std::fs::create_dir_all(directory).map_err(ParticipantError::io(directory))?;
+        // Killed with the old certificate gone and the new one not there: what the invitation was used with is the next key.
+        let next = directory.join(NEXT_KEY);
+        if next.is_file() && !directory.join(CERTIFICATE).is_file() {
+            std::fs::rename(&next, directory.join(KEY)).map_err(ParticipantError::io(next))?;
+        }
         Ok(Self { directory: directory.to_owned() })
     }
 
@@ -37,17 +43,17 @@ impl Device {
             let path = self.directory.join(name);
             std::fs::read_to_string(&path).map_err(ParticipantError::io(path))
         };
-        if !self.directory.join("device.pem").is_file() {
+        if !self.directory.join(CERTIFICATE).is_file() {
             return Ok(None);
         }
-        Ok(Some(Identity::from_pem(&read("device.pem")?, &read(KEY)?, &read("ca.pem")?)?))
+        Ok(Some(Identity::from_pem(&read(CERTIFICATE)?, &read(KEY)?, &read("ca.pem")?)?))
     }
 
     /// Whether this is another invitation than the one that the device has enrolled with: then what it holds has expired, or was revoked.
     pub fn is_invited_anew(&self, invitation: &Invitation) -> Result<bool, ParticipantError> {
         let path = self.directory.join(ENROLLED);
         // A device that has not enrolled yet, or did so before this was kept.
-        if !path.is_file() || !self.directory.join("device.pem").is_file() {
+        if !path.is_file() || !self.directory.join(CERTIFICATE).is_file() {
             return Ok(false);
         }
         let enrolled = std::fs::read_to_string(&path).map_err(ParticipantError::io(&path))?;
@@ -92,7 +98,7 @@ impl Device {
         if renewed.peer() != present.peer() || renewed.not_after() <= present.not_after() {
             return Err(ParticipantError::Coordinator("it renewed the certificate with one that is no better".into()));
         }
-        write_atomically(&self.directory.join("device.pem"), chain.as_bytes())?;
+        write_atomically(&self.directory.join(CERTIFICATE), chain.as_bytes())?;
         Ok(renewed.not_after())
     }
 
@@ -121,12 +127,12 @@ impl Device {
         let identity = Identity::from_pem(&chain, key.pem(), &invitation.ca_pem)?;
         if is_anew {
             // The certificate goes first and comes last, so that it never stands beside another one's key.
-            let (certificate, next) = (self.directory.join("device.pem"), self.directory.join(NEXT_KEY));
+            let (certificate, next) = (self.directory.join(CERTIFICATE), self.directory.join(NEXT_KEY));
             std::fs::remove_file(&certificate).map_err(ParticipantError::io(certificate))?;
             std::fs::rename(&next, self.directory.join(KEY)).map_err(ParticipantError::io(next))?;
         }
         let used = hex(&enrolling.fingerprint());
-        for (name, text) in [("ca.pem", invitation.ca_pem.as_str()), (ENROLLED, &used), ("device.pem", &chain)] {
+        for (name, text) in [("ca.pem", invitation.ca_pem.as_str()), (ENROLLED, &used), (CERTIFICATE, &chain)] {
             write_atomically(&self.directory.join(name), text.as_bytes())?;
         }
         dialer.close().await;

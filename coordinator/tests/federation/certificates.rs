@@ -112,6 +112,38 @@ async fn an_expired_device_is_told_what_to_do_and_a_new_invitation_does_it() {
     .await;
 }
 
+/// A used invitation is answered again to the same key alone, so that the device must not lose it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_is_killed_while_it_enrols_anew_goes_on_with_the_same_invitation() {
+    within_a_minute(async {
+        let site = Site::new(str::to_owned);
+        let running = site.start().await;
+        for (state, is_renamed) in [("gone", false), ("renamed", true)] {
+            enrolled_at(&site, state, now() - Duration::days(31));
+            let path = |name: &str| site.world.path(state).join(name);
+            let before = ["device.key", "enrolled"].map(|name| fs::read(path(name)).unwrap());
+            let anew = site.home().invite(&PeerName::new(NAME).unwrap(), now(), INVITATION_VALID, true).unwrap();
+            let enrol = async || {
+                let device = Device::open(&site.world.path(state)).unwrap();
+                device.enrol(&anew, &site.address, &transport()).await.unwrap()
+            };
+            let enrolled = enrol().await;
+            // As it was, with the old certificate gone, and the next key in its place or not.
+            fs::remove_file(path("device.pem")).unwrap();
+            fs::write(path("enrolled"), &before[1]).unwrap();
+            if !is_renamed {
+                fs::rename(path("device.key"), path("device.key.next")).unwrap();
+                fs::write(path("device.key"), &before[0]).unwrap();
+            }
+            assert_eq!(enrol().await.key_pem(), enrolled.key_pem());
+            assert_eq!(identity(&site, state).key_pem(), enrolled.key_pem());
+            assert!(!path("device.key.next").exists());
+        }
+        running.stop().await;
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_revoked_device_is_cut_off_and_stays_out_until_it_is_invited_anew() {
     within_a_minute(async {
