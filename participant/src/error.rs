@@ -51,7 +51,7 @@ pub enum ParticipantError {
     #[error("the device was stopped")]
     Stopped,
     /// A bug, which a panic has told of.
-    #[error("the engine failed; the log says why")]
+    #[error("a bug has ended it; the log says why")]
     Panicked,
     /// The owner asked for something that does not go.
     #[error("{0}")]

@@ -1,6 +1,7 @@
 //! `participant swarm`: many participants in one process, for experiments on one machine. Each has its own records,
 //! identity and connection; they share the base weights in memory.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -16,6 +17,9 @@ use crate::join::{Join, default_state};
 use crate::session::{Keep, Participant, Records, Reporter};
 use crate::stages::Stages;
 
+/// A participant's name, and how it has ended.
+pub type Ended = (String, Result<String, ParticipantError>);
+
 pub struct Swarm {
     pub experiment: Experiment,
     pub count: usize,
@@ -30,17 +34,18 @@ pub struct Swarm {
 }
 
 impl Swarm {
-    /// Returns each participant's name and the coordinator's last words to it.
-    pub async fn run(
-        &self,
-        reporter: impl Fn(&str) -> Arc<dyn Reporter>,
-    ) -> Result<Vec<(String, String)>, ParticipantError> {
+    /// Returns each participant's name, and the coordinator's last words to it or why it could not go on. Then the others
+    /// still do: they end as the run does.
+    ///
+    /// # Errors
+    /// If nobody could begin.
+    pub async fn run(&self, reporter: impl Fn(&str) -> Arc<dyn Reporter>) -> Result<Vec<Ended>, ParticipantError> {
         let invitations = self.invitations()?;
         let records = read_records(&self.data, &self.experiment.data.columns)?;
         let mut generator = self.experiment.generator("partition");
         let parts = partition(records, &self.experiment.data.partition, self.count, &mut generator)?;
         let stages = Arc::new(Stages::default());
-        let mut running = JoinSet::new();
+        let (mut running, mut names) = (JoinSet::new(), HashMap::new());
         for ((path, invitation), records) in invitations.into_iter().zip(parts) {
             let name = invitation.name.to_string();
             let mut participant = Participant {
@@ -65,15 +70,23 @@ impl Swarm {
                 patience: self.patience,
                 stop: self.stop.clone(),
             };
-            running.spawn(async move { (name, join.run(&mut participant).await) });
+            let task = running.spawn(async move { join.run(&mut participant).await });
+            names.insert(task.id(), name);
         }
         let mut ended = Vec::new();
-        while let Some(joined) = running.join_next().await {
-            let (name, result) =
-                joined.map_err(|error| ParticipantError::Usage(format!("a participant failed: {error}")))?;
-            ended.push((name, result?));
+        while let Some(joined) = running.join_next_with_id().await {
+            let (task, result) = match joined {
+                Ok((task, result)) => (task, result),
+                Err(error) => (error.id(), Err(ParticipantError::Panicked)),
+            };
+            let name = names.remove(&task).expect("every task has a name");
+            match &result {
+                Ok(_) | Err(ParticipantError::Stopped) => {}
+                Err(error) => tracing::error!(participant = %name, %error, "a participant cannot go on; the others do"),
+            }
+            ended.push((name, result));
         }
-        ended.sort();
+        ended.sort_by(|(a, _), (b, _)| a.cmp(b));
         Ok(ended)
     }
 

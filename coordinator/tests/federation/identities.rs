@@ -7,17 +7,20 @@ use std::time::Duration;
 use coordinator::home::{Home, INVITATION_VALID, audit};
 use coordinator::run::{Ended, Run, RunError, Watcher};
 use experiment::Row;
+use model::source::BlobStore;
 use net::{Invitation, PeerName};
 use participant::ParticipantError;
-use participant::join::Join;
+use participant::device::Device;
+use participant::join::{Join, transport};
 use participant::session::Participant;
+use participant::swarm::Swarm;
 use time::OffsetDateTime;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use crate::world::{Holding, World, alone, run_to_the_end};
+use crate::world::{Holding, Seen, World, alone, run_to_the_end};
 
 const NAME: &str = "press-1";
 
@@ -65,6 +68,40 @@ async fn an_invitation_used_twice_is_refused() {
         check_refused(second.await.unwrap(), "the invitation was already used at");
         running.stop().await;
         assert_eq!(first.await.unwrap().unwrap(), "stopped after round 0 of 2");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_others_of_a_swarm_go_on_where_one_cannot() {
+    within_a_minute(async {
+        let site = Site::new(alone);
+        let running = site.start().await;
+        let invitations = site.world.path("invites");
+        std::fs::create_dir(&invitations).unwrap();
+        for name in [NAME, "mill-1"] {
+            site.invite(name).write(&invitations.join(format!("{name}.invite"))).unwrap();
+        }
+        // Another device has used one of them.
+        let used = Invitation::read(&invitations.join("mill-1.invite")).unwrap();
+        Device::open(&site.world.path("other")).unwrap().enrol(&used, &site.address, &transport()).await.unwrap();
+        // Which writes its records.
+        drop(site.world.participant(NAME));
+        let swarm = Swarm {
+            experiment: site.world.experiment.clone(),
+            count: 2,
+            data: site.world.path("press-1.jsonl"),
+            invitations,
+            address: Some(site.address.clone()),
+            store: BlobStore::open(site.world.path("cache")).unwrap(),
+            patience: Duration::from_secs(30),
+            stop: tokio::sync::watch::channel(false).1,
+        };
+        let ended = swarm.run(|_| Arc::new(Seen::default())).await.unwrap();
+        running.end().await.unwrap();
+        let [(mill, refused), (press, done)] = ended.try_into().unwrap();
+        assert_eq!((mill.as_str(), press.as_str(), done.unwrap().as_str()), ("mill-1", NAME, "completed"));
+        check_refused(refused, "the invitation was already used at");
     })
     .await;
 }

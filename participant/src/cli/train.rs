@@ -160,13 +160,18 @@ pub(super) async fn swarm(arguments: SwarmArguments, stop: watch::Receiver<bool>
     let (store, patience) = (BlobStore::open(cache)?, Duration::from_secs(patience_s));
     let swarm = Swarm { experiment, count, data, invitations: invites, address, store, patience, stop };
     let printer = |name: &str| -> Arc<dyn Reporter> { Arc::new(Printer { json, name: Some(name.to_owned()) }) };
-    for (name, reason) in swarm.run(printer).await? {
-        match json {
-            true => print(json!({"event": "finished", "participant": name, "reason": reason}))?,
-            false => print(format_args!("{name}: the run is over: {reason}"))?,
+    let mut failed = Vec::new();
+    for (name, ended) in swarm.run(printer).await? {
+        match ended {
+            Ok(reason) if json => print(json!({"event": "finished", "participant": name, "reason": reason}))?,
+            Ok(reason) => print(format_args!("{name}: the run is over: {reason}"))?,
+            Err(error) => failed.push(format!("{name}: {error}")),
         }
     }
-    Ok(())
+    match failed.len() {
+        0 => Ok(()),
+        failures => bail!("{failures} of {count} participants failed: {}", failed.join("; ")),
+    }
 }
 
 struct Printer {
