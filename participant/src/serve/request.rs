@@ -43,8 +43,9 @@ const STOP_BYTES_MAX: usize = 256;
 const MESSAGES_MAX: usize = 1024;
 const DEADLINE_MS_MAX: f64 = 3_600_000.0;
 
-/// Fields of OpenAI's interface that change an answer and are not supported, with the values that ask for nothing.
-const UNSUPPORTED: [(&str, AsksNothing); 9] = [
+/// Fields of OpenAI's interface, and of llama.cpp's, that change an answer and are not supported, with the values that ask
+/// for nothing.
+const UNSUPPORTED: [(&str, AsksNothing); 13] = [
     ("n", |value| value == 1),
     ("best_of", |value| value == 1),
     ("echo", |value| value == false),
@@ -53,10 +54,19 @@ const UNSUPPORTED: [(&str, AsksNothing); 9] = [
     ("frequency_penalty", is_zero),
     ("presence_penalty", is_zero),
     ("logit_bias", |value| value.as_object().is_some_and(Map::is_empty)),
-    ("tools", |value| value.as_array().is_some_and(Vec::is_empty)),
+    ("tools", is_empty_list),
+    ("functions", is_empty_list),
+    ("function_call", |value| value == "none"),
+    ("grammar", |value| value == ""),
+    // An empty schema asks for JSON.
+    ("json_schema", |_| false),
 ];
 
 type AsksNothing = fn(&Value) -> bool;
+
+fn is_empty_list(value: &Value) -> bool {
+    value.as_array().is_some_and(Vec::is_empty)
+}
 
 fn is_zero(value: &Value) -> bool {
     value.as_f64() == Some(0.0)
@@ -72,7 +82,11 @@ impl Asked {
         let fields = Fields(fields);
         for (name, asks_nothing) in UNSUPPORTED {
             if fields.get(name).is_some_and(|value| !asks_nothing(value)) {
-                return Err(Refusal::invalid(Some(name), format!("`{name}` is not supported; leave it out")));
+                let instead = match name {
+                    "json_schema" | "grammar" => "say it as `response_format`, or leave it out",
+                    _ => "leave it out",
+                };
+                return Err(Refusal::invalid(Some(name), format!("`{name}` is not supported; {instead}")));
             }
         }
         let model = fields.string("model")?.ok_or_else(|| missing("model"))?.to_owned();

@@ -185,6 +185,10 @@ fn wrong_requests_are_told_what_is_wrong() {
         (ask("deadline_ms", json!(0)), 400, "deadline_ms is 0"),
         (ask("deadline_ms", json!(1e300)), 400, "deadline_ms is 1e+300; give"),
         (ask("n", json!(2)), 400, "`n` is not supported"),
+        (ask("json_schema", json!({})), 400, "`json_schema` is not supported; say it as `response_format`"),
+        (ask("grammar", json!("root ::= \"a\"")), 400, "`grammar` is not supported; say it as `response_format`"),
+        (ask("functions", json!([{"name": "x"}])), 400, "`functions` is not supported"),
+        (ask("function_call", json!("auto")), 400, "`function_call` is not supported"),
         (ask("response_format", json!({"type": "xml"})), 400, "json_object or json_schema"),
         (ask("response_format", json!({"type": "json_schema"})), 400, "is no schema"),
         (
@@ -217,7 +221,11 @@ fn wrong_requests_are_told_what_is_wrong() {
         let told = answer.json()["error"]["message"].as_str().unwrap().to_owned();
         assert!(told.contains(message), "{shown}\n{told}");
     }
-    assert_eq!(served.post(TEXT, &json!({"model": "base", "prompt": "x", "max_tokens": 1})).status, 200);
+    let asks_nothing = json!({
+        "model": "base", "prompt": "x", "max_tokens": 1, "n": 1, "tools": [], "functions": [], "function_call": "none",
+        "grammar": "", "json_schema": null,
+    });
+    assert_eq!(served.post(TEXT, &asks_nothing).status, 200);
 }
 
 #[test]
