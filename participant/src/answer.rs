@@ -276,7 +276,8 @@ impl Answer<'_> {
             },
             None => logits,
         };
-        let token = self.sampler.choose(logits);
+        // A model may have more rows than there are tokens.
+        let token = self.sampler.choose(&logits[..logits.len().min(self.tokenizer.vocabulary_size() as usize)]);
         if self.tokenizer.settings().eos.contains(&token) {
             return Ok(self.finish(String::new(), Finish::Ended));
         }
