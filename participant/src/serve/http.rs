@@ -13,6 +13,7 @@ use hyper::body::{Body, Bytes, Frame, Incoming};
 use hyper::header::{ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HOST, HeaderValue, RETRY_AFTER};
 use hyper::{Method, Request, Response, StatusCode};
 use model::Source;
+use model::tokenizer::TokenizerError::{ChatTemplate, NoChatTemplate, TextTooLong};
 use serde_json::Value;
 use tokio::sync::Semaphore;
 use tokio::time::{timeout, timeout_at};
@@ -289,8 +290,18 @@ fn refused(refusal: &Refusal) -> Answer {
 fn failed(error: &ParticipantError) -> Refusal {
     match error {
         ParticipantError::Usage(what) => Refusal::invalid(None, what.clone()),
-        ParticipantError::Tokenizer(error) => Refusal::invalid(None, format!("failed to {error}")),
-        _ => Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the engine failed; the server's log says why"),
+        // A text that is too long, or messages that the model's template does not take.
+        ParticipantError::Tokenizer(error @ (TextTooLong { .. } | NoChatTemplate | ChatTemplate(_))) => {
+            Refusal::invalid(None, error.to_string())
+        }
+        _ => {
+            // What a tokenizer says may name what it was given, which is never logged.
+            match error {
+                ParticipantError::Tokenizer(_) => tracing::error!("an answer failed: the tokenizer did"),
+                error => tracing::error!(%error, "an answer failed"),
+            }
+            Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the engine failed; the server's log says why")
+        }
     }
 }
 
@@ -302,4 +313,25 @@ fn names_this_machine(host: Option<&HeaderValue>) -> bool {
     };
     let address = name.trim_matches(['[', ']']).parse::<IpAddr>();
     name.eq_ignore_ascii_case("localhost") || address.is_ok_and(|address| address.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use model::tokenizer::TokenizerError::{Engine, UnknownId};
+
+    use super::*;
+
+    #[test]
+    fn what_the_model_s_files_do_wrong_is_not_the_request_s_fault() {
+        let told = |error| {
+            let refusal = failed(&ParticipantError::Tokenizer(error));
+            (refusal.status.as_u16(), refusal.to_json()["error"]["message"].as_str().unwrap().to_owned())
+        };
+        let template = told(ChatTemplate("roles must alternate".into()));
+        assert_eq!(template, (400, "chat template: roles must alternate".into()));
+        assert_eq!(told(TextTooLong { found: 9, limit: 8 }).0, 400);
+        for error in [UnknownId { id: 7, vocabulary: 5 }, Engine("a word".into())] {
+            assert_eq!(told(error), (500, "the engine failed; the server's log says why".into()));
+        }
+    }
 }
