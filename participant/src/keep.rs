@@ -3,6 +3,7 @@
 //! ```text
 //! step.a, step.b     after the newest step and the one before: adapters, optimizers' moments, the place in the data
 //! start.a, start.b   the same, as the newest two rounds began
+//! measured.a, measured.b   which adapter each run has measured channel sums with, by digests (session/measuring.rs)
 //! ```
 //!
 //! Numbers alone: no text, no token ids, no labels. A snapshot is written while the next step computes, and is on disk
@@ -20,7 +21,8 @@ use tokio::time::Instant;
 
 use crate::ParticipantError;
 
-const RETRY: Duration = Duration::from_millis(250);
+/// Until a disk is tried again.
+pub const RETRY: Duration = Duration::from_millis(250);
 
 pub struct Keeper {
     steps: Slot,

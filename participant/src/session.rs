@@ -52,7 +52,7 @@ pub struct Participant {
     pub prepared: Option<Prepared>,
     /// Where what it learns is kept, over a kill of this process too.
     pub keep: Option<Keep>,
-    /// Kept over a lost connection, so that no run measures more than it may.
+    /// Kept over a lost connection and, beside `keep`, over a kill, so that no run measures more than it may.
     pub measured: Measured,
     /// How often a coordinator has welcomed it.
     pub welcomes: u64,
@@ -318,8 +318,9 @@ impl Participant {
             Trainer::new(experiment.clone(), &self.name, &*source, cut, &device, data, &mut stages)
         };
         let mut trainer = offload::in_place(load)?;
-        if let Some(Keep { directory, disk }) = &self.keep {
-            offload::in_place(|| trainer.keep_in(disk, directory, model_digest))?;
+        if let Some(keep) = &self.keep {
+            offload::in_place(|| trainer.keep_in(&keep.disk, &keep.directory, model_digest))?;
+            offload::in_place(|| self.measured.keep_in(keep))?;
         }
         let (adapter, width) = (trainer.adapter(), source.config().width);
         // Tokenizer, text and stored weights have done their work, and the device has other uses for their memory.

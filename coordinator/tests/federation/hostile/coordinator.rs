@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use model::{Adapter, AdapterConfig, Manifest};
 use net::{Connection, NetError, PeerIdentity, PeerName, RecvStream, SendStream};
 use participant::ParticipantError;
-use participant::session::Participant;
+use participant::session::{Keep, Participant};
 use wire::{
     AdapterListing, BlobHeader, BlobRef, CODEC_PLAIN, CloseCode, DType, FrameKind, FromCoordinator, FromParticipant,
     MessageKind, Outcome, Request, Shape, TensorHeader, TensorInfo, UpdateReply,
@@ -305,9 +305,13 @@ async fn measuring_within_a_round_is_refused() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_measures_with_one_adapter() {
     let world = World::new(measuring);
-    let (mut participant, _) = world.participant(HONEST);
-    let mut measured = async |scale: f32| {
-        let ended = participate_as(&mut participant, &world, async |fake| {
+    let device = || {
+        let (mut participant, _) = world.participant(HONEST);
+        participant.keep = Some(Keep::in_state(&world.path("device")));
+        participant
+    };
+    let measured = async |participant: &mut Participant, scale: f32| {
+        let ended = participate_as(participant, &world, async |fake| {
             fake.welcome().await;
             fake.serve_until_ready().await;
             let values: Vec<f32> = fake.adapter.flat().iter().map(|value| value * scale).collect();
@@ -319,11 +323,21 @@ async fn a_run_measures_with_one_adapter() {
         });
         (ended.await, participant.measured.is_kept(&world.experiment))
     };
+    let mut participant = device();
     // Of the answer and the run's end, which are here at once, both are heard.
-    assert!(matches!(measured(1.0).await, (Ok(_), true)));
-    assert!(matches!(measured(1.0).await, (Ok(_), true)));
-    let error = measured(2.0).await.0.unwrap_err().to_string();
-    assert!(error.contains("the coordinator misbehaved: it asks for channel sums with another adapter"), "{error}");
+    assert!(matches!(measured(&mut participant, 1.0).await, (Ok(_), true)));
+    assert!(matches!(measured(&mut participant, 1.0).await, (Ok(_), true)));
+    // Nor does a device forget when it is started again, or a file of it is damaged.
+    for damaged in ["nothing", "measured.b"] {
+        std::fs::write(world.path("device/training").join(damaged), "damaged").unwrap();
+        let mut restarted = device();
+        for participant in [&mut participant, &mut restarted] {
+            let error = measured(participant, 2.0).await.0.unwrap_err().to_string();
+            let expected = "the coordinator misbehaved: it asks for channel sums with another adapter";
+            assert!(error.contains(expected), "{damaged}: {error}");
+        }
+        assert!(matches!(measured(&mut restarted, 1.0).await, (Ok(_), true)));
+    }
 }
 
 /// The coordinator gives up streams of a round before it says on the control stream what became of the round.
