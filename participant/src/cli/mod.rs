@@ -159,12 +159,7 @@ impl Cli {
     pub async fn run(self, interrupted: impl Future<Output = ()>) -> anyhow::Result<()> {
         let leaves = matches!(&self.command, Command::Join(_) | Command::Swarm(_));
         let serves = matches!(&self.command, Command::Serve(_));
-        let again = match &self.command {
-            Command::Join(_) | Command::Swarm(_) => {
-                "the coordinator goes on at quorum; run the same command again to rejoin"
-            }
-            _ => "nothing was written; run the same command again to start over",
-        };
+        let again = self.command.after_an_interruption();
         let (stop, stopped) = watch::channel(false);
         // A task of its own, because training without a network never waits, and would never let this one look up.
         let mut work = tokio::spawn(self.command.run(stopped));
@@ -186,6 +181,24 @@ impl Cli {
 }
 
 impl Command {
+    /// What is left of it, and what to do.
+    fn after_an_interruption(&self) -> String {
+        match self {
+            Self::Join(_) | Self::Swarm(_) => {
+                "the coordinator goes on at quorum; run the same command again to rejoin".into()
+            }
+            Self::Train(TrainArguments { dump_batches: Some(path), .. }) => format!(
+                "{} may hold token ids of the data, and nothing else was written; run the same command again to start over",
+                path.display()
+            ),
+            Self::DeviceLog(DeviceLogArguments { out, .. }) => format!(
+                "{} may hold some of the files; run the same command again to write all of them",
+                out.display()
+            ),
+            _ => "nothing was written; run the same command again to start over".into(),
+        }
+    }
+
     async fn run(self, stop: watch::Receiver<bool>) -> anyhow::Result<()> {
         match self {
             Self::Join(arguments) => join(arguments, stop).await,
@@ -276,4 +289,21 @@ fn default_cache() -> PathBuf {
         .or_else(|| set("XDG_CACHE_HOME").map(|cache| cache.join("headwater")))
         .or_else(|| set("HOME").map(|home| home.join(".cache/headwater")))
         .unwrap_or_else(|| PathBuf::from(".headwater-cache"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interrupted_command_names_what_it_may_have_written() {
+        let told = |line: &str| {
+            Cli::try_parse_from(line.split(' ')).unwrap_or_else(|error| panic!("{error}")).command.after_an_interruption()
+        };
+        let train = "participant train a.toml --data b.jsonl";
+        assert!(told(train).starts_with("nothing was written"));
+        assert!(told(&format!("{train} --dump-batches c.jsonl")).starts_with("c.jsonl may hold token ids of the data"));
+        assert!(told("participant device-log --out logs").starts_with("logs may hold some of the files"));
+        assert!(told("participant join a.invite --data b.jsonl").contains("to rejoin"));
+    }
 }

@@ -67,7 +67,7 @@ pub(super) struct TrainArguments {
     init_adapter: Option<PathBuf>,
     /// Write the micro-batches (token ids of your data!) to this file first
     #[arg(long)]
-    dump_batches: Option<PathBuf>,
+    pub(super) dump_batches: Option<PathBuf>,
     /// Stop after this many steps
     #[arg(long)]
     steps: Option<u64>,
