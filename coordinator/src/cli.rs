@@ -288,13 +288,19 @@ struct FileArguments {
     #[arg(long, value_name = "FILE")]
     check_text: Option<PathBuf>,
     /// Nats per token that a file's predictions may be off (KL) [default: by format, from 0.00001 for f32 to 3 for q2_k]
-    #[arg(long, value_name = "NATS")]
+    #[arg(long, value_name = "NATS", value_parser = nats)]
     limit_kl: Option<f64>,
     /// Do not read the files back
     #[arg(long, conflicts_with_all = ["check_text", "limit_kl"])]
     no_check: bool,
     #[arg(long)]
     json: bool,
+}
+
+/// Beyond a number that is none, nothing ever is.
+fn nats(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number: &f64| number.is_finite() && *number >= 0.0);
+    number.ok_or_else(|| "give a number of nats, 0 or more, such as 0.05".into())
 }
 
 impl FileArguments {

@@ -192,6 +192,9 @@ fn what_cannot_be_quantized_as_asked_is_named() {
         desk.check_fails(arguments, expected);
     }
     assert!(!desk.path("out").exists());
+    for nats in ["nan", "inf", "x"] {
+        desk.check_fails(&format!("{model} --format gguf:q4_0 --limit-kl {nats}"), &["--limit-kl", "0 or more"]);
+    }
     let lossy = format!("{model} --format gguf:q4_0 --limit-kl 0.000000001");
     desk.check_fails(&lossy, &["out/model-q4_0.gguf", "beyond the limit", "--limit-kl"]);
     desk.check_works("quantize exports/model-q8_0.gguf --format gguf:q4_0 --budget 60% --out kept");

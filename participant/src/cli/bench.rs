@@ -115,7 +115,7 @@ pub(super) struct BenchTrainArguments {
     #[arg(long, default_value_t = 8)]
     rank: u32,
     /// Timed steps, behind one that is not
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 5, value_parser = positive)]
     steps: usize,
     #[command(flatten)]
     device: DeviceArguments,

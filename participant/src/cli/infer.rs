@@ -12,6 +12,7 @@ use model::tokenizer::Message;
 use quant::inference::CacheType;
 use serde_json::json;
 
+use super::bench::positive;
 use super::{DeviceArguments, print};
 use crate::answer::{Finish, Generated, Prompt, Request};
 use crate::grammar::Grammar;
@@ -64,7 +65,7 @@ pub(super) struct GenerateArguments {
     /// What the chat template puts first
     #[arg(long, conflicts_with = "raw")]
     system: Option<String>,
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 128, value_parser = positive)]
     max_tokens: usize,
     #[command(flatten)]
     sampling: SamplingArguments,

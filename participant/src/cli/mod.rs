@@ -191,10 +191,9 @@ impl Command {
                 "{} may hold token ids of the data, and nothing else was written; run the same command again to start over",
                 path.display()
             ),
-            Self::DeviceLog(DeviceLogArguments { out, .. }) => format!(
-                "{} may hold some of the files; run the same command again to write all of them",
-                out.display()
-            ),
+            Self::DeviceLog(DeviceLogArguments { out, .. }) => {
+                format!("{} may hold some of the files; run the same command again to write all of them", out.display())
+            }
             _ => "nothing was written; run the same command again to start over".into(),
         }
     }
@@ -296,9 +295,27 @@ mod tests {
     use super::*;
 
     #[test]
+    fn counts_of_nothing_are_refused() {
+        for line in [
+            "participant generate --model m --prompt p --max-tokens 0",
+            "participant train a.toml --data b.jsonl --steps 0",
+            "participant bench train --steps 0",
+            "participant calibrate --model m --data b.jsonl --out c.gguf --tokens-max 0",
+        ] {
+            let (line, _) = line.rsplit_once(' ').unwrap();
+            let parsed = |count: u32| Cli::try_parse_from(format!("{line} {count}").split(' ')).map(drop);
+            assert_eq!(parsed(0).unwrap_err().kind(), clap::error::ErrorKind::ValueValidation, "{line} 0");
+            assert!(parsed(1).is_ok(), "{line} 1");
+        }
+    }
+
+    #[test]
     fn an_interrupted_command_names_what_it_may_have_written() {
         let told = |line: &str| {
-            Cli::try_parse_from(line.split(' ')).unwrap_or_else(|error| panic!("{error}")).command.after_an_interruption()
+            Cli::try_parse_from(line.split(' '))
+                .unwrap_or_else(|error| panic!("{error}"))
+                .command
+                .after_an_interruption()
         };
         let train = "participant train a.toml --data b.jsonl";
         assert!(told(train).starts_with("nothing was written"));

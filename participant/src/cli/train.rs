@@ -69,7 +69,7 @@ pub(super) struct TrainArguments {
     #[arg(long)]
     pub(super) dump_batches: Option<PathBuf>,
     /// Stop after this many steps
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     steps: Option<u64>,
     #[command(flatten)]
     device: DeviceArguments,

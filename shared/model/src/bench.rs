@@ -17,6 +17,9 @@ use crate::source::{Source, random::RandomModel};
 use crate::stage::{ComputeDevice, Dropout, Input, Lora};
 use crate::{AdamW, Adapter, AdapterConfig, Family, Matrix, ModelConfig, ModelError, Part, Segments, Stage, Tokenizer};
 
+/// Tokens of a step at most: more would only be a slip of the finger, and no memory holds it.
+const BATCH_TOKENS_MAX: usize = 1 << 20;
+
 /// What a step trains on.
 #[derive(Debug, Clone)]
 pub struct Shape {
@@ -63,8 +66,13 @@ impl Shape {
     pub fn parse(batch: &str, layers: &str, rank: u32) -> Result<Self, ModelError> {
         let refused = |what: String| Err(ModelError::Mismatch(what));
         let numbers = batch.split_once('x').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
-        let Some((sequences @ 1.., tokens @ 1..)) = numbers else {
-            return refused(format!("the batch is `{batch}`; give SEQUENCESxTOKENS, such as 4x128"));
+        let fits = |&(sequences, tokens): &(usize, usize)| {
+            sequences.checked_mul(tokens).is_some_and(|all| (1..=BATCH_TOKENS_MAX).contains(&all))
+        };
+        let Some((sequences, tokens)) = numbers.filter(fits) else {
+            let what =
+                format!("the batch is `{batch}`; give SEQUENCESxTOKENS, such as 4x128, of at most {BATCH_TOKENS_MAX} tokens");
+            return refused(what);
         };
         let targets: Vec<String> = match layers {
             "all" => TARGETS.map(str::to_owned).to_vec(),
@@ -81,7 +89,7 @@ impl Shape {
 }
 
 /// Loads a model (SmolLM2-135M's shape with random weights, if there is no path) and measures steps of the part that
-/// `part` makes of its number of blocks. `clock` tells the time since any fixed moment.
+/// `part` makes of its number of blocks, at least one. `clock` tells the time since any fixed moment.
 pub fn measure(
     model: Option<&Path>,
     part: impl FnOnce(usize) -> Result<Part, ModelError>,
@@ -90,6 +98,9 @@ pub fn measure(
     steps: usize,
     clock: impl Fn() -> Duration,
 ) -> Result<Measured, ModelError> {
+    if steps == 0 {
+        return Err(ModelError::Mismatch("no step is to be timed; give --steps of at least 1".into()));
+    }
     let device = ComputeDevice::new(device)?.timed();
     let begun = clock();
     let source = match model {
@@ -100,7 +111,7 @@ pub fn measure(
     let mut workload = Workload::new(&*source, part, &device, shape)?;
     let load_ms = (clock() - begun).as_secs_f64() * 1e3;
     drop(source);
-    Ok(Measured { load_ms, ..workload.measure(steps.max(1), clock)? })
+    Ok(Measured { load_ms, ..workload.measure(steps, clock)? })
 }
 
 impl Workload {
@@ -264,4 +275,18 @@ fn smollm2_135m() -> Result<Arc<dyn Source>, ModelError> {
         context: 8192,
     };
     Ok(Arc::new(RandomModel::of_shape(config, Tokenizer::bytes(), Seed(1))?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_that_no_memory_holds_is_refused() {
+        for batch in ["0x128", "4x0", "4", "9999999999999x1", "4294967296x4294967296", "1024x1025"] {
+            let error = Shape::parse(batch, "all", 8).unwrap_err().to_string();
+            assert!(error.contains(batch) && error.contains("of at most 1048576 tokens"), "{error}");
+        }
+        assert_eq!(Shape::parse("1024x1024", "all", 8).unwrap().tokens, 1024);
+    }
 }
