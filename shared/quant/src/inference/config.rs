@@ -49,8 +49,18 @@ pub(super) fn read(reader: &Reader) -> Result<Config, Error> {
     };
     same("rope.dimension_count")?;
     same("attention.value_length")?;
-    if !heads.is_multiple_of(kv_heads) || head_size == 0 || !head_size.is_multiple_of(2) || head_size > HEAD_MAX {
-        return Err(reader.malformed(format!("{heads} heads of {head_size} share {kv_heads} heads of keys and values")));
+    if !heads.is_multiple_of(kv_heads) {
+        return Err(reader.malformed(format!("{heads} heads are no multiple of {kv_heads} heads of keys and values")));
+    }
+    if head_size == 0 || !head_size.is_multiple_of(2) {
+        let reason =
+            format!("{heads} heads of {width} channels have {head_size} each; expected an even number above 0");
+        return Err(reader.malformed(reason));
+    }
+    if head_size > HEAD_MAX {
+        let reason =
+            format!("heads have {head_size} channels, more than the {HEAD_MAX} that are supported; use another model");
+        return Err(reader.malformed(reason));
     }
     if let Some(scaling) = reader.optional::<&str>(&key("rope.scaling.type"))?.filter(|scaling| *scaling != "none") {
         return Err(reader.malformed(format!("has RoPE scaling `{scaling}`; only llama 3's is supported")));

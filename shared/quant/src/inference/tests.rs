@@ -252,7 +252,10 @@ const OF_BYTES: f64 = 0.04;
 fn models_of_every_type_are_those_of_the_reference() {
     for ty in BlockType::ALL {
         let floats = [BlockType::F32, BlockType::F16, BlockType::BF16].contains(&ty);
-        check(&File { architecture: "llama", ty, tied: true, scaled: false, extra: None }, if floats { 1e-3 } else { OF_BYTES });
+        check(
+            &File { architecture: "llama", ty, tied: true, scaled: false, extra: None },
+            if floats { 1e-3 } else { OF_BYTES },
+        );
     }
 }
 
@@ -284,24 +287,43 @@ fn a_tensor_that_would_be_left_out_is_refused_by_name() {
     assert!(load("llama", "blk.0.attn_rot_embd").is_ok());
 }
 
-#[test]
-fn a_file_of_other_sizes_is_refused_by_name() {
+/// Of a file whose only tensor is an embedding 32 wide.
+fn refusal(width: u32, [heads, kv_heads]: [u32; 2], head_size: Option<u32>) -> String {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("model.gguf");
     let mut header = Header::new();
     header.set("general.architecture", "llama");
-    for (key, size) in
-        [("context_length", 8), ("embedding_length", 64), ("block_count", 1), ("feed_forward_length", 64)]
-    {
-        header.set(&format!("llama.{key}"), size as u32);
+    for (key, size) in [
+        ("context_length", 8),
+        ("embedding_length", width),
+        ("block_count", 1),
+        ("feed_forward_length", 64),
+        ("attention.head_count", heads),
+        ("attention.head_count_kv", kv_heads),
+    ] {
+        header.set(&format!("llama.{key}"), size);
     }
-    header.set("llama.attention.head_count", 1u32);
+    head_size.into_iter().for_each(|size| header.set("llama.attention.key_length", size));
     header.set("llama.attention.layer_norm_rms_epsilon", 1e-5f32);
     header.add_tensor("token_embd.weight", &[5, 32], BlockType::F32).unwrap();
     let mut writer = Writer::create(&path, header).unwrap();
     writer.write_tensor("token_embd.weight", &[0; 5 * 32 * 4]).unwrap();
     writer.finish().unwrap();
     let engine = Engine::new(KernelPath::detect().unwrap(), 1, false);
-    let error = Model::load(&Reader::open(&path).unwrap(), &engine).err().expect("a refusal").to_string();
+    Model::load(&Reader::open(&path).unwrap(), &engine).err().expect("a refusal").to_string()
+}
+
+#[test]
+fn a_file_of_other_sizes_is_refused_by_name() {
+    let error = refusal(64, [1, 1], None);
     assert!(error.contains("token_embd.weight") && error.contains("[5, 64]"), "{error}");
+    for (heads, head_size, expected) in [
+        ([8, 8], Some(1024), "heads have 1024 channels, more than the 512 that are supported"),
+        ([3, 2], Some(32), "3 heads are no multiple of 2 heads of keys and values"),
+        ([8, 8], Some(33), "8 heads of 64 channels have 33 each; expected an even number"),
+        ([65, 65], None, "65 heads of 64 channels have 0 each"),
+    ] {
+        let error = refusal(64, heads, head_size);
+        assert!(error.contains(expected), "{error}");
+    }
 }
