@@ -183,11 +183,6 @@ impl Trainer {
         let StepHeader { round, attempt, next_step, position, loss_nats_bits, tokens, optimizer_steps, reports } =
             header;
         let position = Position { epoch: position[0], micro_batch: position[1] };
-        let here = self.data.batches.position();
-        if self.data.batches.seek(position).is_err() {
-            let _ = self.data.batches.seek(here);
-            return None;
-        }
         let sides: Vec<&Side> = self.head.iter().chain([&self.tail]).collect();
         let restored = restored_sides(&sides, tensors, optimizer_steps)?;
         let loras: Vec<_> = sides
@@ -195,6 +190,12 @@ impl Trainer {
             .zip(&restored)
             .map(|(side, (adapter, _))| side.stage.attach(adapter).ok())
             .collect::<Option<_>>()?;
+        // Last of what may fail.
+        let here = self.data.batches.position();
+        if self.data.batches.seek(position).is_err() {
+            let _ = self.data.batches.seek(here);
+            return None;
+        }
         for ((side, (adapter, optimizer)), lora) in
             self.head.iter_mut().chain([&mut self.tail]).zip(restored).zip(loras)
         {
