@@ -30,16 +30,18 @@ pub(crate) unsafe fn quantize_row<S: Simd>(x: *const f32, columns: usize, to: *m
         unsafe {
             let x = x.add(block * BLOCK);
             let to = to.add(block * QUAD_WORDS * rows + row);
-            let mut largest = S::splat(0.0);
+            let (mut largest, mut spoiled) = (S::splat(0.0), S::splat(0.0));
             let mut at = 0;
             while at < BLOCK {
                 let v = S::load(x.add(at));
                 largest = S::max(largest, S::max(v, S::sub(S::splat(0.0), v)));
+                // A maximum may pass over what is not a number; a sum does not.
+                spoiled = S::fma(v, S::splat(0.0), spoiled);
                 at += S::LANES;
             }
             let largest = S::maximum(largest);
             // What is not a number, or infinite, shall spoil the result and not become a small code.
-            let scale = largest / 127.0;
+            let scale = largest / 127.0 + S::sum(spoiled);
             let inverse = if largest > 0.0 && largest.is_finite() { 127.0 / largest } else { 0.0 };
             let inverse = S::splat(inverse);
             let mut codes = [0i8; BLOCK];

@@ -233,3 +233,28 @@ fn codes_of_activations_are_the_same_on_every_path_and_err_by_half_a_step() {
         }
     }
 }
+
+#[test]
+fn a_number_that_is_none_spoils_its_block_and_no_other() {
+    let (mut random, columns) = (Random(3), 96);
+    let x: Vec<f32> = (0..columns).map(|_| random.number()).collect();
+    let matrix = matrix(Layout::Four, 16, columns, &mut random);
+    let strange = [f32::NAN, f32::INFINITY, -f32::NAN, f32::NEG_INFINITY];
+    for path in Path::available() {
+        for (at, strange) in (BLOCK..2 * BLOCK).zip(strange.into_iter().cycle()) {
+            let mut x = x.clone();
+            x[at] = strange;
+            let mut codes = vec![0; code_words(columns, 1)];
+            path.run(Quantize(&x, columns, &mut codes, 1, 0));
+            let scales =
+                codes.chunks_exact(activations::QUAD_WORDS).map(|block| f32::from_bits(block[activations::SCALE]));
+            assert_eq!(
+                scales.map(f32::is_nan).collect::<Vec<_>>(),
+                [false, true, false],
+                "{strange} at {at} on {path:?}"
+            );
+            let found = vector_product(path, &matrix, &x, &[0.0; 16]);
+            assert!(found.iter().all(|y| y.is_nan()), "{strange} at {at} on {path:?}: {found:?}");
+        }
+    }
+}
