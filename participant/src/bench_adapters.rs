@@ -4,10 +4,11 @@ use std::path::Path;
 use std::time::Instant;
 
 use model::Adapter;
+use model::bench::process_bytes;
 use serde_json::{Value, json};
 
 use crate::ParticipantError;
-use crate::bench_infer::{percentile_ms, process_bytes};
+use crate::bench_infer::percentile_ms;
 use crate::integer;
 
 pub struct Costs {

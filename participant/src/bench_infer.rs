@@ -5,6 +5,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use model::bench::process_bytes;
 use quant::inference::bandwidth_gb_per_s;
 use serde_json::{Value, json};
 
@@ -91,13 +92,6 @@ pub fn measure(path: &Path, workload: &Workload) -> Result<Measured, Participant
 pub(crate) fn percentile_ms(sorted: &[Duration], share: f64) -> f64 {
     let at = ((sorted.len() as f64 * share).ceil() as usize).clamp(1, sorted.len().max(1)) - 1;
     sorted.get(at).map_or(0.0, |time| time.as_secs_f64() * 1e3)
-}
-
-/// A line of what Linux says about this process.
-pub(crate) fn process_bytes(key: &str) -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
-    line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|kilobytes| kilobytes << 10)
 }
 
 impl Measured {

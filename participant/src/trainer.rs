@@ -118,10 +118,6 @@ impl Trainer {
         Adapter::join(sides.map(|side| side.adapter.clone())).expect("the tail always trains")
     }
 
-    pub fn data_mut(&mut self) -> &mut Dataset {
-        &mut self.data
-    }
-
     /// Takes the global adapter of `round`, whose first step is `first_step`. Optimizer moments and the place in the data
     /// go on from the round before, or back to where they were if this very round was begun before.
     pub async fn begin_round(

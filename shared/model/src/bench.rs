@@ -70,8 +70,9 @@ impl Shape {
             sequences.checked_mul(tokens).is_some_and(|all| (1..=BATCH_TOKENS_MAX).contains(&all))
         };
         let Some((sequences, tokens)) = numbers.filter(fits) else {
-            let what =
-                format!("the batch is `{batch}`; give SEQUENCESxTOKENS, such as 4x128, of at most {BATCH_TOKENS_MAX} tokens");
+            let what = format!(
+                "the batch is `{batch}`; give SEQUENCESxTOKENS, such as 4x128, of at most {BATCH_TOKENS_MAX} tokens"
+            );
             return refused(what);
         };
         let targets: Vec<String> = match layers {
@@ -162,7 +163,7 @@ impl Workload {
         let kernel_ms = times.into_iter().map(|(name, time)| (name, time.as_secs_f64() * 1e3 / steps as f64)).collect();
         Ok(Measured {
             load_ms: 0.0,
-            peak_rss_bytes: peak_rss_bytes(),
+            peak_rss_bytes: process_bytes("VmHWM:"),
             step_ms,
             tokens: self.segments.tokens(),
             flops: self.flops(),
@@ -249,11 +250,11 @@ impl Measured {
     }
 }
 
-/// Linux tells it.
-fn peak_rss_bytes() -> Option<u64> {
+/// A line of what Linux says about this process, such as `VmHWM:`.
+pub fn process_bytes(key: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
+    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+    line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|kilobytes| kilobytes << 10)
 }
 
 /// SmolLM2-135M's shape with random weights, for measuring without a download.
