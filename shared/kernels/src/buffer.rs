@@ -152,9 +152,9 @@ impl<T: Number> Drop for Buffer<T> {
 /// glibc keeps pages of small pieces that were freed, until asked.
 #[cfg(all(target_os = "linux", target_env = "gnu", not(miri)))]
 pub(crate) fn trim_heap() {
+    // SAFETY: declared as malloc_trim(3) has it; it may be called at any time, by any thread.
     unsafe extern "C" {
-        /// Takes the bytes to keep at the end of the heap; says whether it gave any back. May be called at any time, by any
-        /// thread (malloc_trim(3)).
+        /// Takes the bytes to keep at the end of the heap; says whether it gave any back.
         safe fn malloc_trim(pad: usize) -> std::ffi::c_int;
     }
     malloc_trim(0);

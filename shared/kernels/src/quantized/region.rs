@@ -57,6 +57,7 @@ impl Drop for Region {
 fn ask_for_huge_pages(start: *mut u8, bytes: usize) {
     #[cfg(all(target_os = "linux", not(miri)))]
     {
+        // SAFETY: declared as madvise(2) has it.
         unsafe extern "C" {
             fn madvise(start: *mut std::ffi::c_void, bytes: usize, advice: std::ffi::c_int) -> std::ffi::c_int;
         }
