@@ -299,8 +299,11 @@ fn an_adapter_for_another_model_is_refused() {
     desk.save_adapter("narrow", &SMOKE.replace("width = 64", "width = 32"));
     desk.save_adapter("deep", &SMOKE.replace("blocks = 4", "blocks = 6"));
     let cases: [(&str, &[&str]); 4] = [
-        ("narrow", &["narrow/adapter_model.safetensors", "has shape [4, 32]; expected [4, 64]"]),
-        ("deep", &["deep/adapter_model.safetensors", "holds 24 tensors; expected 16"]),
+        (
+            "narrow",
+            &["narrow/adapter_model.safetensors", "has shape [4, 32]; expected [4, 64]; copy it again, or give"],
+        ),
+        ("deep", &["deep/adapter_model.safetensors", "holds 24 tensors; expected 16", "trained on this model"]),
         ("nowhere", &["nowhere/adapter_config.json", "check the path"]),
         ("hf", &["hf/adapter_config.json", "check the path"]),
     ];

@@ -77,7 +77,10 @@ impl Adapter {
             return Err(ModelError::file(&path, format!("has {length} bytes; at most {WEIGHTS_BYTES_MAX} are read")));
         }
         let bytes = std::fs::read(&path).map_err(ModelError::io(&path))?;
-        Self::from_safetensors(config, model, &bytes).map_err(|what| ModelError::file(&path, what))
+        Self::from_safetensors(config, model, &bytes).map_err(|what| {
+            let next = "copy it again, or give an adapter that was trained on this model";
+            ModelError::file(&path, format!("{what}; {next}"))
+        })
     }
 
     /// Reads an adapter to go on with in an experiment whose adapters look like `config`.
@@ -86,7 +89,8 @@ impl Adapter {
         let AdapterConfig { rank, alpha, ref targets, .. } = adapter.config;
         if (rank, alpha, targets) != (config.rank, config.alpha, &config.targets) {
             return Err(ModelError::Mismatch(format!(
-                "{} has rank {rank}, alpha {alpha}, targets {targets:?}; the experiment wants rank {}, alpha {}, targets {:?}",
+                "{} has rank {rank}, alpha {alpha}, targets {targets:?}; the experiment wants rank {}, alpha {}, targets {:?}: \
+                 change one of them",
                 directory.display(),
                 config.rank,
                 config.alpha,
