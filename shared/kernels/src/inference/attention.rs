@@ -1,6 +1,6 @@
 //! Causal attention over the cache, of one token or of a strip of a prompt's.
 
-use super::cache::{Head, Kept, Number, RUN, padded};
+use super::cache::{Head, Kept, RUN, padded};
 use crate::path::Work;
 use crate::simd::{Simd, exp};
 use crate::tile::Tile;
@@ -16,9 +16,6 @@ pub(super) struct Attend {
     pub scores: *mut f32,
 }
 
-/// Chains of sums at a time, to hide an `fma`'s latency.
-const CHAINS: usize = 4;
-
 impl Work for Attend {
     type Output = ();
 
@@ -29,8 +26,8 @@ impl Work for Attend {
         // SAFETY: the caller's promise.
         unsafe {
             match self.cache {
-                Head::F16(cache) => self.over::<S, u16>(cache),
-                Head::F32(cache) => self.over::<S, f32>(cache),
+                Head::F16(cache) => self.over::<S, _>(cache),
+                Head::F32(cache) => self.over::<S, _>(cache),
             }
         }
     }
@@ -40,51 +37,17 @@ impl Attend {
     /// # Safety
     /// As for `run`; `cache` is the head's.
     #[inline(always)]
-    unsafe fn over<S: Simd, T: Number>(self, cache: Kept<T>) {
+    unsafe fn over<S: Simd, K: Kept>(self, cache: K) {
         let Self { cache: _, tokens, query, mixed, scores } = self;
-        let size = cache.size;
-        let scale = 1.0 / (size as f32).sqrt();
-        let vectors = tokens.div_ceil(RUN) * RUN / S::LANES;
-        // SAFETY: the cache has whole runs of 16 tokens, and rows of values are whole vectors.
+        let runs = tokens.div_ceil(RUN);
+        let vectors = runs * RUN / S::LANES;
+        // SAFETY: the cache has whole runs of 16 tokens, and so have the scores.
         unsafe {
-            let keys = |vector: usize| {
-                let token = vector * S::LANES;
-                cache.keys.add(token / RUN * RUN * size + token % RUN).cast_const()
-            };
-            let mut largest = S::splat(f32::NEG_INFINITY);
-            let mut vector = 0;
-            while vector < vectors {
-                let many = CHAINS.min(vectors - vector);
-                let mut sums = [S::splat(0.0); CHAINS];
-                if many == CHAINS {
-                    let from = [keys(vector), keys(vector + 1), keys(vector + 2), keys(vector + 3)];
-                    for channel in 0..size {
-                        let q = S::splat(*query.add(channel));
-                        for (sum, from) in sums.iter_mut().zip(from) {
-                            *sum = S::fma(q, T::load::<S>(from.add(channel * RUN)), *sum);
-                        }
-                    }
-                } else {
-                    for (i, sum) in sums.iter_mut().enumerate() {
-                        if i < many {
-                            let from = keys(vector + i);
-                            for channel in 0..size {
-                                let q = S::splat(*query.add(channel));
-                                *sum = S::fma(q, T::load::<S>(from.add(channel * RUN)), *sum);
-                            }
-                        }
-                    }
-                }
-                for (i, sum) in sums.into_iter().enumerate() {
-                    if i < many {
-                        S::store(scores.add((vector + i) * S::LANES), S::mul(sum, S::splat(scale)));
-                    }
-                }
-                vector += many;
-            }
-            for token in tokens..vectors * S::LANES {
+            cache.score::<S>(query, 1.0 / (cache.size() as f32).sqrt(), runs, scores);
+            for token in tokens..runs * RUN {
                 *scores.add(token) = f32::NEG_INFINITY;
             }
+            let mut largest = S::splat(f32::NEG_INFINITY);
             for vector in 0..vectors {
                 largest = S::max(S::load(scores.add(vector * S::LANES)), largest);
             }
@@ -96,38 +59,7 @@ impl Attend {
                 S::store(at, weight);
                 sum = S::add(sum, weight);
             }
-            let inverse = S::splat(1.0 / S::sum(sum));
-            let mut channel = 0;
-            while channel < size {
-                let many = CHAINS.min((size - channel).div_ceil(S::LANES));
-                let mut sums = [S::splat(0.0); CHAINS];
-                let from = cache.values.add(channel).cast_const();
-                if many == CHAINS {
-                    for token in 0..tokens {
-                        let weight = S::splat(*scores.add(token));
-                        let from = from.add(token * padded(size));
-                        for (i, sum) in sums.iter_mut().enumerate() {
-                            *sum = S::fma(weight, T::load::<S>(from.add(i * S::LANES)), *sum);
-                        }
-                    }
-                } else {
-                    for (i, sum) in sums.iter_mut().enumerate() {
-                        if i < many {
-                            for token in 0..tokens {
-                                let value = T::load::<S>(from.add(token * padded(size) + i * S::LANES));
-                                *sum = S::fma(S::splat(*scores.add(token)), value, *sum);
-                            }
-                        }
-                    }
-                }
-                for (i, sum) in sums.into_iter().enumerate() {
-                    if i < many {
-                        let at = channel + i * S::LANES;
-                        S::store_n(mixed.add(at), S::mul(sum, inverse), S::LANES.min(size - at));
-                    }
-                }
-                channel += CHAINS * S::LANES;
-            }
+            cache.mix::<S>(scores, tokens, 1.0 / S::sum(sum), mixed);
         }
     }
 }
@@ -186,8 +118,8 @@ impl Work for AttendStrip {
         // SAFETY: the caller's promise.
         unsafe {
             match self.cache {
-                Head::F16(cache) => self.over::<S, u16>(cache),
-                Head::F32(cache) => self.over::<S, f32>(cache),
+                Head::F16(cache) => self.over::<S, _>(cache),
+                Head::F32(cache) => self.over::<S, _>(cache),
             }
         }
     }
@@ -197,9 +129,9 @@ impl AttendStrip {
     /// # Safety
     /// As for `run`; `cache` is the head's.
     #[inline(always)]
-    unsafe fn over<S: Simd, T: Number>(self, cache: Kept<T>) {
+    unsafe fn over<S: Simd, K: Kept>(self, cache: K) {
         let Self { cache: _, before, tokens, queries, query_stride, mixed, mixed_stride, scratch } = self;
-        let (size, row) = (cache.size, padded(cache.size));
+        let (size, row) = (cache.size(), padded(cache.size()));
         let lanes = S::NV * S::LANES;
         let keys = (before + tokens).next_multiple_of(RUN);
         let scale = 1.0 / (size as f32).sqrt();
@@ -218,12 +150,7 @@ impl AttendStrip {
                 }
             }
             for first in (0..keys).step_by(RUN) {
-                let from = cache.keys.add(first * size).cast_const();
-                let mut at = 0;
-                while at < size * RUN {
-                    S::store(run.add(at), T::load::<S>(from.add(at)));
-                    at += S::LANES;
-                }
+                cache.widen_keys::<S>(first, run);
                 let mut key = 0;
                 while key < RUN {
                     let rows = S::MR.min(RUN - key);
@@ -255,12 +182,7 @@ impl AttendStrip {
             }
             for first in (0..keys).step_by(VALUES) {
                 let count = VALUES.min(keys - first);
-                let from = cache.value(first).cast_const();
-                let mut at = 0;
-                while at < count * row {
-                    S::store(values.add(at), T::load::<S>(from.add(at)));
-                    at += S::LANES;
-                }
+                cache.widen_values::<S>(first, count, values);
                 let mut lane = 0;
                 while lane < tokens {
                     let mut channel = 0;

@@ -1,11 +1,11 @@
 //! Keys and values of one sequence.
 
 use super::Shape;
+use super::numbers::Numbers;
 use crate::quantized::Region;
 use crate::simd::Simd;
-use crate::simd::integer::{Integers, to_f16};
 
-/// Tokens of a run of keys.
+/// Tokens of a run.
 pub(super) const RUN: usize = 16;
 
 /// How keys and values are kept.
@@ -20,21 +20,22 @@ pub enum CacheType {
 }
 
 impl CacheType {
-    pub(super) fn bytes(self) -> usize {
+    /// Bytes of a run of one head's keys, and of its values.
+    pub(super) fn run_bytes(self, head_size: usize) -> [usize; 2] {
         match self {
-            Self::F16 => size_of::<u16>(),
-            Self::F32 => size_of::<f32>(),
+            Self::F16 => Numbers::<u16>::run_bytes(head_size),
+            Self::F32 => Numbers::<f32>::run_bytes(head_size),
         }
     }
 }
 
-/// For every block and key-value head: keys as `[tokens / 16][head_size][16]`, so that a vector holds one channel of 16
-/// tokens; values as `[tokens][head_size, whole vectors]`. Memory that no token has reached is not touched.
+/// For every block and key-value head, runs of 16 tokens. Memory that no token has reached is not touched.
 pub(super) struct Cache {
     ty: CacheType,
     keys: Region,
     values: Region,
-    capacity: usize,
+    /// Of a head.
+    runs: usize,
     kv_heads: usize,
     head_size: usize,
 }
@@ -42,66 +43,46 @@ pub(super) struct Cache {
 /// The keys and values of one head.
 #[derive(Clone, Copy)]
 pub(super) enum Head {
-    F16(Kept<u16>),
-    F32(Kept<f32>),
+    F16(Numbers<u16>),
+    F32(Numbers<f32>),
 }
 
-/// The same, of numbers that are kept as `T`.
-#[derive(Clone, Copy)]
-pub(super) struct Kept<T> {
-    pub keys: *mut T,
-    pub values: *mut T,
-    pub size: usize,
-}
-
-/// What keys and values are kept as.
-pub(super) trait Number: Copy {
-    fn of(x: f32) -> Self;
+/// The same in one form, and what attention needs of it.
+pub(super) trait Kept: Copy {
+    /// Channels.
+    fn size(&self) -> usize;
 
     /// # Safety
-    /// The CPU has `S`; the pointer reaches a vector.
-    unsafe fn load<S: Simd>(from: *const Self) -> S::V;
+    /// The CPU has `S`; there is room for the token, and nobody else writes it; `key` has `size` numbers.
+    unsafe fn put_key<S: Simd>(&self, token: usize, key: *const f32);
 
     /// # Safety
-    /// As for `load`.
-    unsafe fn store<S: Simd>(to: *mut Self, v: S::V);
-}
+    /// As for `put_key`.
+    unsafe fn put_value<S: Simd>(&self, token: usize, value: *const f32);
 
-/// Bits of an f16.
-impl Number for u16 {
-    fn of(x: f32) -> Self {
-        to_f16(x)
-    }
+    /// `scores[token] = scale · query · key`, of all tokens of the first runs.
+    ///
+    /// # Safety
+    /// The CPU has `S`; there are so many runs; `query` has `size` numbers.
+    unsafe fn score<S: Simd>(&self, query: *const f32, scale: f32, runs: usize, scores: *mut f32);
 
-    #[inline(always)]
-    unsafe fn load<S: Simd>(from: *const Self) -> S::V {
-        // SAFETY: the caller's promise.
-        unsafe { S::Int::load_f16(from) }
-    }
+    /// `mixed = inverse · Σ weights[token] · value`, of the first `tokens`.
+    ///
+    /// # Safety
+    /// The CPU has `S`; there are so many tokens, and weights of whole runs; `mixed` has room for `size` numbers.
+    unsafe fn mix<S: Simd>(&self, weights: *const f32, tokens: usize, inverse: f32, mixed: *mut f32);
 
-    #[inline(always)]
-    unsafe fn store<S: Simd>(to: *mut Self, v: S::V) {
-        // SAFETY: the caller's promise.
-        unsafe { S::Int::store_f16(to, v) }
-    }
-}
+    /// The run of keys from token `first` on as f32, `[size][RUN]`.
+    ///
+    /// # Safety
+    /// The CPU has `S`; there are such tokens.
+    unsafe fn widen_keys<S: Simd>(&self, first: usize, to: *mut f32);
 
-impl Number for f32 {
-    fn of(x: f32) -> Self {
-        x
-    }
-
-    #[inline(always)]
-    unsafe fn load<S: Simd>(from: *const Self) -> S::V {
-        // SAFETY: the caller's promise.
-        unsafe { S::load(from) }
-    }
-
-    #[inline(always)]
-    unsafe fn store<S: Simd>(to: *mut Self, v: S::V) {
-        // SAFETY: the caller's promise.
-        unsafe { S::store(to, v) }
-    }
+    /// Values of `count` tokens from `first` on, whole runs, as f32, `[count][padded(size)]`.
+    ///
+    /// # Safety
+    /// The CPU has `S`; there are such tokens.
+    unsafe fn widen_values<S: Simd>(&self, first: usize, count: usize, to: *mut f32);
 }
 
 pub(super) fn padded(head_size: usize) -> usize {
@@ -110,55 +91,48 @@ pub(super) fn padded(head_size: usize) -> usize {
 
 impl Cache {
     pub(super) fn new(shape: &Shape, blocks: usize, context: usize, ty: CacheType) -> Self {
-        let capacity = context.next_multiple_of(RUN);
+        let runs = context.div_ceil(RUN);
         let &Shape { kv_heads, head_size, .. } = shape;
-        let bytes = |size: usize| {
-            let all = [blocks.max(1), kv_heads, capacity, size, ty.bytes()];
-            all.into_iter().try_fold(1usize, usize::checked_mul).expect("a size in memory")
+        let region = |run_bytes: usize| {
+            let all = [blocks.max(1), kv_heads, runs, run_bytes];
+            let bytes = all.into_iter().try_fold(1usize, usize::checked_mul).expect("a size in memory");
+            // Whole vectors are read.
+            Region::new(bytes + 64, false)
         };
-        // Whole vectors are read.
-        let [keys, values] = [bytes(head_size), bytes(padded(head_size))].map(|bytes| Region::new(bytes + 64, false));
-        Self { ty, keys, values, capacity, kv_heads, head_size }
+        let [keys, values] = ty.run_bytes(head_size).map(region);
+        Self { ty, keys, values, runs, kv_heads, head_size }
     }
 
     pub(super) fn head(&self, block: usize, head: usize) -> Head {
-        let at = (block * self.kv_heads + head) * self.capacity;
+        let runs = (block * self.kv_heads + head) * self.runs;
+        let [keys, values] = self.ty.run_bytes(self.head_size);
         // SAFETY: the head lies within the memory.
-        unsafe {
-            match self.ty {
-                CacheType::F16 => Head::F16(self.kept(at)),
-                CacheType::F32 => Head::F32(self.kept(at)),
-            }
-        }
-    }
-
-    /// # Safety
-    /// So many tokens lie before it, and numbers are kept as `T`.
-    unsafe fn kept<T>(&self, at: usize) -> Kept<T> {
+        let (keys, values) =
+            unsafe { (self.keys.start().as_ptr().add(runs * keys), self.values.start().as_ptr().add(runs * values)) };
         let size = self.head_size;
-        // SAFETY: the caller's promise.
-        unsafe {
-            let [keys, values] = [&self.keys, &self.values].map(|region| region.start().as_ptr().cast::<T>());
-            Kept { keys: keys.add(at * size), values: values.add(at * padded(size)), size }
+        match self.ty {
+            CacheType::F16 => Head::F16(Numbers { keys: keys.cast(), values: values.cast(), size }),
+            CacheType::F32 => Head::F32(Numbers { keys: keys.cast(), values: values.cast(), size }),
         }
     }
 }
 
 impl Head {
     /// # Safety
-    /// There is room for the token, and nobody else writes it; `key` has `size` numbers.
-    pub(super) unsafe fn put_key(&self, token: usize, key: *const f32) {
+    /// As for [`Kept::put_key`].
+    #[inline(always)]
+    pub(super) unsafe fn put_key<S: Simd>(&self, token: usize, key: *const f32) {
         // SAFETY: the caller's promise.
         unsafe {
             match self {
-                Self::F16(head) => head.put_key(token, key),
-                Self::F32(head) => head.put_key(token, key),
+                Self::F16(head) => head.put_key::<S>(token, key),
+                Self::F32(head) => head.put_key::<S>(token, key),
             }
         }
     }
 
     /// # Safety
-    /// The CPU has `S`; as for `put_key`.
+    /// As for `put_key`.
     #[inline(always)]
     pub(super) unsafe fn put_value<S: Simd>(&self, token: usize, value: *const f32) {
         // SAFETY: the caller's promise.
@@ -167,41 +141,6 @@ impl Head {
                 Self::F16(head) => head.put_value::<S>(token, value),
                 Self::F32(head) => head.put_value::<S>(token, value),
             }
-        }
-    }
-}
-
-impl<T: Number> Kept<T> {
-    /// # Safety
-    /// As for [`Head::put_key`].
-    unsafe fn put_key(&self, token: usize, key: *const f32) {
-        // The next channel is `RUN` behind.
-        // SAFETY: the caller's promise.
-        unsafe {
-            let to = self.keys.add(token / RUN * RUN * self.size + token % RUN);
-            for channel in 0..self.size {
-                *to.add(channel * RUN) = T::of(*key.add(channel));
-            }
-        }
-    }
-
-    /// # Safety
-    /// There is room for the token.
-    pub(super) unsafe fn value(&self, token: usize) -> *mut T {
-        // SAFETY: the caller's promise.
-        unsafe { self.values.add(token * padded(self.size)) }
-    }
-
-    /// # Safety
-    /// The CPU has `S`; as for `put_key`.
-    #[inline(always)]
-    unsafe fn put_value<S: Simd>(&self, token: usize, value: *const f32) {
-        let mut at = 0;
-        while at < self.size {
-            let n = S::LANES.min(self.size - at);
-            // SAFETY: rows of values are whole vectors.
-            unsafe { T::store::<S>(self.value(token).add(at), S::load_n(value.add(at), n)) }
-            at += S::LANES;
         }
     }
 }

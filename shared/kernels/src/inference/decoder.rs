@@ -1,6 +1,7 @@
 //! The weights of a decoder.
 
 use super::CacheType;
+use super::cache::RUN;
 use crate::quantized::Matrix;
 use crate::rope::HEAD_MAX;
 
@@ -116,8 +117,8 @@ impl Decoder {
 
     /// Bytes of the keys and values of so many tokens.
     pub fn kv_bytes(&self, tokens: usize, ty: CacheType) -> usize {
-        let size = self.shape.head_size;
-        self.blocks.len() * self.shape.kv_heads * tokens * ty.bytes() * (size + super::cache::padded(size))
+        let [keys, values] = ty.run_bytes(self.shape.head_size);
+        self.blocks.len() * self.shape.kv_heads * tokens * ((keys + values) / RUN)
     }
 
     /// Bytes of the matrices.

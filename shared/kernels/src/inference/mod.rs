@@ -11,6 +11,7 @@ mod attention;
 mod batch;
 mod cache;
 mod decoder;
+mod numbers;
 mod phases;
 mod room;
 mod rows;

@@ -157,7 +157,7 @@ impl Work for FinishHead<'_> {
             }
             match store {
                 Store::Nowhere => {}
-                Store::Key(head) => head.put_key(token, x),
+                Store::Key(head) => head.put_key::<S>(token, x),
                 Store::Value(head) => head.put_value::<S>(token, x),
             }
         }
