@@ -64,9 +64,10 @@ fn a_token_allocates_nothing() {
     let layers = [0, 1, 2].map(|block| LayerFactors { block, layer: Layer::Mix, a: &factors, b: &factors });
     let adapter = Arc::new(Adapter::new(decoder.shape(), 3, 2, 1.0, &layers));
     for path in Path::available() {
-        for (threads, adapter) in [(1, None), (2, None), (2, Some(&adapter))] {
+        let cases = [(1, None, CacheType::F16), (2, None, CacheType::Q8_0), (2, Some(&adapter), CacheType::F16)];
+        for (threads, adapter, cache) in cases {
             let engine = Engine::new(path, threads, false);
-            let mut session = Session::new(&engine, &decoder, 300, CacheType::F16);
+            let mut session = Session::new(&engine, &decoder, 300, cache);
             session.adapt(adapter.cloned());
             // The first prompt makes room for batches, and the threads begin.
             session.next(&[1; 3]);
@@ -76,7 +77,7 @@ fn a_token_allocates_nothing() {
                 session.next(&[token % 100]);
             }
             session.next(&[3; 3]);
-            assert_eq!(COUNT.get() - before, 0, "on {path:?}, {threads} threads");
+            assert_eq!(COUNT.get() - before, 0, "on {path:?}, {threads} threads, {cache:?}");
         }
     }
 }

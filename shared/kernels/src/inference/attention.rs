@@ -28,6 +28,7 @@ impl Work for Attend {
             match self.cache {
                 Head::F16(cache) => self.over::<S, _>(cache),
                 Head::F32(cache) => self.over::<S, _>(cache),
+                Head::Q8_0(cache) => self.over::<S, _>(cache),
             }
         }
     }
@@ -120,6 +121,7 @@ impl Work for AttendStrip {
             match self.cache {
                 Head::F16(cache) => self.over::<S, _>(cache),
                 Head::F32(cache) => self.over::<S, _>(cache),
+                Head::Q8_0(cache) => self.over::<S, _>(cache),
             }
         }
     }

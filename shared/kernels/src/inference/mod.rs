@@ -10,6 +10,7 @@ mod adapter;
 mod attention;
 mod batch;
 mod cache;
+mod codes;
 mod decoder;
 mod numbers;
 mod phases;

@@ -84,8 +84,8 @@ fn batches_single_tokens_paths_and_threads_agree() {
         for &length in lengths {
             let tokens: Vec<u32> = (0..length as u32).map(|i| (i * 31 + 7) % 50).collect();
             let mut expected: Option<Vec<Vec<f32>>> = None;
-            // Keys and values that are rounded to half precision are rounded now to one side and now to the other.
-            let cases = [(CacheType::F32, 2e-5), (CacheType::F16, 3e-3)];
+            // Keys and values that are rounded are rounded now to one side and now to the other.
+            let cases = [(CacheType::F32, 2e-5), (CacheType::F16, 3e-3), (CacheType::Q8_0, 3e-2)];
             for (path, (cache, most)) in Path::available().into_iter().flat_map(|path| cases.map(|case| (path, case))) {
                 let mut of_path = None;
                 for threads in if cfg!(miri) { 1..=2 } else { 1..=3 } {
@@ -203,6 +203,42 @@ fn an_adapter_equals_its_merged_weights_and_leaves_with_the_next() {
             }
         }
     }
+}
+
+#[test]
+fn what_was_forgotten_leaves_no_trace() {
+    for head_size in [6, 48, 64] {
+        let decoder = decoder(2, 1, head_size, 2);
+        let tokens: Vec<u32> = (0..if cfg!(miri) { 20 } else { 60 }).map(|i| (i * 31 + 7) % 50).collect();
+        for path in Path::available() {
+            for cache in [CacheType::F32, CacheType::F16, CacheType::Q8_0] {
+                let engine = Engine::new(path, 2, false);
+                // A prompt that ends within a run of 16, tokens one by one, and a prompt behind them.
+                let (first, second, third) = (&tokens[..5], &tokens[5..11], &tokens[11..]);
+                let go_on = |session: &mut Session| {
+                    let mut all: Vec<Vec<f32>> = second.iter().map(|&token| session.next(&[token]).to_vec()).collect();
+                    all.push(session.next(third).to_vec());
+                    all
+                };
+                let mut fresh = Session::new(&engine, &decoder, tokens.len(), cache);
+                fresh.next(first);
+                let expected = go_on(&mut fresh);
+                let mut session = Session::new(&engine, &decoder, tokens.len(), cache);
+                session.next(first);
+                session.next(&vec![49; tokens.len() - first.len()]);
+                session.truncate(first.len());
+                assert!(go_on(&mut session) == expected, "{path:?}, {cache:?}: what was forgotten shows");
+            }
+        }
+    }
+}
+
+#[test]
+fn eight_bits_a_number_take_the_memory_they_say() {
+    let decoder = decoder(6, 2, 64, 2);
+    let numbers = 2 * 2 * 2 * 64 * 4096;
+    assert_eq!(decoder.kv_bytes(4096, CacheType::F16), 2 * numbers);
+    assert_eq!(decoder.kv_bytes(4096, CacheType::Q8_0), numbers + numbers / 16);
 }
 
 #[test]
