@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use model::bench::process_bytes;
-use quant::inference::bandwidth_gb_per_s;
+use quant::inference::{CacheType, bandwidth_gb_per_s};
 use serde_json::{Value, json};
 
 use crate::{ParticipantError, integer};
@@ -14,6 +14,9 @@ use crate::{ParticipantError, integer};
 pub struct Workload {
     pub prompt_tokens: usize,
     pub tokens: usize,
+    /// Tokens that are there already.
+    pub depth: usize,
+    pub cache: CacheType,
     /// 0 takes all cores.
     pub threads: usize,
     pub rounds: usize,
@@ -39,30 +42,31 @@ pub struct Measured {
 }
 
 pub fn measure(path: &Path, workload: &Workload) -> Result<Measured, ParticipantError> {
-    let Workload { prompt_tokens, tokens, threads, rounds } = *workload;
+    let Workload { prompt_tokens, tokens, depth, cache, threads, rounds } = *workload;
     let begun = Instant::now();
-    let model = integer::load(path, threads)?;
+    let model = integer::load(path, threads)?.keeping(cache);
     let load = begun.elapsed();
     let engine = model.engine();
-    let longest = prompt_tokens.max(tokens);
+    let longest = depth + prompt_tokens.max(tokens);
     if longest > model.context() {
-        let what = format!("{longest} tokens exceed the model's context of {}", model.context());
+        let context = model.context();
+        let what = format!("{longest} tokens exceed the model's context of {context}: ask for fewer");
         return Err(ParticipantError::Usage(what));
     }
     // Any tokens cost the same.
     let all: Vec<u32> = (0..longest).map(|i| ((i * 7919 + 13) % model.vocabulary()) as u32).collect();
     let mut session = model.session(longest);
-    session.next(&all[..longest.min(8)]);
+    session.next(&all[..longest.min(depth.max(8))]);
     let (mut prompt, mut decode) = (Duration::MAX, Duration::MAX);
     let mut each = Vec::with_capacity(rounds * tokens);
     for _ in 0..rounds {
-        session.truncate(0);
+        session.truncate(depth);
         let begun = Instant::now();
-        session.next(&all[..prompt_tokens]);
+        session.next(&all[depth..depth + prompt_tokens]);
         prompt = prompt.min(begun.elapsed());
-        session.truncate(0);
+        session.truncate(depth);
         let mut round = Duration::ZERO;
-        for token in &all[..tokens] {
+        for token in &all[depth..depth + tokens] {
             let begun = Instant::now();
             session.next(std::slice::from_ref(token));
             let latency = begun.elapsed();

@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use clap::{Args, Subcommand};
 use model::Part;
 use model::bench::{self, Shape};
+use quant::inference::CacheType;
 
-use super::infer::duration;
+use super::infer::{CacheName, duration};
 use super::{DeviceArguments, print};
 use crate::bench_adapters;
 use crate::bench_deadline::{self, Requests};
@@ -36,9 +37,15 @@ pub(super) struct BenchInferArguments {
     /// [default: 512, with a deadline 16]
     #[arg(long, value_parser = positive)]
     prompt_tokens: Option<usize>,
-    /// Decoded one by one, from an empty context on; with a deadline, of an answer at most
+    /// Decoded one by one; with a deadline, of an answer at most
     #[arg(long, default_value_t = 128, value_parser = positive)]
     tokens: usize,
+    /// Tokens that are there already, before the prompt and before those that are decoded
+    #[arg(long, default_value_t = 0, conflicts_with = "deadline", value_parser = at_most::<COUNT_MAX>)]
+    depth: usize,
+    /// How keys and values are kept [default: f16]
+    #[arg(long, value_enum, conflicts_with = "deadline")]
+    cache: Option<CacheName>,
     /// 0 takes all cores
     #[arg(long, default_value_t = 0, value_parser = at_most::<THREADS_MAX>)]
     threads: usize,
@@ -137,8 +144,20 @@ pub(super) fn bench_train(arguments: BenchTrainArguments) -> anyhow::Result<()> 
 }
 
 pub(super) fn bench_infer(arguments: BenchInferArguments) -> anyhow::Result<()> {
-    let BenchInferArguments { model, prompt_tokens, tokens, threads, rounds, deadline, gap, requests, hogs, json } =
-        arguments;
+    let BenchInferArguments {
+        model,
+        prompt_tokens,
+        tokens,
+        depth,
+        cache,
+        threads,
+        rounds,
+        deadline,
+        gap,
+        requests,
+        hogs,
+        json,
+    } = arguments;
     if let Some(deadline) = deadline {
         let prompt_tokens = prompt_tokens.unwrap_or(16);
         let gap = gap.unwrap_or(2 * deadline);
@@ -150,7 +169,8 @@ pub(super) fn bench_infer(arguments: BenchInferArguments) -> anyhow::Result<()> 
         };
     }
     let prompt_tokens = prompt_tokens.unwrap_or(512);
-    let measured = bench_infer::measure(&model, &Workload { prompt_tokens, tokens, threads, rounds })?;
+    let cache = cache.map(CacheType::from).unwrap_or_default();
+    let measured = bench_infer::measure(&model, &Workload { prompt_tokens, tokens, depth, cache, threads, rounds })?;
     match json {
         true => print(measured.to_json()),
         false => print(measured.to_text()),

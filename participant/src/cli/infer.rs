@@ -51,6 +51,19 @@ pub(super) enum CacheName {
     F16,
     /// Twice the memory; for comparing logits, which rounding to f16 moves now to one side and now to the other
     F32,
+    /// Little more than half the memory, in bytes that share a scale by 32; faster behind long texts
+    #[value(name = "q8_0")]
+    Q8_0,
+}
+
+impl From<CacheName> for CacheType {
+    fn from(name: CacheName) -> Self {
+        match name {
+            CacheName::F16 => Self::F16,
+            CacheName::F32 => Self::F32,
+            CacheName::Q8_0 => Self::Q8_0,
+        }
+    }
 }
 
 #[derive(Args)]
@@ -290,10 +303,7 @@ impl ModelArguments {
         // Who chooses how floats are kept and multiplied, wants floats.
         let of_floats = device.backend.is_some() || device.weights.is_some();
         let engine = chosen.or(of_floats.then_some(Engine::Float)).or(default);
-        let cache = cache.map(|cache| match cache {
-            CacheName::F16 => CacheType::F16,
-            CacheName::F32 => CacheType::F32,
-        });
+        let cache = cache.map(CacheType::from);
         Ok(Runner::open(model, adapter, &device.choice().over(&Default::default()), engine, cache)?)
     }
 }

@@ -163,6 +163,19 @@ fn the_integer_engine_measures_a_quantized_file_and_refuses_what_it_cannot_run()
     let evaluate =
         |model: &str| desk.check_works(&format!("evaluate --model {model} --adapter adapter --data data.jsonl --json"));
     assert_eq!(evaluate("quantized"), evaluate("weights.gguf"));
+    // How keys and values are kept changes their memory, and the loss hardly.
+    let [f32, f16, q8_0] = ["f32", "f16", "q8_0"].map(|cache| {
+        let infer = "bench infer --model weights.gguf --depth 40 --prompt-tokens 9 --tokens 4 --rounds 1 --json";
+        let measured: serde_json::Value =
+            serde_json::from_str(&desk.check_works(&format!("{infer} --cache {cache}"))).unwrap();
+        let evaluate = format!("evaluate --model weights.gguf --cache {cache} --data data.jsonl --json");
+        let loss: serde_json::Value = serde_json::from_str(&desk.check_works(&evaluate)).unwrap();
+        (measured["kv_bytes"].as_u64().unwrap(), loss["loss_nats"].as_f64().unwrap())
+    });
+    // Heads of 16 numbers and a scale.
+    assert_eq!((f32.0, 16 * q8_0.0), (2 * f16.0, 9 * f16.0));
+    assert!((f16.1 - f32.1).abs() < 1e-3 && (q8_0.1 - f32.1).abs() < 1e-2, "{f32:?}, {f16:?}, {q8_0:?}");
+    assert_ne!(q8_0.1, f16.1);
     desk.write("tensorless.gguf", desk.gguf());
     let cases: [(&str, &[&str]); 4] = [
         ("bench infer --model tensorless.gguf", &["tensorless.gguf", "no tensor `token_embd.weight`"]),
@@ -324,12 +337,14 @@ fn an_argument_that_makes_no_sense_is_named() {
     fs::create_dir(desk.path("invites")).unwrap();
     desk.weights("base.gguf");
     desk.write("long.jsonl", format!("{{\"text\": \"{}\"}}\n", "a".repeat(5000)));
-    let cases: [(&str, &[&str]); 18] = [
+    let cases: [(&str, &[&str]); 20] = [
         (
             "logits --model base.gguf --engine integer --out l --prompts long.jsonl",
             &["line 1", "5000 tokens", "context of", "cut it"],
         ),
         ("logits --model hf --cache f32 --out l --prompts long.jsonl", &["--cache", "--engine integer"]),
+        ("generate --model hf --cache q8_0 --raw --prompt a", &["--cache", "--engine integer"]),
+        ("bench infer --model base.gguf --depth 5000", &["5512 tokens", "context of", "ask for fewer"]),
         ("bench infer --model hf", &["hf is no GGUF file", "coordinator quantize"]),
         ("device-log --out smoke.toml/logs", &["smoke.toml/logs", "check the path"]),
         ("logits --model hf --out l --prompts foreign.jsonl", &["foreign.jsonl, line 2", "token 99999", "of 259"]),
