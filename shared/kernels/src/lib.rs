@@ -44,4 +44,4 @@ pub use head::Head;
 pub use measure::{Inputs, add_second_moments};
 pub use path::{PATH_VARIABLE, Path};
 pub use rope::{HEAD_MAX, Rotation};
-pub use turns::ask_for_short_turns;
+pub use turns::ask_for_shortest_turns;

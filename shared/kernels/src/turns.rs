@@ -6,28 +6,37 @@
 
 use std::cell::Cell;
 
-/// The shortest that Linux grants is a tenth of it; then changing threads begins to cost.
-#[cfg(all(target_os = "linux", not(miri)))]
-const TURN_NS: u64 = 500_000;
+/// Of a thread that computes: shorter, and changing threads begins to cost.
+const SHORT_NS: u64 = 500_000;
+/// The shortest that Linux grants.
+const SHORTEST_NS: u64 = 100_000;
 
 thread_local! {
-    static ASKED: Cell<bool> = const { Cell::new(false) };
+    static ASKED_NS: Cell<u64> = const { Cell::new(0) };
 }
 
 /// Asks for short turns of the calling thread, from now on. Costs nothing when it has asked before; a system that refuses,
 /// or knows no such wish, does without.
 pub fn ask_for_short_turns() {
-    if !ASKED.replace(true) {
+    ask(SHORT_NS);
+}
+
+/// The same, for a thread that sleeps and has little to do when it wakes: it takes the core from one that computes with short
+/// turns, too, which would otherwise keep it until the system's next tick.
+pub fn ask_for_shortest_turns() {
+    ask(SHORTEST_NS);
+}
+
+fn ask(turn_ns: u64) {
+    if ASKED_NS.replace(turn_ns) != turn_ns {
         #[cfg(all(target_os = "linux", not(miri)))]
-        linux::ask();
+        linux::ask(turn_ns);
     }
 }
 
 #[cfg(all(target_os = "linux", not(miri)))]
 mod linux {
     use std::ffi::{c_int, c_long};
-
-    use super::TURN_NS;
 
     /// The kernel's `struct sched_attr` in its first version, which all later kernels read.
     #[repr(C)]
@@ -59,14 +68,14 @@ mod linux {
         fn syscall(number: c_long, ...) -> c_long;
     }
 
-    pub(super) fn ask() {
+    pub(super) fn ask(turn_ns: u64) {
         let Some([set, get]) = NUMBERS else { return };
         let mut attributes = Attributes { size: SIZE, ..Attributes::default() };
         // SAFETY: the kernel writes at most `SIZE` bytes, which are there, and numbers alone.
         let got = unsafe { syscall(get, CALLING_THREAD, &raw mut attributes, SIZE, 0u32) };
         if got == 0 && FAIR.contains(&attributes.policy) {
             attributes.size = SIZE;
-            attributes.runtime = TURN_NS;
+            attributes.runtime = turn_ns;
             // SAFETY: the kernel reads `SIZE` bytes; nothing but this thread's turns changes.
             unsafe { syscall(set, CALLING_THREAD, &raw const attributes, 0u32) };
         }
@@ -74,6 +83,7 @@ mod linux {
 
     #[cfg(test)]
     mod tests {
+        use super::super::{SHORT_NS, SHORTEST_NS, ask_for_short_turns, ask_for_shortest_turns};
         use super::*;
 
         /// What the kernel has noted, where it notes anything.
@@ -88,14 +98,21 @@ mod linux {
                     (got == 0).then_some(attributes)
                 };
                 let before = read();
-                crate::turns::ask_for_short_turns();
-                if let (Some(before), Some(after)) = (before, read()) {
-                    assert_eq!((before.policy, before.nice), (after.policy, after.nice));
-                    // Since 6.12 Linux notes the wish.
-                    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
-                    let version: Vec<u32> = release.split('.').take(2).filter_map(|part| part.parse().ok()).collect();
-                    let expected = if version >= vec![6, 12] { TURN_NS } else { before.runtime };
-                    assert_eq!(after.runtime, expected, "Linux {release}");
+                for (ask, turn_ns) in [
+                    (ask_for_short_turns as fn(), SHORT_NS),
+                    (ask_for_shortest_turns, SHORTEST_NS),
+                    (ask_for_short_turns, SHORT_NS),
+                ] {
+                    ask();
+                    if let (Some(before), Some(after)) = (&before, read()) {
+                        assert_eq!((before.policy, before.nice), (after.policy, after.nice));
+                        // Since 6.12 Linux notes the wish.
+                        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+                        let version: Vec<u32> =
+                            release.split('.').take(2).filter_map(|part| part.parse().ok()).collect();
+                        let expected = if version >= vec![6, 12] { turn_ns } else { before.runtime };
+                        assert_eq!(after.runtime, expected, "Linux {release}");
+                    }
                 }
             })
             .join()

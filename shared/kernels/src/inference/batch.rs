@@ -32,8 +32,10 @@ pub(super) fn phases(blocks: usize) -> usize {
 
 /// Rows of a task that prepares some.
 const ROWS: usize = 8;
-/// Groups of a product's task: as many as a strip takes on the widest path, twice.
-const GROUPS: usize = 4;
+/// Groups of a product's task: as many as a strip takes on the widest path, twice where there are rows enough.
+fn task_groups(rows: usize) -> usize {
+    if rows <= 32 { 2 } else { 4 }
+}
 
 /// Where rows come from.
 #[derive(Clone, Copy)]
@@ -225,7 +227,7 @@ impl BatchPass<'_> {
         into: Into,
     ) {
         let Into { block, stride, rows, accumulate } = into;
-        let tasks = |matrix: &Matrix| matrix.group_count().div_ceil(GROUPS);
+        let tasks = |matrix: &Matrix| matrix.group_count().div_ceil(task_groups(rows));
         let all = matrices.iter().map(|(matrix, ..)| tasks(matrix)).sum();
         self.phases.run(*phase, all, |mut task| {
             for &(matrix, to, layer) in matrices {

@@ -115,6 +115,11 @@ impl Room {
 }
 
 impl Places {
+    /// The same, with another's residual stream from number `at` on.
+    pub(super) fn with_x(self, x: Shared<f32>, at: usize) -> Self {
+        Self { x: Shared(x.0.wrapping_add(at)), ..self }
+    }
+
     /// Row `row` of the shared input of a product.
     ///
     /// # Safety

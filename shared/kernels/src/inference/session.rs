@@ -70,6 +70,11 @@ impl Session {
         self.tokens = self.tokens.min(tokens);
     }
 
+    /// The one that is applied.
+    pub fn adapter(&self) -> Option<&Arc<Adapter>> {
+        self.adapter.as_ref()
+    }
+
     /// Applies an adapter from now on, or none, and forgets all tokens: their keys and values were another's.
     ///
     /// # Panics
@@ -82,7 +87,8 @@ impl Session {
         self.truncate(0);
     }
 
-    /// Appends tokens and returns the logits behind the last, `[vocabulary]`.
+    /// Appends tokens and returns the logits behind the last, `[vocabulary]`: a single one the fastest way, several as a
+    /// [`prompt`](Self::prompt_until).
     ///
     /// # Panics
     /// If there is no token, one that is none of the vocabulary, or more than the context holds.
@@ -95,25 +101,27 @@ impl Session {
     /// # Panics
     /// As [`next`](Self::next).
     pub fn next_until(&mut self, tokens: &[u32], until: Option<Instant>) -> Option<&[f32]> {
+        let &[token] = tokens else { return self.prompt_until(tokens, until) };
+        self.check(tokens);
+        self.token(token, until).then_some(&self.room.logits)
+    }
+
+    /// The same, but a single token goes the way of several, where sums have another order: however a prompt is divided, its
+    /// keys, values and logits are the same to the last bit.
+    ///
+    /// # Panics
+    /// As [`next`](Self::next).
+    pub fn prompt_until(&mut self, tokens: &[u32], until: Option<Instant>) -> Option<&[f32]> {
         self.check(tokens);
         let before = self.tokens;
         let mut rest = tokens;
-        while rest.len() > 1 {
+        while !rest.is_empty() {
             let (now, later) = rest.split_at(BATCH.min(rest.len()));
-            let last = later.is_empty();
-            if !self.pass(now, if last { now.len() - 1..now.len() } else { 0..0 }, until) {
+            if !self.pass(now, later.is_empty(), until) {
                 self.truncate(before);
                 return None;
             }
-            if last {
-                let logits = &self.batch.as_ref().expect("a batch has been passed").logits;
-                return Some(&logits[..self.decoder.shape.vocabulary]);
-            }
             rest = later;
-        }
-        if !self.token(rest[0], until) {
-            self.truncate(before);
-            return None;
         }
         Some(&self.room.logits)
     }
@@ -126,7 +134,7 @@ impl Session {
         self.check(tokens);
         let vocabulary = self.decoder.shape.vocabulary;
         for (at, now) in tokens.chunks(BATCH).enumerate() {
-            self.pass(now, 0..0, None);
+            self.pass(now, false, None);
             for first in (0..now.len()).step_by(SCORED) {
                 let rows = first..now.len().min(first + SCORED);
                 self.logits(rows.clone());
@@ -172,31 +180,38 @@ impl Session {
         true
     }
 
-    /// A batch, and the logits behind some of its rows; whether there was time.
-    fn pass(&mut self, tokens: &[u32], logits: std::ops::Range<usize>, until: Option<Instant>) -> bool {
-        let Self { engine, decoder, adapter, cache, batch, strip, places, phases, tokens: before, .. } = self;
+    /// A batch, and the logits behind its last row if asked for; whether there was time.
+    fn pass(&mut self, tokens: &[u32], logits: bool, until: Option<Instant>) -> bool {
+        let Self {
+            engine, decoder, adapter, cache, room: single, batch, strip, places, phases, tokens: before, ..
+        } = self;
         let shape = &decoder.shape;
-        let room = batch.get_or_insert_with(|| Room::new(engine, shape, BATCH, SCORED, *strip));
+        let room = batch.get_or_insert_with(|| Room::new(engine, shape, BATCH, 0, *strip));
         for (&token, x) in tokens.iter().zip(room.x.chunks_exact_mut(shape.width)) {
             decoder.embedding.row(token as usize, x);
         }
         room.rotate_from(&shape.frequencies, *before, tokens.len());
         phases.reset(until);
-        let pass = BatchPass {
-            path: engine.path(),
+        let (path, rows) = (engine.path(), tokens.len());
+        let (adapter, cache, phases) = (adapter.as_deref(), &*cache, &*phases);
+        let room = room.places();
+        let pass = BatchPass { path, decoder, adapter, cache, phases, before: *before, rows, strip: *strip, room };
+        let last = TokenPass {
+            path,
+            threads: engine.threads(),
             decoder,
-            adapter: adapter.as_deref(),
+            adapter,
             cache,
             phases,
-            before: *before,
-            rows: tokens.len(),
-            strip: *strip,
-            room: room.places(),
+            at: *before + rows - 1,
+            room: single.places().with_x(room.x, (rows - 1) * shape.width),
         };
         engine.together(|i| {
             in_time(until);
             let mut phase = pass.blocks(&places[i]);
-            pass.logits(&mut phase, &places[i], logits.clone());
+            if logits {
+                last.logits(&mut phase, &places[i]);
+            }
         });
         if self.phases.is_over() {
             return false;
@@ -209,6 +224,9 @@ impl Session {
     fn logits(&mut self, rows: std::ops::Range<usize>) {
         let Self { engine, decoder, adapter, cache, batch, strip, places, phases, .. } = self;
         let room = batch.as_mut().expect("a batch has been passed");
+        if room.logits.is_empty() {
+            room.logits = engine.zeros(SCORED * decoder.shape.vocabulary);
+        }
         phases.reset(None);
         let pass = BatchPass {
             path: engine.path(),

@@ -265,3 +265,47 @@ fn a_sequence_that_ran_out_of_time_goes_on_where_it_was() {
         assert_eq!(found, expected);
     }
 }
+
+#[test]
+fn a_prompt_is_the_same_however_it_is_divided_and_whatever_was_there() {
+    // Beyond a batch, and beyond what attention takes at a time.
+    let length = if cfg!(miri) { 3 } else { 300 };
+    let all: &[usize] =
+        if cfg!(miri) { &[1] } else { &[0, 1, 2, 15, 16, 17, 47, 48, 127, 128, 129, 200, 256, 257, 298, 299] };
+    let tokens: Vec<u32> = (0..length as u32).map(|i| (i * 31 + 7) % 50).collect();
+    let others: Vec<u32> = (0..length as u32).map(|i| (i * 17 + 3) % 50).collect();
+    for (heads, kv_heads, head_size) in [(6, 2, 6), (2, 1, 80)] {
+        let decoder = decoder(heads, kv_heads, head_size, 2);
+        let adapter = Factors::new(decoder.shape(), 2, 5, &Layer::ALL).adapter(decoder.shape(), 2);
+        let cases = [(CacheType::F16, None), (CacheType::F32, Some(adapter))];
+        for (path, (cache, adapter)) in
+            Path::available().into_iter().flat_map(|path| cases.clone().map(|case| (path, case)))
+        {
+            let engine = Engine::new(path, 2, false);
+            let mut session = Session::new(&engine, &decoder, length + 2, cache);
+            session.adapt(adapter);
+            let behind = |session: &mut Session, tokens: &[u32]| {
+                let prompt = session.prompt_until(tokens, None).expect("no time is set").to_vec();
+                [prompt, session.next(&[5]).to_vec(), session.next(&[6]).to_vec()]
+            };
+            let expected = behind(&mut session, &tokens);
+            for &shared in all {
+                // Behind what is shared: an answer, and another prompt that may run out of time.
+                session.next(&[9]);
+                session.next(&[9]);
+                session.truncate(shared);
+                let until = Instant::now() + Duration::from_micros(shared as u64);
+                session.prompt_until(&others[shared..], Some(until));
+                session.truncate(shared);
+                assert_eq!(session.tokens(), shared);
+                // Some of the rest one by one, and all else at once.
+                let several = (length - 1).min(shared + 2);
+                for &token in &tokens[shared..several] {
+                    session.prompt_until(&[token], None).expect("no time is set");
+                }
+                let found = behind(&mut session, &tokens[several..]);
+                assert!(found == expected, "{path:?}, {cache:?}, head {head_size}: another one behind {shared} tokens");
+            }
+        }
+    }
+}

@@ -49,10 +49,15 @@ impl TokenPass<'_> {
             self.attention(&mut phase, slot, i, block);
             self.ffn(&mut phase, slot, i, block);
         }
+        self.logits(&mut phase, slot);
+    }
+
+    /// The logits behind the token.
+    pub(super) fn logits(&self, phase: &mut usize, slot: &SlotPlaces) {
         let (output, room) = (self.decoder.output(), &self.room);
         let prepared = self.prepare(slot, room.x.0, Some(&self.decoder.norm), &[output], (0, &[]));
         let into = Into { to: room.logits.0, accumulate: false, tasks: LOGITS_TASKS };
-        self.product(&mut phase, slot, output, into, prepared);
+        self.product(phase, slot, output, into, prepared);
     }
 
     fn attention(&self, phase: &mut usize, slot: &SlotPlaces, index: usize, block: &DecoderBlock) {

@@ -25,19 +25,21 @@ pub(crate) struct Strip {
 
 pub(crate) const VECTORS_MAX: usize = 2;
 
+/// `R` rows of a strip that has room for `MR`.
+///
 /// # Safety
 /// The CPU has `S`; the pointers reach as far as [`Strip`] says; `to` is this thread's alone.
 #[inline(always)]
-pub(crate) unsafe fn strip<S: Simd, F: Format, const MR: usize, const NV: usize>(s: &Strip) {
+pub(crate) unsafe fn strip<S: Simd, F: Format, const MR: usize, const R: usize, const NV: usize>(s: &Strip) {
     type I<S> = <<S as Simd>::Int as Integers>::I;
     // SAFETY: every access below is within what the caller promises.
     unsafe {
-        let mut acc = [[S::splat(0.0); NV]; MR];
+        let mut acc = [[S::splat(0.0); NV]; R];
         for block in 0..s.blocks {
             let x = s.x.add(block * QUAD_WORDS * MR);
             for sub in 0..F::SUBS {
                 let zero = F::zero::<S::Int>();
-                let mut sums: [[I<S>; NV]; MR] = [[S::Int::splat(0); NV]; MR];
+                let mut sums: [[I<S>; NV]; R] = [[S::Int::splat(0); NV]; R];
                 if zero != 0 {
                     for (r, sums) in sums.iter_mut().enumerate() {
                         let of = |half: usize| *x.add((SUM + half) * MR + r) as i32;
@@ -52,7 +54,7 @@ pub(crate) unsafe fn strip<S: Simd, F: Format, const MR: usize, const NV: usize>
                     let room = S::Int::room(F::BITS);
                     let mut first = 0;
                     while first < quads {
-                        let mut pairs: [[I<S>; NV]; MR] = [[S::Int::splat(0); NV]; MR];
+                        let mut pairs: [[I<S>; NV]; R] = [[S::Int::splat(0); NV]; R];
                         for quad in first..(first + room).min(quads) {
                             for v in 0..NV {
                                 let codes = S::Int::load(codes(v).add(quad * LINE));

@@ -196,7 +196,7 @@ fn products_are_those_of_the_layouts_values_on_every_path() {
         let step = layout.columns_step();
         let sizes: &[(usize, usize, usize)] = match cfg!(miri) {
             true => &[(18, 1, 3)],
-            false => &[(1, 1, 1), (16, 2, 2), (40, 3, 7), (65, 5, 13), (96, 18, 6)],
+            false => &[(1, 1, 1), (16, 2, 2), (40, 3, 7), (65, 5, 13), (96, 18, 6), (48, 2, 10), (33, 3, 11)],
         };
         for &(rows, steps, count) in sizes {
             check(layout, rows, if step == 1 { 32 * steps + 5 } else { step * steps }, count, &mut random);

@@ -11,7 +11,7 @@ mod pack;
 mod tests;
 
 pub use kernels::inference::{Adapter, CacheType, Layer, LayerFactors, RANK_MAX, Session};
-pub use kernels::{Engine, Path as KernelPath, ask_for_short_turns};
+pub use kernels::{Engine, Path as KernelPath, ask_for_shortest_turns};
 pub use model::Model;
 
 /// What this machine reads at most, in units of 10⁹ bytes per second: half a gigabyte, on all the engine's threads.

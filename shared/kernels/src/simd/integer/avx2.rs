@@ -141,6 +141,11 @@ impl Integers for Paired {
     #[inline(always)]
     unsafe fn strip<S: Simd<V = __m256, Int = Self>, F: Format>(s: &Strip) {
         // SAFETY: as above.
-        unsafe { strip::<S, F, 4, 1>(s) }
+        unsafe {
+            match s.rows {
+                1 | 2 => strip::<S, F, 4, 2, 1>(s),
+                _ => strip::<S, F, 4, 4, 1>(s),
+            }
+        }
     }
 }

@@ -138,7 +138,13 @@ macro_rules! integers {
             #[inline(always)]
             unsafe fn strip<S: Simd<V = __m512, Int = Self>, F: Format>(s: &Strip) {
                 // SAFETY: as above.
-                unsafe { strip::<S, F, 6, 2>(s) }
+                unsafe {
+                    match s.rows {
+                        1 | 2 => strip::<S, F, 6, 2, 2>(s),
+                        3 | 4 => strip::<S, F, 6, 4, 2>(s),
+                        _ => strip::<S, F, 6, 6, 2>(s),
+                    }
+                }
             }
         }
     };

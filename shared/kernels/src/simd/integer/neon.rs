@@ -152,7 +152,12 @@ macro_rules! integers {
             #[inline(always)]
             unsafe fn strip<S: Simd<V = float32x4_t, Int = Self>, F: Format>(s: &Strip) {
                 // SAFETY: as above.
-                unsafe { strip::<S, F, 4, 2>(s) }
+                unsafe {
+                    match s.rows {
+                        1 | 2 => strip::<S, F, 4, 2, 2>(s),
+                        _ => strip::<S, F, 4, 4, 2>(s),
+                    }
+                }
             }
         }
     };

@@ -118,6 +118,6 @@ impl Integers for Plain {
     #[inline(always)]
     unsafe fn strip<S: Simd<V = Self::V, Int = Self>, F: Format>(s: &Strip) {
         // SAFETY: as above.
-        unsafe { strip::<S, F, 2, 1>(s) }
+        unsafe { strip::<S, F, 2, 2, 1>(s) }
     }
 }
