@@ -11,6 +11,7 @@ use crate::ParticipantError;
 use crate::grammar::{Allowed, Grammar, Matcher, Spelling};
 use crate::runner::{Runner, Sequence};
 use crate::sampler::{Sampler, Sampling};
+use crate::sequences::{Kept, Sequences};
 use crate::stop::StopStrings;
 
 /// What to answer. No `Debug`, because text is never logged.
@@ -73,14 +74,16 @@ pub struct Answer<'a> {
     sampler: Sampler,
     form: Option<Form<'a>>,
     text: Option<(DecodeStream<'a>, StopStrings)>,
-    /// Tokens that the model has not seen, and how many of them it takes at once.
-    input: Vec<u32>,
+    prompt: Vec<u32>,
+    /// Tokens of the prompt that the model has seen, and how many of them it takes at once.
+    seen: usize,
     chunk: usize,
     room: usize,
     /// When its last step is broken off.
     due: Option<Instant>,
     tokens_max: usize,
-    pub prompt_tokens: usize,
+    /// Tokens of the prompt that a kept sequence had seen before.
+    pub cached_tokens: usize,
     pub tokens: Vec<u32>,
 }
 
@@ -185,27 +188,41 @@ fn too_long(has: &str, count: usize, context: usize) -> ParticipantError {
 impl Runner {
     /// Begins an answer that has to end at `due`; the request's numbers have been checked.
     pub fn answer(&self, request: &Request, due: Option<Instant>) -> Result<Answer<'_>, ParticipantError> {
+        self.answer_among(request, due, &mut Sequences::new(0), 0)
+    }
+
+    /// The same, behind the longest beginning of its prompt that is kept; `lent` other answers have sequences of these.
+    pub fn answer_among(
+        &self,
+        request: &Request,
+        due: Option<Instant>,
+        sequences: &mut Sequences,
+        lent: usize,
+    ) -> Result<Answer<'_>, ParticipantError> {
         let Request { prompt, tokens_max, sampling, stops, deadline: _, adapter, grammar } = request;
         if due.is_some() && !self.keeps_deadlines() {
             let what = "a deadline needs the integer engine: a GGUF file, and `--engine integer`";
             return Err(ParticipantError::Usage(what.into()));
         }
-        let input = prompt.encode(&*self.source)?;
+        let prompt = prompt.encode(&*self.source)?;
         let (tokenizer, config) = (self.source.tokenizer(), self.source.config());
         let mut sampler = Sampler::new(sampling.clone(), config.vocabulary);
-        sampler.note(&input);
+        sampler.note(&prompt);
+        let all = prompt.len().saturating_add(*tokens_max).min(config.context);
+        let (sequence, cached_tokens) = sequences.begin(self, &prompt, all, *adapter, lent);
         Ok(Answer {
-            sequence: self.sequence(input.len().saturating_add(*tokens_max).min(config.context), *adapter),
+            sequence,
             tokenizer,
             sampler,
             form: grammar.as_ref().map(|grammar| Form::new(self.spelling(), grammar)),
             text: Some((tokenizer.decode_stream(), StopStrings::new(stops.iter().cloned()))),
-            prompt_tokens: input.len(),
+            room: config.context + 1 - prompt.len(),
+            prompt,
+            seen: cached_tokens,
             chunk: CHUNK,
-            room: config.context + 1 - input.len(),
-            input,
             due,
             tokens_max: *tokens_max,
+            cached_tokens,
             tokens: Vec::new(),
         })
     }
@@ -220,8 +237,8 @@ impl Runner {
             emit(&piece);
             text.push_str(&piece);
             if let Some(finish) = finish {
-                let Answer { prompt_tokens, tokens, .. } = answer;
-                return Ok(Generated { text, prompt_tokens, tokens, finish });
+                let prompt_tokens = answer.prompt_tokens();
+                return Ok(Generated { text, prompt_tokens, tokens: answer.tokens, finish });
             }
         }
     }
@@ -235,6 +252,25 @@ pub struct Generated {
 }
 
 impl Answer<'_> {
+    pub fn prompt_tokens(&self) -> usize {
+        self.prompt.len()
+    }
+
+    /// Whether the next step may bring the first token.
+    pub(crate) fn begins_with_this_step(&self) -> bool {
+        self.tokens.is_empty() && self.prompt.len() - self.seen <= self.chunk
+    }
+
+    /// What the model has seen of the prompt, for those that begin alike; wherever the answer stands, and however it ended.
+    pub fn into_kept(self) -> Option<Kept> {
+        let Self { sequence, mut prompt, seen, .. } = self;
+        prompt.truncate(seen);
+        match sequence {
+            Sequence::Integer(session) => Some(Kept { session, tokens: prompt }),
+            Sequence::Float { .. } => None,
+        }
+    }
+
     /// When it has to end, if it has to.
     pub fn due(&self) -> Option<Instant> {
         self.due
@@ -252,15 +288,20 @@ impl Answer<'_> {
         let logits = if self.form.as_ref().is_some_and(|form| form.waits) {
             &[]
         } else {
-            let count = self.chunk.min(self.input.len());
-            let Some(logits) = self.sequence.next(&self.input[..count], first)? else {
+            let rest = &self.prompt[self.seen..];
+            let count = self.chunk.min(rest.len());
+            let found = match self.tokens.last() {
+                Some(&token) => self.sequence.next(token, first)?,
+                None => self.sequence.prompt(&rest[..count], first)?,
+            };
+            let Some(logits) = found else {
                 // Smaller steps fit between others' deadlines.
                 self.chunk = (count / 2).max(1);
                 return Ok(self.broken_off(first));
             };
             self.chunk = CHUNK;
-            if count < self.input.len() {
-                self.input.drain(..count);
+            self.seen += count;
+            if self.seen < self.prompt.len() {
                 return Ok(Step { text: String::new(), finish: None });
             }
             if let Some(form) = &mut self.form {
@@ -283,8 +324,6 @@ impl Answer<'_> {
         }
         self.sampler.note(&[token]);
         self.tokens.push(token);
-        self.input.clear();
-        self.input.push(token);
         let (stream, stops) = self.text.as_mut().expect("an answer that has not ended");
         let (text, stopped) = stops.push(&stream.push(token)?);
         if stopped {

@@ -31,6 +31,7 @@ mod parts;
 mod progress;
 pub mod runner;
 pub mod sampler;
+pub mod sequences;
 pub mod serve;
 pub mod session;
 pub mod stages;

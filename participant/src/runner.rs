@@ -105,6 +105,14 @@ impl Runner {
         matches!(self.engine, Running::Integer { .. })
     }
 
+    /// Bytes of a sequence's keys and values: of a token, and of a whole context. None where sequences cannot be kept.
+    pub fn sequence_bytes(&self) -> Option<[usize; 2]> {
+        match &self.engine {
+            Running::Integer { model, .. } => Some([1, model.context()].map(|tokens| model.kv_bytes(tokens))),
+            Running::Float { .. } => None,
+        }
+    }
+
     /// A new sequence of at most `tokens`.
     pub(crate) fn sequence(&self, tokens: usize, adapter: Option<usize>) -> Sequence<'_> {
         match &self.engine {
@@ -122,15 +130,27 @@ impl Runner {
 }
 
 impl Sequence<'_> {
-    /// The logits behind the last of these tokens, or none if that takes longer than `until`: then nothing has happened.
-    /// Floats are not broken off.
-    pub(crate) fn next(&mut self, tokens: &[u32], until: Option<Instant>) -> Result<Option<&[f32]>, ParticipantError> {
+    /// The logits behind a part of a prompt, or none if that takes longer than `until`: then nothing has happened. Floats are
+    /// not broken off.
+    pub(crate) fn prompt(
+        &mut self,
+        tokens: &[u32],
+        until: Option<Instant>,
+    ) -> Result<Option<&[f32]>, ParticipantError> {
         match self {
-            Self::Integer(session) => Ok(session.next_until(tokens, until)),
+            Self::Integer(session) => Ok(session.prompt_until(tokens, until)),
             Self::Float { stage, lora, cache, logits } => {
                 *logits = stage.next_logits(tokens, cache, lora)?;
                 Ok(Some(logits))
             }
+        }
+    }
+
+    /// The same of a token behind it.
+    pub(crate) fn next(&mut self, token: u32, until: Option<Instant>) -> Result<Option<&[f32]>, ParticipantError> {
+        match self {
+            Self::Integer(session) => Ok(session.next_until(&[token], until)),
+            Self::Float { .. } => self.prompt(&[token], until),
         }
     }
 }

@@ -49,11 +49,12 @@ def largest_gap(found, expected):
 
 
 def deadlines(work):
-    for prompt in (16, 512):
+    for prompt in (16, 512, "kept"):
         found = read(work, f"deadline-{prompt}.json")
-        name = f"6 prompts of {prompt}, {found['hogs']} hogs:"
+        behind = f" behind {found['prefix_tokens']} kept tokens" if found["prefix_tokens"] else ""
+        name = f"6 prompts of {found['prompt_tokens']}{behind}, {found['hogs']} hogs:"
         # An answer without a token is none. A prompt of 512 takes longer than the deadline on any two cores.
-        if prompt == 16:
+        if prompt != 512:
             figures.exactly(f"{name} answers missing, without a token", found["missing"], 0)
         else:
             figures.noted(f"{name} answers without a token", found["missing"])

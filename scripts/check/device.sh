@@ -46,9 +46,14 @@ if wanted 6; then
     say "== 6: deadlines"
     requests=${quick:+1000}
     requests=${requests:-5000}
+    deadline() {
+        participant bench infer --model "$work/base/model-q4_0.gguf" --deadline 20ms --hogs 2 --requests "$requests" \
+            --json "${@:2}" > "$work/deadline-$1.json"
+    }
+    # A turn of a conversation, whose beginning has been read before.
+    deadline kept --prefix-tokens 112 --prompt-tokens 8
     for prompt in 16 512; do
-        participant bench infer --model "$work/base/model-q4_0.gguf" --deadline 20ms --requests "$requests" \
-            --hogs 2 --prompt-tokens $prompt --json > "$work/deadline-$prompt.json"
+        deadline $prompt --prompt-tokens $prompt
         # The long prompt takes longer than the deadline: a thousand answers of nothing say enough.
         requests=1000
     done

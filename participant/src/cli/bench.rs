@@ -37,6 +37,9 @@ pub(super) struct BenchInferArguments {
     /// [default: 512, with a deadline 16]
     #[arg(long, value_parser = positive)]
     prompt_tokens: Option<usize>,
+    /// Tokens before them that are kept from one request to the next, as of a prompt that begins like the last
+    #[arg(long, default_value_t = 0, requires = "deadline", value_parser = at_most::<COUNT_MAX>)]
+    prefix_tokens: usize,
     /// Decoded one by one; with a deadline, of an answer at most
     #[arg(long, default_value_t = 128, value_parser = positive)]
     tokens: usize,
@@ -147,6 +150,7 @@ pub(super) fn bench_infer(arguments: BenchInferArguments) -> anyhow::Result<()> 
     let BenchInferArguments {
         model,
         prompt_tokens,
+        prefix_tokens,
         tokens,
         depth,
         cache,
@@ -161,7 +165,7 @@ pub(super) fn bench_infer(arguments: BenchInferArguments) -> anyhow::Result<()> 
     if let Some(deadline) = deadline {
         let prompt_tokens = prompt_tokens.unwrap_or(16);
         let gap = gap.unwrap_or(2 * deadline);
-        let requests = Requests { deadline, gap, count: requests, prompt_tokens, tokens, threads, hogs };
+        let requests = Requests { deadline, gap, count: requests, prefix_tokens, prompt_tokens, tokens, threads, hogs };
         let measured = bench_deadline::measure(&model, &requests)?;
         return match json {
             true => print(measured.to_json()),

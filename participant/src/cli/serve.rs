@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
 use serde_json::json;
 use tokio::net::TcpListener;
@@ -15,6 +15,7 @@ use super::print;
 use crate::serve::{Limits, Server};
 
 const QUEUE_MAX: usize = 65_536;
+const SEQUENCES_MAX: usize = 1024;
 
 #[derive(Args)]
 pub(super) struct ServeArguments {
@@ -38,6 +39,10 @@ pub(super) struct ServeArguments {
     /// Requests that wait for their turn; more are refused
     #[arg(long, default_value_t = Limits::default().waiting, value_parser = at_most::<QUEUE_MAX>)]
     queue: usize,
+    /// Prompts whose keys and values are kept, so that one which begins alike is not read from its first token; by the time it
+    /// takes, a caller can tell that another's prompt began like its own. 0 keeps none [default: 4; none with the float engine]
+    #[arg(long, value_parser = at_most::<SEQUENCES_MAX>)]
+    sequences: Option<usize>,
     /// A request that takes longer to come, head and body each, is given up, and so is who reads nothing of an answer for so long
     #[arg(long, value_parser = duration, default_value = "10s")]
     patience: Duration,
@@ -50,17 +55,34 @@ pub(super) struct ServeArguments {
 }
 
 pub(super) async fn serve(arguments: ServeArguments, stop: watch::Receiver<bool>) -> anyhow::Result<()> {
-    let ServeArguments { model, name, bind, deadline, max_tokens, concurrent, queue, patience, seed, json } = arguments;
+    let ServeArguments { model, name, bind, deadline, max_tokens, concurrent, queue, sequences, patience, seed, json } =
+        arguments;
     let base = name.unwrap_or_else(|| model.name());
     let runner = super::off_the_runtime(|| model.open(None))?;
+    let bytes = runner.sequence_bytes();
+    let sequences = match (sequences, bytes) {
+        (Some(1..), None) => bail!("--sequences needs the integer engine: a GGUF file, and `--engine integer`"),
+        (_, None) => 0,
+        (asked, Some(_)) => asked.unwrap_or(Limits::default().sequences),
+    };
+    let [token_bytes, sequence_bytes] = bytes.unwrap_or_default();
     let listener = TcpListener::bind(bind).await.with_context(|| format!("failed to listen on {bind}; give --bind"))?;
     let address = listener.local_addr()?;
-    let limits = Limits { answers: concurrent, waiting: queue, patience, ..Limits::default() };
+    let limits = Limits { answers: concurrent, waiting: queue, sequences, patience, ..Limits::default() };
     let serving = Server { runner, base, deadline, tokens_max: max_tokens, seed, limits, stop }.start(listener)?;
     // Who reads this may count on it.
     match json {
-        true => print(json!({"event": "listening", "address": address.to_string(), "models": serving.models()}))?,
+        true => print(json!({
+            "event": "listening", "address": address.to_string(), "models": serving.models(),
+            "sequences": sequences, "token_bytes": token_bytes, "sequence_bytes_max": sequence_bytes,
+        }))?,
         false => {
+            if sequences > 0 {
+                let (token, whole) = (token_bytes as f64 / 1e3, sequence_bytes as f64 / 1e6);
+                print(format_args!(
+                    "{sequences} prompts are kept: {token:.1} kB a token, at most {whole:.0} MB each, with their answers"
+                ))?;
+            }
             print(format_args!("listening on http://{address}/v1 (models: {})", serving.models().join(", ")))?;
         }
     }

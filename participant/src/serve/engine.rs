@@ -12,6 +12,7 @@ use super::Limits;
 use crate::ParticipantError;
 use crate::answer::{Answer, Finish, Request, Reserve, Step};
 use crate::runner::Runner;
+use crate::sequences::Sequences;
 
 /// Where requests go. When all of it is gone, the thread ends.
 pub(super) struct Queue {
@@ -21,15 +22,26 @@ pub(super) struct Queue {
 }
 
 pub(super) enum Event {
+    /// The first, unless nothing begins: so many of the prompt's tokens had been kept.
+    Begun { cached_tokens: usize },
     Text {
         text: String,
         /// Of the answer so far.
         tokens: usize,
     },
     /// The last.
-    Finished { finish: Finish, prompt_tokens: usize, tokens: usize },
+    Finished { finish: Finish, usage: Usage },
     /// The last as well.
     Failed(ParticipantError),
+}
+
+/// Tokens that an answer took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Usage {
+    pub prompt_tokens: usize,
+    /// Of these.
+    pub cached_tokens: usize,
+    pub tokens: usize,
 }
 
 struct Job {
@@ -74,7 +86,7 @@ impl Queue {
         begun: Instant,
     ) -> Result<mpsc::Receiver<Event>, Refused> {
         // A token has an event at most: the thread never waits for who reads slowly.
-        let (events, received) = mpsc::channel(request.tokens_max + 4);
+        let (events, received) = mpsc::channel(request.tokens_max + 5);
         let job = Job { request, begun, events, _place: place };
         self.jobs.try_send(job).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => Refused::Full,
@@ -95,6 +107,7 @@ impl Worker<'_> {
         let Self { runner, mut jobs, limits } = self;
         let (mut waiting, mut active) = (VecDeque::new(), VecDeque::new());
         let mut reserve = Reserve::default();
+        let mut sequences = Sequences::new(limits.sequences);
         loop {
             if waiting.is_empty() && active.is_empty() {
                 match jobs.blocking_recv() {
@@ -105,31 +118,47 @@ impl Worker<'_> {
             while let Ok(job) = jobs.try_recv() {
                 waiting.push_back(job);
             }
-            end_due(&mut waiting, &mut active, &mut reserve);
+            end_due(&mut waiting, &mut active, &mut reserve, &mut sequences);
             while active.len() < limits.answers
                 && let Some(job) = waiting.pop_front()
             {
-                active.extend(begin(runner, job, reserve));
+                let lent = active.len();
+                active.extend(begin(runner, job, reserve, &mut sequences, lent));
             }
-            let Some(mut turn) = active.pop_front() else { continue };
+            // Who has a deadline and nothing yet, and could have, goes before who has something.
+            let hurried = active.iter().enumerate().filter(|(_, turn)| turn.answer.begins_with_this_step());
+            let hurried = hurried.filter_map(|(at, turn)| Some((turn.answer.due()?, at))).min();
+            let Some(mut turn) = active.remove(hurried.map_or(0, |(_, at)| at)) else { continue };
             // Nobody else's answer comes too late because of this one's step.
             let others = active
                 .iter()
                 .filter_map(|other| other.answer.due())
                 .chain(waiting.iter().filter_map(|job| job.due(reserve)));
-            if turn.step(others.min(), &mut reserve) {
-                active.push_back(turn);
+            match turn.step(others.min(), &mut reserve) {
+                After::More => active.push_back(turn),
+                After::Over => turn.leave(&mut sequences),
+                After::Lost => {}
             }
         }
     }
 }
 
-fn begin(runner: &Runner, job: Job, reserve: Reserve) -> Option<Active<'_>> {
+/// `lent` others have a sequence.
+fn begin<'a>(
+    runner: &'a Runner,
+    job: Job,
+    reserve: Reserve,
+    sequences: &mut Sequences,
+    lent: usize,
+) -> Option<Active<'a>> {
     if job.events.is_closed() {
         return None;
     }
-    match catch_unwind(AssertUnwindSafe(|| runner.answer(&job.request, job.due(reserve)))) {
-        Ok(Ok(answer)) => return Some(Active { answer, job }),
+    match catch_unwind(AssertUnwindSafe(|| runner.answer_among(&job.request, job.due(reserve), sequences, lent))) {
+        Ok(Ok(answer)) => {
+            job.send(Event::Begun { cached_tokens: answer.cached_tokens });
+            return Some(Active { answer, job });
+        }
         Ok(Err(error)) => job.send(Event::Failed(error)),
         Err(_) => job.send(Event::Failed(ParticipantError::Panicked)),
     }
@@ -137,7 +166,12 @@ fn begin(runner: &Runner, job: Job, reserve: Reserve) -> Option<Active<'_>> {
 }
 
 /// Ends what has no time for another step.
-fn end_due(waiting: &mut VecDeque<Job>, active: &mut VecDeque<Active<'_>>, reserve: &mut Reserve) {
+fn end_due(
+    waiting: &mut VecDeque<Job>,
+    active: &mut VecDeque<Active<'_>>,
+    reserve: &mut Reserve,
+    sequences: &mut Sequences,
+) {
     let now = Instant::now();
     waiting.retain(|job| {
         // Whoever has gone leaves its place to others.
@@ -146,16 +180,22 @@ fn end_due(waiting: &mut VecDeque<Job>, active: &mut VecDeque<Active<'_>>, reser
         }
         let over = job.due(*reserve).is_some_and(|due| due <= now);
         if over {
-            job.send(Event::Finished { finish: Finish::Deadline, prompt_tokens: 0, tokens: 0 });
+            job.send(Event::Finished { finish: Finish::Deadline, usage: Usage::default() });
         }
         !over
     });
-    active.retain_mut(|active| {
-        let Some(due) = active.answer.due().filter(|due| *due <= now) else { return true };
-        reserve.ended(due, now);
-        let step = active.answer.finish(String::new(), Finish::Deadline);
-        active.tell(step)
-    });
+    for _ in 0..active.len() {
+        let Some(mut turn) = active.pop_front() else { return };
+        match turn.answer.due().filter(|due| *due <= now) {
+            Some(due) => {
+                reserve.ended(due, now);
+                let step = turn.answer.finish(String::new(), Finish::Deadline);
+                turn.tell(step);
+                turn.leave(sequences);
+            }
+            None => active.push_back(turn),
+        }
+    }
 }
 
 impl Job {
@@ -169,11 +209,18 @@ impl Job {
     }
 }
 
+/// What comes after a step.
+enum After {
+    More,
+    Over,
+    /// Nobody knows what is left.
+    Lost,
+}
+
 impl Active<'_> {
-    /// Whether there is another.
-    fn step(&mut self, others_due: Option<Instant>, reserve: &mut Reserve) -> bool {
+    fn step(&mut self, others_due: Option<Instant>, reserve: &mut Reserve) -> After {
         if self.job.events.is_closed() {
-            return false;
+            return After::Over;
         }
         match catch_unwind(AssertUnwindSafe(|| self.answer.step(others_due))) {
             Ok(Ok(step)) => {
@@ -184,23 +231,33 @@ impl Active<'_> {
             }
             Ok(Err(error)) => {
                 self.job.send(Event::Failed(error));
-                false
+                After::Over
             }
             Err(_) => {
                 self.job.send(Event::Failed(ParticipantError::Panicked));
-                false
+                After::Lost
             }
         }
     }
 
-    fn tell(&self, Step { text, finish }: Step) -> bool {
+    /// What it has read of its prompt may serve others.
+    fn leave(self, sequences: &mut Sequences) {
+        if let Some(kept) = self.answer.into_kept() {
+            sequences.keep(kept);
+        }
+    }
+
+    fn tell(&self, Step { text, finish }: Step) -> After {
         if !text.is_empty() {
             self.job.send(Event::Text { text, tokens: self.answer.tokens.len() });
         }
         if let Some(finish) = finish {
-            let (prompt_tokens, tokens) = (self.answer.prompt_tokens, self.answer.tokens.len());
-            self.job.send(Event::Finished { finish, prompt_tokens, tokens });
+            let Answer { cached_tokens, tokens, .. } = &self.answer;
+            let prompt_tokens = self.answer.prompt_tokens();
+            let usage = Usage { prompt_tokens, cached_tokens: *cached_tokens, tokens: tokens.len() };
+            self.job.send(Event::Finished { finish, usage });
+            return After::Over;
         }
-        finish.is_none()
+        After::More
     }
 }

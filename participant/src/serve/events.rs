@@ -8,20 +8,19 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-use quant::inference::ask_for_short_turns;
+use quant::inference::ask_for_shortest_turns;
 use tokio::sync::mpsc;
 use tokio::time::{Sleep, sleep_until};
 
-use super::engine::Event;
+use super::engine::{Event, Usage};
 use crate::ParticipantError;
 use crate::answer::Finish;
 
 pub(super) struct Events {
     received: mpsc::Receiver<Event>,
     due: Option<Pin<Box<Sleep>>>,
-    prompt_tokens: usize,
     /// Of the answer so far.
-    tokens: usize,
+    usage: Usage,
 }
 
 /// For an answer to go out; the engine, too, ends before it.
@@ -30,9 +29,11 @@ const RESERVE: Duration = Duration::from_millis(1);
 impl Events {
     pub(super) fn new(received: mpsc::Receiver<Event>, deadline: Option<Instant>, prompt_tokens: usize) -> Self {
         let due = deadline.map(|deadline| deadline.checked_sub(RESERVE).unwrap_or(deadline));
-        Self { received, due: due.map(|due| Box::pin(sleep_until(due.into()))), prompt_tokens, tokens: 0 }
+        let usage = Usage { prompt_tokens, ..Usage::default() };
+        Self { received, due: due.map(|due| Box::pin(sleep_until(due.into()))), usage }
     }
 
+    /// A piece of text, or the last.
     pub(super) async fn next(&mut self) -> Event {
         poll_fn(|context| self.poll_next(context)).await
     }
@@ -40,12 +41,17 @@ impl Events {
     pub(super) fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Event> {
         // This thread, too: it is woken before another program's turn is over.
         if self.due.is_some() {
-            ask_for_short_turns();
+            ask_for_shortest_turns();
         }
-        match self.received.poll_recv(context) {
+        let mut event = self.received.poll_recv(context);
+        if let Poll::Ready(Some(Event::Begun { cached_tokens })) = event {
+            self.usage.cached_tokens = cached_tokens;
+            event = self.received.poll_recv(context);
+        }
+        match event {
             Poll::Ready(Some(event)) => {
                 if let Event::Text { tokens, .. } = event {
-                    self.tokens = tokens;
+                    self.usage.tokens = tokens;
                 }
                 Poll::Ready(event)
             }
@@ -53,8 +59,7 @@ impl Events {
             Poll::Pending => {
                 let Some(due) = &mut self.due else { return Poll::Pending };
                 ready!(due.as_mut().poll(context));
-                let Self { prompt_tokens, tokens, .. } = *self;
-                Poll::Ready(Event::Finished { finish: Finish::Deadline, prompt_tokens, tokens })
+                Poll::Ready(Event::Finished { finish: Finish::Deadline, usage: self.usage })
             }
         }
     }
@@ -71,11 +76,13 @@ mod tests {
         pause();
         let (sender, received) = mpsc::channel(4);
         let mut events = Events::new(received, Some(Instant::now() + Duration::from_millis(50)), 7);
+        sender.try_send(Event::Begun { cached_tokens: 5 }).unwrap();
         sender.try_send(Event::Text { text: "on".into(), tokens: 3 }).unwrap();
         assert!(matches!(events.next().await, Event::Text { tokens: 3, .. }));
         // The engine says nothing more.
         let last = events.next().await;
-        assert!(matches!(last, Event::Finished { finish: Finish::Deadline, prompt_tokens: 7, tokens: 3 }));
+        let usage = Usage { prompt_tokens: 7, cached_tokens: 5, tokens: 3 };
+        assert!(matches!(last, Event::Finished { finish: Finish::Deadline, usage: found } if found == usage));
         drop(sender);
         assert!(matches!(events.next().await, Event::Failed(ParticipantError::Stopped)));
     }

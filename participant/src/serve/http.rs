@@ -19,10 +19,10 @@ use tokio::sync::Semaphore;
 use tokio::time::{timeout, timeout_at};
 
 use super::Limits;
-use super::engine::{Event, Queue, Refused};
+use super::engine::{Event, Queue, Refused, Usage};
 use super::events::Events;
 use super::request::{Asked, Defaults, Kind};
-use super::response::{Head, Refusal, models, usage};
+use super::response::{Head, Refusal, models};
 use crate::ParticipantError;
 use crate::answer::{self, Finish, Prompt};
 use crate::grammar::Spelling;
@@ -171,10 +171,10 @@ impl Service {
     /// An answer that was due before it had begun.
     fn too_late(&self, head: Head, stream: bool, include_usage: bool) -> Answer {
         if !stream {
-            return json(StatusCode::OK, &head.whole("", Finish::Deadline, usage(0, 0)));
+            return json(StatusCode::OK, &head.whole("", Finish::Deadline, Usage::default()));
         }
         let mut ready = head.role().map(|role| data(&role)).unwrap_or_default();
-        let last = Event::Finished { finish: Finish::Deadline, prompt_tokens: 0, tokens: 0 };
+        let last = Event::Finished { finish: Finish::Deadline, usage: Usage::default() };
         push(&head, include_usage, last, &mut ready);
         stream_of(Pieces { head, include_usage, events: None, ready })
     }
@@ -204,9 +204,10 @@ async fn whole(head: Head, mut events: Events) -> Result<Answer, Refusal> {
     let mut all = String::new();
     loop {
         match events.next().await {
+            Event::Begun { .. } => {}
             Event::Text { text, .. } => all.push_str(&text),
-            Event::Finished { finish, prompt_tokens, tokens } => {
-                return Ok(json(StatusCode::OK, &head.whole(&all, finish, usage(prompt_tokens, tokens))));
+            Event::Finished { finish, usage } => {
+                return Ok(json(StatusCode::OK, &head.whole(&all, finish, usage)));
             }
             Event::Failed(error) => return Err(failed(&error)),
         }
@@ -243,14 +244,15 @@ impl Body for Pieces {
 /// Adds an event's data; whether it is the last.
 fn push(head: &Head, include_usage: bool, event: Event, to: &mut String) -> bool {
     match event {
+        Event::Begun { .. } => return false,
         Event::Text { text, .. } => {
             to.push_str(&data(&head.text(&text)));
             return false;
         }
-        Event::Finished { finish, prompt_tokens, tokens } => {
+        Event::Finished { finish, usage } => {
             to.push_str(&data(&head.end(finish)));
             if include_usage {
-                to.push_str(&data(&head.usage(usage(prompt_tokens, tokens))));
+                to.push_str(&data(&head.usage(usage)));
             }
         }
         Event::Failed(error) => to.push_str(&data(&failed(&error).to_json())),

@@ -48,6 +48,9 @@ pub struct Limits {
     pub answers: usize,
     /// Requests that wait for their turn; further ones are refused.
     pub waiting: usize,
+    /// Kept when their answers have ended, for prompts that begin like theirs; who has a prefix in common with another's prompt
+    /// can tell by the time. The float engine keeps none.
+    pub sequences: usize,
     pub connections: usize,
     pub body_bytes: usize,
     /// To send a request's head, and again to send its body; and to read anything of an answer at all.
@@ -57,7 +60,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         let patience = Duration::from_secs(10);
-        Self { answers: 4, waiting: 32, connections: 128, body_bytes: 1 << 20, patience }
+        Self { answers: 4, waiting: 32, sequences: 4, connections: 128, body_bytes: 1 << 20, patience }
     }
 }
 

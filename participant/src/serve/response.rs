@@ -5,6 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use hyper::StatusCode;
 use serde_json::{Value, json};
 
+use super::engine::Usage;
 use super::request::Kind;
 use crate::answer::Finish;
 
@@ -52,7 +53,7 @@ impl Head {
         Self { kind, id, created: now(), model }
     }
 
-    pub(super) fn whole(&self, text: &str, finish: Finish, usage: Value) -> Value {
+    pub(super) fn whole(&self, text: &str, finish: Finish, usage: Usage) -> Value {
         let (object, choice) = match self.kind {
             Kind::Chat => ("chat.completion", json!({"message": {"role": "assistant", "content": text}})),
             Kind::Text => ("text_completion", json!({"text": text})),
@@ -82,7 +83,7 @@ impl Head {
         self.piece(self.streamed(), Some((choice, Some(finish))), None)
     }
 
-    pub(super) fn usage(&self, usage: Value) -> Value {
+    pub(super) fn usage(&self, usage: Usage) -> Value {
         self.piece(self.streamed(), None, Some(usage))
     }
 
@@ -93,7 +94,7 @@ impl Head {
         }
     }
 
-    fn piece(&self, object: &str, choice: Option<(Value, Option<Finish>)>, usage: Option<Value>) -> Value {
+    fn piece(&self, object: &str, choice: Option<(Value, Option<Finish>)>, usage: Option<Usage>) -> Value {
         let prefix = if self.kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
         let choices: Vec<Value> = choice
             .into_iter()
@@ -115,15 +116,14 @@ impl Head {
             "id": format!("{prefix}-{}", self.id), "object": object, "created": self.created, "model": self.model,
             "choices": choices,
         });
-        if let Some(usage) = usage {
-            piece["usage"] = usage;
+        if let Some(Usage { prompt_tokens, cached_tokens, tokens }) = usage {
+            piece["usage"] = json!({
+                "prompt_tokens": prompt_tokens, "completion_tokens": tokens, "total_tokens": prompt_tokens + tokens,
+                "prompt_tokens_details": {"cached_tokens": cached_tokens},
+            });
         }
         piece
     }
-}
-
-pub(super) fn usage(prompt_tokens: usize, tokens: usize) -> Value {
-    json!({"prompt_tokens": prompt_tokens, "completion_tokens": tokens, "total_tokens": prompt_tokens + tokens})
 }
 
 pub(super) fn models(names: &[String]) -> Value {

@@ -1,6 +1,7 @@
 //! What a user gets wrong at the command line, and what `participant` says about it: one line that names the file or the
 //! key, exit code 1, and never a panic.
 
+mod sequences;
 mod serve;
 
 use std::fs;

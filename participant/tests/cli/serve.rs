@@ -135,7 +135,11 @@ fn models_answer_whole_and_piece_by_piece() {
         let pieces = served.post(TEXT, &body).pieces();
         let text: String = pieces.iter().filter_map(|piece| piece["choices"][0]["text"].as_str()).collect();
         assert_eq!(text, whole["choices"][0]["text"]);
-        assert_eq!(pieces.last().unwrap()["usage"], whole["usage"]);
+        let usage = &pieces.last().unwrap()["usage"];
+        assert_eq!(usage["total_tokens"], whole["usage"]["total_tokens"]);
+        // The same prompt, but for its last token.
+        let cached = |usage: &Value| usage["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
+        assert_eq!((cached(&whole["usage"]), cached(usage)), (0, usage["prompt_tokens"].as_u64().unwrap() - 1));
     }
 
     let messages =
@@ -152,6 +156,29 @@ fn models_answer_whole_and_piece_by_piece() {
     let text: String = pieces.iter().filter_map(|piece| piece["choices"][0]["delta"]["content"].as_str()).collect();
     assert_eq!(text, whole["choices"][0]["message"]["content"]);
     assert_eq!(pieces.last().unwrap()["choices"][0]["finish_reason"], "length");
+}
+
+#[test]
+fn a_conversation_is_not_read_again_unless_nothing_is_kept() {
+    for (options, keeps) in [("", true), ("--sequences 1 --concurrent 1", true), ("--sequences 0", false)] {
+        let served = Served::start(options);
+        let message = |role: &str, content: &str| json!({"role": role, "content": content});
+        let mut messages = vec![message("system", "short"), message("user", "what does the pump do?")];
+        let mut before = 0;
+        for turn in 0..3 {
+            let body = json!({"model": "one", "messages": messages, "max_tokens": 8, "temperature": 0});
+            let answer = served.post(CHAT, &body).json();
+            let usage = &answer["usage"];
+            let expected = if keeps { before } else { 0 };
+            assert_eq!(usage["prompt_tokens_details"]["cached_tokens"], expected, "turn {turn}, {options}: {usage}");
+            before = usage["prompt_tokens"].as_u64().unwrap();
+            messages.push(message("assistant", "it pumps"));
+            messages.push(message("user", " and then?"));
+        }
+        // Another adapter's keys and values are others.
+        let body = json!({"model": "two", "messages": messages, "max_tokens": 8});
+        assert_eq!(served.post(CHAT, &body).json()["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
+    }
 }
 
 #[test]
