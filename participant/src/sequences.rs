@@ -44,8 +44,10 @@ impl Sequences {
             _ => return (runner.sequence(tokens, adapter), 0),
         };
         let full = self.kept.len() + lent >= self.most;
-        let Some(Kept { mut session, tokens }) = self.find(prompt, adapter, full).map(|at| self.kept.remove(at)) else {
-            let mut session = Box::new(model.session(model.context()));
+        let found = self.find(prompt, tokens, adapter, full).map(|at| self.kept.remove(at));
+        let fitting = found.filter(|kept| kept.session.context() >= tokens);
+        let Some(Kept { mut session, tokens }) = fitting else {
+            let mut session = Box::new(model.session(model.context().min(ROOM.max(2 * tokens))));
             session.adapt(adapter.cloned());
             return (Sequence::Integer(session), 0);
         };
@@ -58,15 +60,14 @@ impl Sequences {
         (Sequence::Integer(session), cached)
     }
 
-    /// The place of the sequence that shares most with the prompt, the least recently used of several; or of the least recently
-    /// used one, where there is no room for another.
-    fn find(&self, prompt: &[u32], adapter: Option<&Arc<Adapter>>, full: bool) -> Option<usize> {
-        let usable = self.kept.iter().enumerate().filter(|(_, kept)| is_same(kept.session.adapter(), adapter));
+    /// The place of the sequence that shares most with the prompt, the least recently used of several, unless it would lose more
+    /// than half; or of the least recently used one, where there is no room for another.
+    fn find(&self, prompt: &[u32], tokens: usize, adapter: Option<&Arc<Adapter>>, full: bool) -> Option<usize> {
+        let usable = |kept: &Kept| kept.session.context() >= tokens && is_same(kept.session.adapter(), adapter);
+        let usable = self.kept.iter().enumerate().filter(|(_, kept)| usable(kept));
         let shares = usable.map(|(at, kept)| (shared(&kept.tokens, prompt), Reverse(at)));
-        // A few words in common are not worth the rest of a long conversation.
-        let worth = |(shared, Reverse(at)): &(usize, Reverse<usize>)| {
-            *shared > 0 && 2 * shared >= prompt.len().min(self.kept[*at].tokens.len())
-        };
+        // A few words in common, as of a template, are not worth the rest of a long conversation.
+        let worth = |(shared, Reverse(at)): &(usize, Reverse<usize>)| 2 * shared >= self.kept[*at].tokens.len();
         let best = shares.filter(worth).max().map(|(_, Reverse(at))| at);
         best.or((full && !self.kept.is_empty()).then_some(0))
     }
@@ -82,6 +83,9 @@ impl Sequences {
         self.kept.push(kept);
     }
 }
+
+/// Tokens that a kept sequence has room for, at least: conversations grow. Memory is taken as they do.
+const ROOM: usize = 4096;
 
 /// Keys and values depend on the adapter: one that was loaded again is another.
 fn is_same(one: Option<&Arc<Adapter>>, other: Option<&Arc<Adapter>>) -> bool {

@@ -110,7 +110,7 @@ fn a_context_may_be_filled_behind_what_was_kept() {
         let answer = kept.runner.generate(&request(&full[..length], None), |_| {}).unwrap();
         assert_eq!((answer.finish, answer.tokens.len()), (Finish::Context, context + 1 - length));
     }
-    kept.check(&full[..context / 2], None, context / 2 - 1);
+    kept.check(&full[..context / 4 * 3], None, context / 4 * 3 - 1);
 }
 
 #[test]
@@ -165,12 +165,16 @@ fn the_longest_common_beginning_is_taken_and_the_least_recently_used_goes_first(
     both.into_iter().for_each(|one| kept.sequences.keep(one));
     kept.check(&one, None, 99);
     kept.check(&branch, None, 99);
-    // A few words in common do not cost a conversation its place, as long as there is room.
+    // A few words in common do not cost a conversation its place, as long as there is room, be the prompt nothing but these.
     let few = [one[..10].to_vec(), kept.prompt(90, 7)].concat();
     kept.check(&few, None, 0);
     for prompt in [&one, &branch, &few] {
         kept.check(prompt, None, 99);
     }
+    let mut kept = Kept::new(2);
+    kept.check(&one, None, 0);
+    kept.check(&one[..20], None, 0);
+    kept.check(&one, None, 99);
     // Those that are lent take room as well.
     let mut kept = Kept::new(2);
     kept.check(&one, None, 0);
