@@ -8,7 +8,7 @@
 #   7  the HTTP server answers everybody else while it is sent garbage, gigabytes, and requests that never end
 #
 # SmolLM2 on as many threads as there are cores, quantized as Q4_0 (figure 5's logits: F32). Nothing else should run beside
-# figure 6. Five minutes after the build; --quick: two, with a fifth of the requests.
+# figure 6. Nine minutes after the build; --quick: three, with a fifth of the requests.
 
 set -euo pipefail
 cd "$(dirname "$0")/../.."
