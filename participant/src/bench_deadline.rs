@@ -127,15 +127,13 @@ pub fn measure(path: &Path, requests: &Requests) -> Result<InTime, ParticipantEr
                 let mut sampler = Sampler::new(Sampling::default(), model.vocabulary());
                 let mut logits = session.prompt_until(prompt, Some(due));
                 let mut answer = 0;
-                while let Some(found) = logits
-                    && answer < tokens
-                {
+                while let Some(found) = logits {
                     answer += 1;
                     let token = sampler.choose(found);
                     let _ = tells.send((number, Said::Token));
                     // Who has something makes room for who has nothing, and ends in time with that.
                     next = asked.try_recv().ok();
-                    if next.is_some() {
+                    if next.is_some() || answer == tokens {
                         break;
                     }
                     logits = session.next_until(&[token], Some(due));
