@@ -251,7 +251,14 @@ pub(super) unsafe fn unpack<S: Simd, F: Format>(
         while row < GROUP {
             // SAFETY: within the group and the room.
             unsafe {
-                let quads = F::quads::<S::Int>(from.add(block * F::WORDS * LINE + row * 4));
+                let packed = from.add(block * F::WORDS * LINE + row * 4);
+                if row == 0 {
+                    for line in 0..F::WORDS {
+                        S::Int::prefetch(packed.wrapping_add(AHEAD + line * LINE));
+                    }
+                    S::Int::prefetch(from_scales.wrapping_add(AHEAD + block * F::SCALE_BYTES));
+                }
+                let quads = F::quads::<S::Int>(packed);
                 for (i, quad) in quads.into_iter().enumerate() {
                     S::Int::store(codes.add((block * 8 + i) * LINE + row * 4), quad);
                 }
