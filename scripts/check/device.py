@@ -65,9 +65,10 @@ def deadlines(work):
 
 
 def server(work, requests):
+    # Prompts that are kept have a price of their own, which the server states when it starts.
     process = subprocess.Popen(
         ["participant", "serve", "--model", f"{work}/base/model-q4_0.gguf", "--name", "base", "--adapter", f"one={work}/adapter"]
-        + ["--bind", "127.0.0.1:0", "--patience", "2s", "--json"],
+        + ["--bind", "127.0.0.1:0", "--patience", "2s", "--sequences", "0", "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
