@@ -100,6 +100,7 @@ pub fn export(
         refuse_existing(formats, &options, out)?;
     }
     check_digest(experiment, &*base)?;
+    run.verify_round(round).map_err(|source| ExportError::DamagedRound { round, source })?;
     let adapter = Adapter::load(&run.round_path(round).join("adapter"), base.config())?;
     let name = format!("{}, round {round}", experiment.name);
     let job = Job { base: &*base, base_name: base_name(experiment), adapter: &adapter, name, seed: experiment.seed };
@@ -405,6 +406,8 @@ pub enum ExportError {
     NoRound { run: PathBuf },
     #[error("export round {round}: the finished rounds are 1 to {finished}")]
     UnfinishedRound { round: u32, finished: u32 },
+    #[error("export round {round}: failed to {source}; `coordinator run` makes it again, or give --round another one")]
+    DamagedRound { round: u32, source: experiment::Error },
     #[error("write {}: it is already there; replace it with --force, or choose another directory", path.display())]
     Exists { path: PathBuf },
     /// The adapter would be merged into weights that it was not trained on.

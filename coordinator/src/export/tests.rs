@@ -612,3 +612,22 @@ fn check_members_are_missed(devices: &Path) {
     rows.append(&round(&["0", "2"])).unwrap();
     export().unwrap();
 }
+
+/// What `complete` does not vouch for is never shipped.
+#[test]
+fn a_damaged_round_is_not_exported() {
+    let run = Run::of(&Experiment::from_toml(SMOKE, "smoke").unwrap());
+    let options = Options { check: Checks::Skip, force: true, ..Options::default() };
+    let exported = || export(run.directory.path(), None, &[Format::Peft], &options, &run.out());
+    exported().unwrap();
+    let round = run.directory.finished_rounds().unwrap();
+    let path = run.directory.round_path(round).join("adapter/adapter_model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&path, bytes).unwrap();
+    let error = exported().unwrap_err().to_string();
+    assert!(
+        error.contains("adapter_model.safetensors is not what was written") && error.contains("--round"),
+        "{error}"
+    );
+}
