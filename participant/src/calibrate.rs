@@ -37,6 +37,8 @@ pub struct CalibrateArguments {
 impl CalibrateArguments {
     /// Writes the file, and returns its path and the tokens that it was measured on.
     pub fn run(&self) -> Result<(&Path, usize), ParticipantError> {
+        // Not only when all is measured.
+        storage::replaceable(&self.out).map_err(ParticipantError::io(&self.out))?;
         let source = model::source::open(&self.model)?;
         let adapter = match &self.adapter {
             Some(directory) => Adapter::load(directory, source.config())?,

@@ -23,10 +23,11 @@ impl SafetensorsWriter {
     /// Declares the tensors, which must then be written in this order.
     pub fn create(path: &Path, tensors: &[(String, Vec<usize>)]) -> Result<Self, ExportError> {
         let (header, data_bytes) = header(tensors);
-        let partial_path = partial_path(path);
+        let path = storage::replaceable(path).map_err(ExportError::io(path))?;
+        let partial_path = partial_path(&path);
         let file = File::create_new(&partial_path).map_err(ExportError::io(&partial_path))?;
         let file = BufWriter::new(file);
-        let mut writer = Self { path: path.to_owned(), partial_path, file, bytes_left: data_bytes };
+        let mut writer = Self { path, partial_path, file, bytes_left: data_bytes };
         writer.put(&header)?;
         Ok(writer)
     }

@@ -275,6 +275,7 @@ pub(super) fn evaluate(arguments: EvaluateArguments) -> anyhow::Result<()> {
 
 pub(super) fn logits(arguments: LogitsArguments) -> anyhow::Result<()> {
     let LogitsArguments { model, prompts, out } = arguments;
+    storage::replaceable(&out).with_context(|| format!("failed to write {}", out.display()))?;
     // What is compared with other programs shall not be rounded.
     let runner = model.open(Some(Engine::Float))?;
     let adapter = match runner.adapters() {

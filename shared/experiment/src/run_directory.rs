@@ -269,9 +269,11 @@ fn first_difference(found: &Experiment, expected: &Experiment) -> String {
 
 /// Replaces the file at `path`, or makes it: after a crash it has its old content or all of `bytes`, never a part.
 ///
-/// The bytes go to a temporary file beside it, which is then renamed. A path has one writer at a time.
+/// The bytes go to a temporary file beside it, which is then renamed. A path has one writer at a time. A link is followed;
+/// a device or a pipe is not replaced.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), Error> {
-    replace(&Disk::default(), path, bytes)
+    let target = storage::replaceable(path).map_err(Error::file("write", path))?;
+    replace(&Disk::default(), &target, bytes)
 }
 
 fn replace(disk: &Disk, path: &Path, bytes: &[u8]) -> Result<(), Error> {

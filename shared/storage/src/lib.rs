@@ -9,12 +9,14 @@ mod error;
 mod generations;
 mod journal;
 mod pack;
+mod target;
 
 pub use disk::{Disk, Fault, Operation};
 pub use error::StorageError;
 pub use generations::{Generation, Generations};
 pub use journal::{Journal, Opened, RECORD_BYTES_MAX};
 pub use pack::{pack, unpack};
+pub use target::replaceable;
 
 /// What a file belongs to: a journal or a snapshot of anything else is not read.
 pub type Identity = [u8; 32];

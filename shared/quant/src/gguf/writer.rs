@@ -50,10 +50,11 @@ impl Writer {
     }
 
     fn begin(path: &Path, tensors: Vec<TensorInfo>) -> Result<Writer, Error> {
-        let partial_path = partial_path(path);
+        let path = storage::replaceable(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
+        let partial_path = partial_path(&path);
         let io = |source| Error::Io { path: partial_path.clone(), source };
         let file = BufWriter::new(File::create_new(&partial_path).map_err(io)?);
-        let (path, remaining) = (path.to_owned(), tensors.into_iter());
+        let remaining = tensors.into_iter();
         Ok(Writer { path, partial_path, file, remaining, broken: false, finished: false })
     }
 
