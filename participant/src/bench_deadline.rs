@@ -4,7 +4,7 @@
 //! They arrive as a Poisson process, as in MLPerf's server scenario, and are answered in order. An answer's time counts from
 //! its request's arrival, whether anybody was awake or free by then or not. As in [`serve`](crate::serve), the engine has a
 //! thread of its own, which turns to a newcomer as soon as who is before it has a token, and another one sends the answer by
-//! its time, with what the engine has said so far.
+//! its time, with what the engine has said so far. Unlike there, the engine does not come back to who made room.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -126,20 +126,23 @@ pub fn measure(path: &Path, requests: &Requests) -> Result<InTime, ParticipantEr
                 session.truncate(prefix_tokens);
                 let mut sampler = Sampler::new(Sampling::default(), model.vocabulary());
                 let mut logits = session.prompt_until(prompt, Some(due));
-                let mut answer = 0;
+                let (mut answer, mut is_over) = (0, true);
                 while let Some(found) = logits {
                     answer += 1;
                     let token = sampler.choose(found);
                     let _ = tells.send((number, Said::Token));
                     // Who has something makes room for who has nothing, and ends in time with that.
                     next = asked.try_recv().ok();
+                    is_over = next.is_none() || answer == tokens;
                     if next.is_some() || answer == tokens {
                         break;
                     }
                     logits = session.next_until(&[token], Some(due));
                 }
-                if next.is_none() {
+                if is_over {
                     let _ = tells.send((number, Said::End));
+                }
+                if next.is_none() {
                     next = asked.recv().ok();
                 }
             }

@@ -41,7 +41,7 @@ pub fn load(path: &Path, threads: usize) -> Result<Model, ParticipantError> {
     let engine = Kernels::new(instructions, threads, false);
     if path.is_dir() {
         let what = format!(
-            "{} is no GGUF file, which the integer engine takes: use --engine float, or `coordinator quantize` to make one",
+            "{} is no GGUF file, which the integer engine takes: make one with `coordinator quantize`, or use --engine float where the command has it",
             path.display()
         );
         return Err(ParticipantError::Usage(what));

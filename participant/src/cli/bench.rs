@@ -53,7 +53,7 @@ pub(super) struct BenchInferArguments {
     #[arg(long, default_value_t = 0, value_parser = at_most::<THREADS_MAX>)]
     threads: usize,
     /// The best of so many
-    #[arg(long, default_value_t = 3, value_parser = positive)]
+    #[arg(long, default_value_t = 3, conflicts_with = "deadline", value_parser = positive)]
     rounds: usize,
     /// Measure whether answers come in time instead: 20ms
     #[arg(long, value_parser = duration)]
