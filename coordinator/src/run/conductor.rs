@@ -1,7 +1,8 @@
 //! Keeps a run going: what happens becomes events for the round machine, and its actions are performed.
 //!
 //! Held here is what is between the machine and the streams: who is connected, and which updates have come. How rounds end
-//! is in `closing`, who gets on in `progress`, how an interrupted round goes on in `recovery`, what goes into the run directory in `record`.
+//! is in `closing`, who gets on in `progress`, how an interrupted round goes on in `recovery`, what goes into the run
+//! directory in `record`.
 
 mod closing;
 mod measuring;
