@@ -1,4 +1,4 @@
-//! Everything that participants may fetch, by content.
+//! Everything that participants may fetch, by content: the manifest, the tokenizer and the model's tensors, and nothing else.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Weak};

@@ -1,4 +1,7 @@
 //! One participant's connection: hello and welcome, what the run loop wants said, and a task for each stream.
+//!
+//! It refuses what does not fit the session: a peer that cannot speak the run's types, a second hello or ready, another
+//! experiment, and reports that its own work does not bear out. Who may stay, the run loop answers.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};

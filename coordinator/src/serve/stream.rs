@@ -1,4 +1,7 @@
 //! One stream that a participant opened: a step, an update, or something to fetch.
+//!
+//! It refuses requests of another session, beyond the experiment's sizes, or for what the run does not have. Whether work
+//! counts is decided behind it: by the body, and by the run loop.
 
 use std::sync::{Arc, Mutex};
 

@@ -1,8 +1,7 @@
 //! The engine that does the merging, made of a checked vocabulary.
 //!
 //! It is what `document.rs` writes, read by the engine's own reader, but for the tokens: those go to it as they are.
-//! Through JSON it would make a tree of them first, which is most of the time in which a program starts, and of the
-//! memory that it needs for that.
+//! Through JSON it would make a tree of the whole vocabulary first, at every start of a program.
 
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::{AddedToken, Tokenizer};
