@@ -105,7 +105,7 @@ impl BatchPass<'_> {
         let products =
             [(q, room.qkv.0, Some(Layer::Query)), (k, keys, Some(Layer::Key)), (v, values, Some(Layer::Value))];
         self.product(phase, slot, &products, Into { block: index, stride, rows: self.rows, accumulate: false });
-        self.phases.run(*phase, self.rows.div_ceil(ROWS), |task| {
+        self.phases.run(*phase, slot.thread, self.rows.div_ceil(ROWS), |task| {
             for row in task * ROWS..self.rows.min((task + 1) * ROWS) {
                 self.finish(index, block, row);
             }
@@ -113,7 +113,7 @@ impl BatchPass<'_> {
         *phase += 1;
         let strip = self.strip.attention;
         let strips = self.rows.div_ceil(strip);
-        self.phases.run(*phase, shape.heads * strips, |task| {
+        self.phases.run(*phase, slot.thread, shape.heads * strips, |task| {
             // The longest first.
             let (head, first) = (task % shape.heads, (strips - 1 - task / shape.heads) * strip);
             // SAFETY: this task alone writes these heads.
@@ -200,7 +200,7 @@ impl BatchPass<'_> {
         let (codes, floats) = wanted(matrices);
         let From { x, stride, columns, norm, gated, block } = from;
         let norm = norm.map(|norm| (norm, self.decoder.shape.epsilon));
-        self.phases.run(*phase, rows.div_ceil(ROWS), |task| {
+        self.phases.run(*phase, slot.thread, rows.div_ceil(ROWS), |task| {
             for row in task * ROWS..rows.min((task + 1) * ROWS) {
                 // SAFETY: the row is within the room; this task alone writes its place in the input.
                 unsafe {
@@ -229,7 +229,7 @@ impl BatchPass<'_> {
         let Into { block, stride, rows, accumulate } = into;
         let tasks = |matrix: &Matrix| matrix.group_count().div_ceil(task_groups(rows));
         let all = matrices.iter().map(|(matrix, ..)| tasks(matrix)).sum();
-        self.phases.run(*phase, all, |mut task| {
+        self.phases.run(*phase, slot.thread, all, |mut task| {
             for &(matrix, to, layer) in matrices {
                 let many = tasks(matrix);
                 if task < many {

@@ -175,6 +175,8 @@ pub(super) struct Slot {
 /// The same, to write through.
 #[derive(Clone, Copy)]
 pub(super) struct SlotPlaces {
+    /// The thread's number.
+    pub thread: usize,
     pub codes: Shared<u32>,
     pub row: Shared<f32>,
     pub floats: Shared<f32>,
@@ -196,8 +198,9 @@ impl Slot {
         }
     }
 
-    pub(super) fn places(&mut self) -> SlotPlaces {
+    pub(super) fn places(&mut self, thread: usize) -> SlotPlaces {
         SlotPlaces {
+            thread,
             codes: Shared(self.codes.as_mut_ptr()),
             row: Shared(self.row.as_mut_ptr()),
             floats: Shared(self.floats.as_mut_ptr()),

@@ -38,7 +38,7 @@ impl Session {
         let shape = decoder.shape();
         let strip = StripRows::of(engine.path());
         let mut slots: Vec<Slot> = (0..engine.threads()).map(|_| Slot::new(engine, decoder, context)).collect();
-        let places = slots.iter_mut().map(Slot::places).collect();
+        let places = slots.iter_mut().enumerate().map(|(thread, slot)| slot.places(thread)).collect();
         let blocks = decoder.blocks.len();
         Self {
             engine: engine.clone(),
@@ -52,7 +52,7 @@ impl Session {
             batch: None,
             slots,
             places,
-            phases: Phases::new(token::phases(blocks).max(batch::phases(blocks))),
+            phases: Phases::new(token::phases(blocks).max(batch::phases(blocks)), engine.threads()),
         }
     }
 

@@ -68,7 +68,7 @@ impl TokenPass<'_> {
         let by_head = size.is_multiple_of(GROUP);
         let [q, k, v] = &block.qkv;
         let mut prepared = self.prepare(slot, room.x.0, Some(&block.attention_norm), &[q, k, v], (index, &QKV));
-        self.phases.run(*phase, if by_head { all } else { 3 }, |task| {
+        self.phases.run(*phase, slot.thread, if by_head { all } else { 3 }, |task| {
             prepared.once();
             let (part, range) = match (by_head, task) {
                 (false, part) => (part, 0..heads[part]),
@@ -91,7 +91,7 @@ impl TokenPass<'_> {
             }
         });
         *phase += 1;
-        self.phases.run(*phase, shape.heads, |head| {
+        self.phases.run(*phase, slot.thread, shape.heads, |head| {
             let cache = self.cache.head(index, head / (shape.heads / shape.kv_heads));
             // SAFETY: this task alone writes this head.
             let (query, mixed) = unsafe { (room.qkv.0.add(head * size), room.mixed.0.add(head * size)) };
@@ -125,7 +125,7 @@ impl TokenPass<'_> {
             self.prepare(slot, room.x.0, Some(&block.ffn_norm), &[&block.gate, &block.up], (index, &GATE_UP));
         let groups = block.gate.group_count();
         let tasks = groups.min(TASKS * self.threads);
-        self.phases.run(*phase, tasks, |task| {
+        self.phases.run(*phase, slot.thread, tasks, |task| {
             prepared.once();
             let groups = share(groups, tasks, task);
             // SAFETY: this task alone writes these rows.
@@ -151,7 +151,7 @@ impl TokenPass<'_> {
         let Into { to, accumulate, tasks } = into;
         let groups = matrix.group_count();
         let tasks = groups.min(tasks * self.threads);
-        self.phases.run(*phase, tasks, |task| {
+        self.phases.run(*phase, slot.thread, tasks, |task| {
             prepared.once();
             let groups = share(groups, tasks, task);
             let rows = groups.start * GROUP..groups.end * GROUP;

@@ -1,6 +1,6 @@
 //! How codes are packed, and what scales them.
 
-use super::{GROUP, LINE, SUPERBLOCK};
+use super::{BLOCK, GROUP, LINE, SUPERBLOCK};
 use crate::simd::Simd;
 use crate::simd::integer::Integers;
 
@@ -47,12 +47,16 @@ pub(crate) trait Format {
     /// Scales of a block.
     const SUBS: usize;
     const MIN: bool;
-    /// Bytes of a block's scales, about.
-    const SCALE_BYTES: usize;
+    /// Blocks whose codes lie together, in front of their scales.
+    const SPAN: usize;
+    /// Bytes of a span's codes: where its scales begin.
+    const SPAN_CODES: usize = Self::SPAN * Self::WORDS * LINE;
+    /// Bytes of a span, whole lines.
+    const SPAN_BYTES: usize;
 
     /// The eight quads of a block, from the lines at `block`, one vector of each.
     unsafe fn quads<N: Integers>(block: *const u8) -> [N::I; 8];
-    /// The scales of `LANES` rows from `row` on; for part `sub` of a block of the group whose scales are at `scales`.
+    /// The scales of `LANES` rows from `row` on, for part `sub` of a block of the span whose scales are at `scales`.
     unsafe fn scale<S: Simd>(scales: *const u8, block: usize, sub: usize, row: usize) -> S::V;
     unsafe fn min<S: Simd>(scales: *const u8, block: usize, sub: usize, row: usize) -> S::V;
 
@@ -142,30 +146,62 @@ impl Layout {
         with_format!(self, F => F::WORDS, _ => 0)
     }
 
-    /// Bytes of a group's codes: where its scales begin.
-    pub(super) fn codes_bytes(self, columns: usize) -> usize {
-        match self {
-            Layout::F32 => columns * GROUP * 4,
-            Layout::F16 | Layout::Bf16 => columns * GROUP * 2,
-            _ => columns / 32 * self.words() * LINE,
-        }
+    /// Bytes of a float.
+    pub(super) fn float_bytes(self) -> usize {
+        if self == Layout::F32 { 4 } else { 2 }
     }
 
     /// Bytes of a group, whole lines.
     pub(super) fn group_bytes(self, columns: usize) -> usize {
-        let blocks = columns / 32;
-        let scales = with_format!(self, F => F::scales_bytes(blocks), _ => 0);
-        (self.codes_bytes(columns) + scales).next_multiple_of(LINE)
+        if !self.is_integer() {
+            return (columns * GROUP * self.float_bytes()).next_multiple_of(LINE);
+        }
+        let spans = self.spans();
+        (columns / BLOCK).div_ceil(1 << spans.blocks_log2) * spans.bytes
+    }
+
+    /// Of a layout of integers.
+    pub(super) fn spans(self) -> Spans {
+        const fn of<F: Format>() -> Spans {
+            let (block, scales) = (F::WORDS * LINE, F::SPAN_CODES);
+            Spans { blocks_log2: F::SPAN.trailing_zeros(), block, scales, bytes: F::SPAN_BYTES }
+        }
+        with_format!(self, F => of::<F>(), _ => Spans::default())
+    }
+}
+
+/// How a group is divided: some blocks' codes, then what scales them, and so on.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Spans {
+    blocks_log2: u32,
+    /// Bytes of a block's codes.
+    block: usize,
+    /// Bytes of a span's codes: where its scales begin.
+    scales: usize,
+    bytes: usize,
+}
+
+impl Spans {
+    /// Where in a group the codes of a block are.
+    #[inline(always)]
+    pub(super) fn codes(self, block: usize) -> usize {
+        (block >> self.blocks_log2) * self.bytes + self.within(block) * self.block
+    }
+
+    /// Where what scales a block begins.
+    #[inline(always)]
+    pub(super) fn scales(self, block: usize) -> usize {
+        (block >> self.blocks_log2) * self.bytes + self.scales
+    }
+
+    /// Which block of its span it is.
+    #[inline(always)]
+    pub(super) fn within(self, block: usize) -> usize {
+        block & ((1 << self.blocks_log2) - 1)
     }
 }
 
 pub(crate) struct Of<C, const ZERO: i32, S>(C, S);
-
-impl<C: Codes, const ZERO: i32, S: Scales> Of<C, ZERO, S> {
-    fn scales_bytes(blocks: usize) -> usize {
-        S::bytes(blocks)
-    }
-}
 
 impl<C: Codes, const ZERO: i32, X: Scales> Format for Of<C, ZERO, X> {
     const WORDS: usize = C::WORDS;
@@ -173,7 +209,8 @@ impl<C: Codes, const ZERO: i32, X: Scales> Format for Of<C, ZERO, X> {
     const ZERO: i32 = ZERO;
     const SUBS: usize = X::SUBS;
     const MIN: bool = X::MIN;
-    const SCALE_BYTES: usize = X::BLOCK_BYTES;
+    const SPAN: usize = X::SPAN;
+    const SPAN_BYTES: usize = Self::SPAN_CODES + X::BYTES.next_multiple_of(LINE);
 
     #[inline(always)]
     unsafe fn quads<N: Integers>(block: *const u8) -> [N::I; 8] {
@@ -402,15 +439,15 @@ const fn shifted(by: u8) -> [u8; 16] {
     bytes
 }
 
-/// What scales the codes of a group, behind them.
+/// What scales the codes of a span, behind them.
 pub(crate) trait Scales {
-    /// Bytes of a block, about.
-    const BLOCK_BYTES: usize;
+    const SPAN: usize;
+    /// Bytes of a span.
+    const BYTES: usize;
     const SUBS: usize;
     const MIN: bool;
-    fn bytes(blocks: usize) -> usize;
     /// # Safety
-    /// The CPU has `S`; the group has this block, and `LANES` rows from `row` on.
+    /// The CPU has `S`; the span has this block, and `LANES` rows from `row` on.
     unsafe fn scale<S: Simd>(scales: *const u8, block: usize, sub: usize, row: usize) -> S::V;
     /// # Safety
     /// As for `scale`.
@@ -420,7 +457,7 @@ pub(crate) trait Scales {
     }
 }
 
-/// For a block, 16 f16.
+/// For each of two blocks, 16 f16.
 pub(crate) struct Half;
 /// For a block, 16 f16, then 16 f16 minima.
 pub(crate) struct HalfMin;
@@ -437,12 +474,10 @@ pub(crate) struct Super256;
 pub(super) const HALVES: usize = 2 * GROUP;
 
 impl Scales for Half {
-    const BLOCK_BYTES: usize = HALVES;
+    const SPAN: usize = 2;
+    const BYTES: usize = 2 * HALVES;
     const SUBS: usize = 1;
     const MIN: bool = false;
-    fn bytes(blocks: usize) -> usize {
-        blocks * HALVES
-    }
     #[inline(always)]
     unsafe fn scale<S: Simd>(scales: *const u8, block: usize, _: usize, row: usize) -> S::V {
         // SAFETY: as above.
@@ -451,12 +486,10 @@ impl Scales for Half {
 }
 
 impl Scales for HalfMin {
-    const BLOCK_BYTES: usize = 2 * HALVES;
+    const SPAN: usize = 1;
+    const BYTES: usize = 2 * HALVES;
     const SUBS: usize = 1;
     const MIN: bool = true;
-    fn bytes(blocks: usize) -> usize {
-        blocks * 2 * HALVES
-    }
     #[inline(always)]
     unsafe fn scale<S: Simd>(scales: *const u8, block: usize, _: usize, row: usize) -> S::V {
         // SAFETY: as above.
@@ -469,68 +502,51 @@ impl Scales for HalfMin {
     }
 }
 
-impl Super32Min {
-    pub(super) const BYTES: usize = 2 * HALVES + 8 * 2 * GROUP;
-}
-
 impl Scales for Super32Min {
-    const BLOCK_BYTES: usize = Self::BYTES / 8;
+    const SPAN: usize = SUPERBLOCK / BLOCK;
+    const BYTES: usize = 2 * HALVES + 8 * 2 * GROUP;
     const SUBS: usize = 1;
     const MIN: bool = true;
-    fn bytes(blocks: usize) -> usize {
-        blocks / 8 * Self::BYTES
-    }
     #[inline(always)]
     unsafe fn scale<S: Simd>(scales: *const u8, block: usize, _: usize, row: usize) -> S::V {
         // SAFETY: as above.
         unsafe {
-            let scales = scales.add(block / 8 * Self::BYTES);
             let d = S::Int::load_f16(scales.add(2 * row).cast());
-            S::mul(d, S::Int::load_u8(scales.add(2 * HALVES + block % 8 * 2 * GROUP + row)))
+            S::mul(d, S::Int::load_u8(scales.add(2 * HALVES + block * 2 * GROUP + row)))
         }
     }
     #[inline(always)]
     unsafe fn min<S: Simd>(scales: *const u8, block: usize, _: usize, row: usize) -> S::V {
         // SAFETY: as above.
         unsafe {
-            let scales = scales.add(block / 8 * Self::BYTES);
             let d = S::sub(S::splat(0.0), S::Int::load_f16(scales.add(HALVES + 2 * row).cast()));
-            S::mul(d, S::Int::load_u8(scales.add(2 * HALVES + block % 8 * 2 * GROUP + GROUP + row)))
+            S::mul(d, S::Int::load_u8(scales.add(2 * HALVES + block * 2 * GROUP + GROUP + row)))
         }
     }
 }
 
-impl Super16 {
-    pub(super) const BYTES: usize = HALVES + 16 * GROUP;
-}
-
 impl Scales for Super16 {
-    const BLOCK_BYTES: usize = Self::BYTES / 8;
+    const SPAN: usize = SUPERBLOCK / BLOCK;
+    const BYTES: usize = HALVES + 16 * GROUP;
     const SUBS: usize = 2;
     const MIN: bool = false;
-    fn bytes(blocks: usize) -> usize {
-        blocks / 8 * Self::BYTES
-    }
     #[inline(always)]
     unsafe fn scale<S: Simd>(scales: *const u8, block: usize, sub: usize, row: usize) -> S::V {
         // SAFETY: as above.
         unsafe {
-            let scales = scales.add(block / 8 * Self::BYTES);
             let d = S::Int::load_f16(scales.add(2 * row).cast());
-            S::mul(d, S::load_i8(scales.add(HALVES + (block % 8 * 2 + sub) * GROUP + row).cast(), S::LANES))
+            S::mul(d, S::load_i8(scales.add(HALVES + (block * 2 + sub) * GROUP + row).cast(), S::LANES))
         }
     }
 }
 
 impl Super16Min {
-    pub(super) const BYTES: usize = 2 * HALVES + 16 * GROUP;
-
     /// Scales below 16, times 1 or 16, from the low or high nibbles.
     #[inline(always)]
     unsafe fn nibble<S: Simd>(scales: *const u8, block: usize, sub: usize, row: usize) -> [S::V; 2] {
         // SAFETY: as above.
         unsafe {
-            let both = S::Int::load_u8(scales.add(2 * HALVES + (block % 8 * 2 + sub) * GROUP + row));
+            let both = S::Int::load_u8(scales.add(2 * HALVES + (block * 2 + sub) * GROUP + row));
             // ⌊both / 16⌋: the nearest whole number of what lies at most 15/32 beside it.
             let high = S::round(S::fma(both, S::splat(0.0625), S::splat(-0.46875)));
             [S::fma(high, S::splat(-16.0), both), high]
@@ -539,25 +555,19 @@ impl Super16Min {
 }
 
 impl Scales for Super16Min {
-    const BLOCK_BYTES: usize = Self::BYTES / 8;
+    const SPAN: usize = SUPERBLOCK / BLOCK;
+    const BYTES: usize = 2 * HALVES + 16 * GROUP;
     const SUBS: usize = 2;
     const MIN: bool = true;
-    fn bytes(blocks: usize) -> usize {
-        blocks / 8 * Self::BYTES
-    }
     #[inline(always)]
     unsafe fn scale<S: Simd>(scales: *const u8, block: usize, sub: usize, row: usize) -> S::V {
         // SAFETY: as above.
-        unsafe {
-            let scales = scales.add(block / 8 * Self::BYTES);
-            S::mul(S::Int::load_f16(scales.add(2 * row).cast()), Self::nibble::<S>(scales, block, sub, row)[0])
-        }
+        unsafe { S::mul(S::Int::load_f16(scales.add(2 * row).cast()), Self::nibble::<S>(scales, block, sub, row)[0]) }
     }
     #[inline(always)]
     unsafe fn min<S: Simd>(scales: *const u8, block: usize, sub: usize, row: usize) -> S::V {
         // SAFETY: as above.
         unsafe {
-            let scales = scales.add(block / 8 * Self::BYTES);
             let d = S::sub(S::splat(0.0), S::Int::load_f16(scales.add(HALVES + 2 * row).cast()));
             S::mul(d, Self::nibble::<S>(scales, block, sub, row)[1])
         }
@@ -565,15 +575,13 @@ impl Scales for Super16Min {
 }
 
 impl Scales for Super256 {
-    const BLOCK_BYTES: usize = HALVES / 8;
+    const SPAN: usize = SUPERBLOCK / BLOCK;
+    const BYTES: usize = HALVES;
     const SUBS: usize = 1;
     const MIN: bool = false;
-    fn bytes(blocks: usize) -> usize {
-        blocks / 8 * HALVES
-    }
     #[inline(always)]
-    unsafe fn scale<S: Simd>(scales: *const u8, block: usize, _: usize, row: usize) -> S::V {
+    unsafe fn scale<S: Simd>(scales: *const u8, _: usize, _: usize, row: usize) -> S::V {
         // SAFETY: as above.
-        unsafe { S::Int::load_f16(scales.add(block / 8 * HALVES + 2 * row).cast()) }
+        unsafe { S::Int::load_f16(scales.add(2 * row).cast()) }
     }
 }

@@ -3,9 +3,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::format::{HALVES, Super16, Super16Min, Super32Min, with_format};
+use super::format::{HALVES, Spans, with_format};
 use super::region::Region;
-use super::strip::{AHEAD, VECTORS_MAX, unpack, vector};
+use super::strip::{FAR_AHEAD, VECTORS_MAX, unpack, vector};
 use super::{BLOCK, Format, GROUP, LINE, Layout, SUPERBLOCK, Strip, code_words};
 use crate::path::Work;
 use crate::simd::integer::{Integers, from_f16};
@@ -27,7 +27,7 @@ pub struct Matrix {
 pub struct Group<'a> {
     bytes: &'a mut [u8],
     layout: Layout,
-    columns: usize,
+    spans: Spans,
 }
 
 impl Matrix {
@@ -98,7 +98,8 @@ impl Matrix {
         // SAFETY: the region holds as many bytes from here on, initialized; they are no other matrix's, and borrowed mutably
         // with `self`.
         let all = unsafe { std::slice::from_raw_parts_mut(self.region.start().as_ptr().add(self.at), bytes) };
-        all.chunks_exact_mut(layout.group_bytes(columns)).map(move |bytes| Group { bytes, layout, columns })
+        let spans = layout.spans();
+        all.chunks_exact_mut(layout.group_bytes(columns)).map(move |bytes| Group { bytes, layout, spans })
     }
 
     fn start(&self) -> *const u8 {
@@ -125,7 +126,7 @@ impl Matrix {
             }
             _ => with_format!(self.layout, F => {
                 // SAFETY: plain Rust runs everywhere; the group holds all blocks.
-                unsafe { row_of::<F>(group, group.add(self.layout.codes_bytes(self.columns)), row, to) }
+                unsafe { row_of::<F>(group, row, to) }
             }, _ => unreachable!("floats are above")),
         }
     }
@@ -133,13 +134,15 @@ impl Matrix {
 
 /// # Safety
 /// The group has the blocks of `to`.
-unsafe fn row_of<F: Format>(codes: *const u8, scales: *const u8, row: usize, to: &mut [f32]) {
+unsafe fn row_of<F: Format>(group: *const u8, row: usize, to: &mut [f32]) {
     type Plain = <Portable as Simd>::Int;
     let (first, lane) = (row / Portable::LANES * Portable::LANES, row % Portable::LANES);
     for (block, to) in to.chunks_exact_mut(BLOCK).enumerate() {
         // SAFETY: the caller's promise.
         unsafe {
-            let quads = F::quads::<Plain>(codes.add(block * F::WORDS * LINE + first * 4));
+            let span = group.add(block / F::SPAN * F::SPAN_BYTES);
+            let (scales, block) = (span.add(F::SPAN_CODES), block % F::SPAN);
+            let quads = F::quads::<Plain>(span.add(block * F::WORDS * LINE + first * 4));
             for (i, to) in to.iter_mut().enumerate() {
                 let sub = i * F::SUBS / BLOCK;
                 let code = i32::from(quads[i / 4][lane * 4 + i % 4]) - F::ZERO;
@@ -156,14 +159,15 @@ impl Group<'_> {
     /// Word `word` of a row's block, as [`Layout`]'s codes want it: its bytes are four neighbouring columns.
     #[inline]
     pub fn word(&mut self, row: usize, block: usize, word: usize, value: u32) {
-        let at = (block * self.layout.words() + word) * LINE + 4 * row;
+        let at = self.spans.codes(block) + word * LINE + 4 * row;
         self.bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
     }
 
     /// All words of a row's block.
     #[inline]
     pub fn words<const N: usize>(&mut self, row: usize, block: usize, values: [u32; N]) {
-        let lines = &mut self.bytes[block * N * LINE..(block + 1) * N * LINE];
+        let at = self.spans.codes(block);
+        let lines = &mut self.bytes[at..at + N * LINE];
         for (line, value) in lines.as_chunks_mut::<LINE>().0.iter_mut().zip(values) {
             line[4 * row..4 * row + 4].copy_from_slice(&value.to_le_bytes());
         }
@@ -179,14 +183,14 @@ impl Group<'_> {
     /// The f16 scale of the row's block, or of its superblock in a super layout.
     #[inline]
     pub fn scale(&mut self, row: usize, block: usize, half: [u8; 2]) {
-        let at = self.scales() + block * self.step() + 2 * row;
+        let at = self.halves(block) + 2 * row;
         self.bytes[at..at + 2].copy_from_slice(&half);
     }
 
     /// Likewise what scales the minima.
     #[inline]
     pub fn min(&mut self, row: usize, block: usize, half: [u8; 2]) {
-        let at = self.scales() + block * self.step() + HALVES + 2 * row;
+        let at = self.halves(block) + HALVES + 2 * row;
         self.bytes[at..at + 2].copy_from_slice(&half);
     }
 
@@ -196,32 +200,23 @@ impl Group<'_> {
     pub fn run(&mut self, row: usize, run: usize, scale: u8, min: u8) {
         match self.layout {
             Layout::SuperFourMin | Layout::SuperFiveMin => {
-                let at = self.scales() + run / 8 * self.step() + 2 * HALVES + run % 8 * 2 * GROUP + row;
+                let at = self.spans.scales(run) + 2 * HALVES + self.spans.within(run) * 2 * GROUP + row;
                 self.bytes[at] = scale;
                 self.bytes[at + GROUP] = min;
             }
             _ => {
                 let halves = if self.layout == Layout::SuperTwoMin { 2 * HALVES } else { HALVES };
-                let at = self.scales() + run / 16 * self.step() + halves + run % 16 * GROUP + row;
+                let (block, half) = (run / 2, run % 2);
+                let at = self.spans.scales(block) + halves + (2 * self.spans.within(block) + half) * GROUP + row;
                 self.bytes[at] = scale;
             }
         }
     }
 
-    fn scales(&self) -> usize {
-        self.layout.codes_bytes(self.columns)
-    }
-
-    /// From the scales of one block, or superblock, to the next.
-    fn step(&self) -> usize {
-        match self.layout {
-            Layout::Four | Layout::Five | Layout::Eight | Layout::Table | Layout::Ternary => HALVES,
-            Layout::FourMin | Layout::FiveMin => 2 * HALVES,
-            Layout::SuperFourMin | Layout::SuperFiveMin => Super32Min::BYTES,
-            Layout::SuperTwoMin => Super16Min::BYTES,
-            Layout::SuperThree | Layout::SuperSix => Super16::BYTES,
-            Layout::F16 | Layout::Bf16 | Layout::F32 => unreachable!("floats have no scales"),
-        }
+    /// Where the f16 of a block are, or of a superblock: its span has no others.
+    fn halves(&self, block: usize) -> usize {
+        let block = block * (self.layout.columns_step() / BLOCK);
+        self.spans.scales(block) + self.spans.within(block) * HALVES
     }
 }
 
@@ -251,7 +246,7 @@ impl Work for VectorProduct<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let Matrix { rows, columns, layout, .. } = *self.matrix;
-        let (bytes, scales) = (layout.group_bytes(columns), layout.codes_bytes(columns));
+        let bytes = layout.group_bytes(columns);
         for group in self.groups.clone() {
             let mut sums = [0.0f32; GROUP];
             let to_sums = sums.as_mut_ptr();
@@ -259,7 +254,7 @@ impl Work for VectorProduct<'_> {
             unsafe {
                 let start = self.matrix.start().add(group * bytes);
                 with_format!(layout, F => {
-                    vector::<S, F>(start, start.add(scales), columns / BLOCK, self.x.codes, to_sums);
+                    vector::<S, F>(start, columns / BLOCK, self.x.codes, to_sums);
                 }, _ => float_vector::<S>(layout, start, columns, self.x.floats, to_sums));
             }
             let first = group * GROUP;
@@ -302,7 +297,7 @@ unsafe fn float_vector<S: Simd>(layout: Layout, group: *const u8, columns: usize
             for column in 0..columns {
                 let w = load_floats::<S>(layout, group, column * GROUP + row);
                 // A line of f16 has two columns, one of f32 a single one.
-                S::Int::prefetch(group.wrapping_add(AHEAD + column * layout.codes_bytes(1)));
+                S::Int::prefetch(group.wrapping_add(FAR_AHEAD + column * GROUP * layout.float_bytes()));
                 acc = S::fma(S::splat(*x.add(column)), w, acc);
             }
             S::store(to.add(row), acc);
@@ -357,7 +352,7 @@ impl BatchProduct<'_> {
     #[inline(always)]
     unsafe fn integers<S: Simd, F: Format>(&self) {
         let Matrix { rows, columns, layout, .. } = *self.matrix;
-        let (bytes, scales_at) = (layout.group_bytes(columns), layout.codes_bytes(columns));
+        let bytes = layout.group_bytes(columns);
         let blocks = columns / BLOCK;
         let at_once = (S::Int::STRIP_VECTORS * S::LANES / GROUP).max(1);
         // SAFETY: the scratch is divided among the groups; all else is the caller's promise.
@@ -371,7 +366,7 @@ impl BatchProduct<'_> {
                 let count = at_once.min(self.groups.end - group);
                 for i in 0..count {
                     let start = self.matrix.start().add((group + i) * bytes);
-                    unpack::<S, F>(start, start.add(scales_at), blocks, codes(i), scales(i), mins(i));
+                    unpack::<S, F>(start, blocks, codes(i), scales(i), mins(i));
                 }
                 let mut row = 0;
                 while row < GROUP * count {

@@ -41,7 +41,7 @@ fn packed_rows_keep_every_value() {
             matrix.row(row, &mut found);
             assert_eq!(found, expected, "{ty}, row {row}");
         }
-        assert!(matrix.bytes() as f64 <= 1.24 * bytes.len() as f64 * 32.0 / 21.0, "{ty}: {} bytes", matrix.bytes());
+        assert!(matrix.bytes() as f64 <= 1.26 * bytes.len() as f64 * 32.0 / 21.0, "{ty}: {} bytes", matrix.bytes());
     }
 }
 
