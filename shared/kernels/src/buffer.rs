@@ -4,7 +4,7 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// Numbers that any bits are valid for.
 pub(crate) trait Number: Copy + Send + Sync + 'static {}
@@ -25,9 +25,23 @@ pub(crate) struct Buffer<T: Number> {
 
 /// Buffers that are free.
 #[derive(Default)]
-pub(crate) struct Spare {
-    free: Mutex<Vec<Memory>>,
+pub(crate) struct Spare(Mutex<Free>);
+
+#[derive(Default)]
+struct Free {
+    /// And how many had been taken when each became free.
+    memories: Vec<(Memory, u64)>,
+    /// Buffers taken so far.
+    taken: u64,
 }
+
+/// Some ten steps of a model of thirty blocks: what nobody has wanted for as long goes back to the system. Otherwise every
+/// size would be kept as often as it was ever needed at once, which grows for days where batches vary.
+const KEPT_TAKES: u64 = 50_000;
+/// From one look for such memory to the next.
+const SWEEP_TAKES: u64 = 1_000;
+/// From so much on, the allocator is asked to give back what it has got.
+const TRIM_BYTES: usize = 4 << 20;
 
 /// Bytes, aligned to a cache line.
 pub(crate) struct Memory {
@@ -50,11 +64,18 @@ impl Spare {
         let needed = length * size_of::<T>() + TAIL_BYTES;
         let step = if SPOILED { 1 } else { (needed.next_power_of_two() / 8).max(ALIGNMENT) };
         let bytes = needed.div_ceil(step) * step;
-        let mut free = self.free.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut free = self.lock();
         // The one used last may still be in the cache.
-        let found = free.iter().rposition(|memory| memory.bytes == bytes);
-        let memory = found.map(|i| free.swap_remove(i));
+        let found = free.memories.iter().rposition(|(memory, _)| memory.bytes == bytes);
+        let memory = found.map(|i| free.memories.remove(i).0);
+        free.taken += 1;
+        let unwanted = if free.taken.is_multiple_of(SWEEP_TAKES) { free.unwanted() } else { Vec::new() };
         drop(free);
+        let unwanted_bytes: usize = unwanted.iter().map(|(memory, _)| memory.bytes).sum();
+        drop(unwanted);
+        if unwanted_bytes >= TRIM_BYTES {
+            trim_heap();
+        }
         let mut memory = memory.unwrap_or_else(|| Memory::new(bytes));
         memory.spoil();
         Buffer { memory: Some(memory), length, home: self.clone(), numbers: PhantomData }
@@ -62,7 +83,26 @@ impl Spare {
 
     /// Gives all free memory back to the system.
     pub(crate) fn clear(&self) {
-        self.free.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clear();
+        self.lock().memories.clear();
+    }
+
+    fn give(&self, memory: Memory) {
+        let mut free = self.lock();
+        let taken = free.taken;
+        free.memories.push((memory, taken));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Free> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl Free {
+    /// Those that have been free for long, which come first.
+    fn unwanted(&mut self) -> Vec<(Memory, u64)> {
+        let oldest = self.taken.saturating_sub(KEPT_TAKES);
+        let count = self.memories.partition_point(|&(_, freed)| freed < oldest);
+        self.memories.drain(..count).collect()
     }
 }
 
@@ -144,7 +184,7 @@ impl<T: Number> Drop for Buffer<T> {
                 };
                 assert!(tail.iter().all(|&byte| byte == SPOILED_BYTE), "a kernel wrote behind a buffer's end");
             }
-            self.home.free.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(memory);
+            self.home.give(memory);
         }
     }
 }
@@ -178,5 +218,18 @@ mod tests {
         assert_eq!(second.as_ptr().cast(), address);
         assert_eq!(second.len(), 2000);
         assert_ne!(spare.take::<u16>(2000).as_ptr(), second.as_ptr());
+    }
+
+    #[test]
+    fn memory_that_nobody_wants_is_given_back() {
+        let spare = Arc::new(Spare::default());
+        let often = || drop(spare.take::<f32>(1000));
+        drop([spare.take::<f32>(1000), spare.take::<f32>(1000), spare.take::<f32>(100_000)]);
+        let kept = || spare.lock().memories.len();
+        assert_eq!(kept(), 3);
+        (0..KEPT_TAKES - SWEEP_TAKES).for_each(|_| often());
+        assert_eq!(kept(), 3);
+        (0..2 * SWEEP_TAKES).for_each(|_| often());
+        assert_eq!(kept(), 1);
     }
 }
