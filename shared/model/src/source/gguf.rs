@@ -19,14 +19,14 @@ pub(super) struct GgufModel {
 impl GgufModel {
     pub(super) fn open(path: &Path) -> Result<Self, ModelError> {
         let refused = |what: String| ModelError::file(path, what);
-        let reader = Reader::open(path).map_err(|error| refused(format!("failed to {error}")))?;
+        let reader = Reader::open(path)?;
         let config = read_config(&reader).map_err(refused)?.checked().map_err(refused)?;
-        let vocabulary = reader.vocabulary().map_err(|error| refused(format!("failed to {error}")))?;
+        let vocabulary = reader.vocabulary()?;
         let tokenizer =
             Tokenizer::from_gguf(tokenizer_metadata(vocabulary)).map_err(|error| refused(error.to_string()))?;
         let tensors = tensors_of(&config).into_iter().map(|(name, shape)| {
             let stored = gguf_tensor_name(&name);
-            let info = reader.tensor(&stored).map_err(|error| refused(format!("failed to {error}")))?;
+            let info = reader.tensor(&stored)?;
             if info.shape != shape {
                 return Err(refused(format!("{stored} has shape {:?}; expected {shape:?}", info.shape)));
             }
@@ -40,7 +40,7 @@ impl GgufModel {
         });
         let tensors: Vec<TensorInfo> = tensors.collect::<Result<_, _>>()?;
         let used: HashSet<String> = tensors.iter().map(|info| gguf_tensor_name(&info.name)).collect();
-        reader.check_used(|name| used.contains(name)).map_err(|error| refused(format!("failed to {error}")))?;
+        reader.check_used(|name| used.contains(name))?;
         Ok(Self { reader, config, tokenizer, tensors })
     }
 }
@@ -64,7 +64,7 @@ impl Source for GgufModel {
 
     fn read(&self, info: &TensorInfo) -> Result<Vec<u8>, ModelError> {
         let refused = |error: quant::Error| ModelError::file(self.origin(), format!("failed to {error}"));
-        let raw = self.reader.read_tensor(&gguf_tensor_name(&info.name)).map_err(refused)?;
+        let raw = self.reader.read_tensor(&gguf_tensor_name(&info.name))?;
         match rotary_heads(&self.config, &info.name) {
             // Rows are whole blocks, so that quantized rows change places like any others.
             Some(heads) => {
@@ -82,9 +82,7 @@ impl Source for GgufModel {
         let (name, mut piece) = (gguf_tensor_name(&info.name), Vec::new());
         for first in (0..info.rows()).step_by(info.piece_rows()) {
             let rows = info.piece_rows().min(info.rows() - first);
-            self.reader
-                .read_rows(&name, first, rows, &mut piece)
-                .map_err(|error| ModelError::file(self.origin(), format!("failed to {error}")))?;
+            self.reader.read_rows(&name, first, rows, &mut piece)?;
             take(&piece)?;
         }
         Ok(())

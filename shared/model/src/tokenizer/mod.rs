@@ -63,7 +63,7 @@ pub struct TokenizerSettings {
 /// `NoChatTemplate` blame the model's files.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
-    #[error("read {what}: {reason}")]
+    #[error("read {what}: {reason}; copy or fetch the model again")]
     Unreadable { what: &'static str, reason: String },
     #[error("{what} has {found}, more than the limit of {limit}")]
     TooLarge { what: &'static str, found: usize, limit: usize },
