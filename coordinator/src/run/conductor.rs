@@ -2,13 +2,14 @@
 //!
 //! Held here is what is between the machine and the streams: who is connected, and which updates have come. How rounds end
 //! is in `closing`, who gets on in `progress`, how an interrupted round goes on in `recovery`, what goes into the run
-//! directory in `record`.
+//! directory in `record`, how updates are answered in `updates`.
 
 mod closing;
 mod measuring;
 mod progress;
 mod record;
 mod recovery;
+mod updates;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -20,14 +21,15 @@ use net::{Connection, PeerIdentity};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
-use wire::{CloseCode, FromCoordinator, FromParticipant, Outcome, RefusalReason, UpdateReply};
+use wire::{CloseCode, FromCoordinator, FromParticipant, Outcome, UpdateReply};
 
+use self::updates::JudgedUpdate;
 use super::{Arrivals, Ended, RunError, SOFTWARE, Watcher, body_blocks};
 use crate::aggregate::Aggregator;
 use crate::body::RoundKey;
 use crate::home::audit;
 use crate::journal::{Entry, Health, Record};
-use crate::round::{Action, DeviceId, Event, FinishReason, ParticipantName, Refusal, Rounds};
+use crate::round::{Action, DeviceId, Event, FinishReason, ParticipantName, Rounds};
 use crate::serve::{self, Departure, Incoming, Shared, ToParticipant};
 use crate::status::ParticipantStatus;
 
@@ -107,18 +109,6 @@ type Reaction = (Vec<Action>, Option<Judged>);
 enum Judged {
     Update(JudgedUpdate),
     Sums(measuring::JudgedSums),
-}
-
-/// An update whose fate the round machine is deciding.
-struct JudgedUpdate {
-    participant: ParticipantName,
-    attempt: u32,
-    adapter: Option<Adapter>,
-    /// Why the content is refused, where it is.
-    reason: Option<(RefusalReason, String)>,
-    tokens: u64,
-    loss_nats: f64,
-    answer: oneshot::Sender<UpdateReply>,
 }
 
 impl Conductor {
@@ -373,21 +363,6 @@ impl Conductor {
         }
     }
 
-    /// Whether this very update was accepted before, and its sender may not know.
-    fn is_accepted(
-        &self,
-        participant: &ParticipantName,
-        key: RoundKey,
-        (tokens, loss_nats): (u64, f64),
-        adapter: &Adapter,
-    ) -> bool {
-        let open = self.open.as_ref().filter(|open| open.key == key);
-        open.and_then(|open| open.updates.get(participant)).is_some_and(|accepted| {
-            let figures = (accepted.tokens, accepted.loss_nats.to_bits());
-            figures == (tokens, loss_nats.to_bits()) && accepted.adapter == *adapter
-        })
-    }
-
     /// What the earlier connection still says, its departure included, is of a session that is known no longer.
     fn supersede(&mut self, participant: &ParticipantName, round: u32) -> Result<(), RunError> {
         let reason = "the same device has connected again";
@@ -616,42 +591,6 @@ impl Conductor {
         if let (Some(body), Some(blocks)) = (&self.shared.body, self.body_blocks()) {
             body.open(key, members, first_step, self.adapter.part(blocks)).await;
         }
-    }
-
-    async fn accept(&mut self, judged: JudgedUpdate) -> Result<(), RunError> {
-        let JudgedUpdate { participant, adapter, tokens, loss_nats, answer, .. } = judged;
-        let (Some(open), Some(adapter)) = (&mut self.open, adapter) else { return Ok(()) };
-        let (RoundKey { round, attempt }, name) = (open.key, participant.to_string());
-        let tensors = adapter.tensors().iter().map(|tensor| tensor.values.clone()).collect();
-        let record = Record::Accepted { participant: name.clone(), tokens, loss_nats_bits: loss_nats.to_bits() };
-        open.updates.insert(participant.clone(), Update { adapter, tokens, loss_nats });
-        // The participant may be gone; its update counts all the same.
-        let answered = move || drop(answer.send(UpdateReply::Accepted));
-        self.shared.journal.append(Entry { record, tensors }, answered).await;
-        self.set_state(&participant, "delivered");
-        // A coordinator that was killed before the update was on disk has recorded it already.
-        if self.delivered.remove(&(round, attempt, name.clone())) {
-            return Ok(());
-        }
-        let row =
-            Row::Update { round, attempt, participant: name, tokens, accepted: true, reason: None, energy_j: None };
-        self.record(&row)
-    }
-
-    fn refuse(&mut self, judged: JudgedUpdate, round: u32, refusal: Refusal) -> Result<(), RunError> {
-        let JudgedUpdate { participant, attempt, reason, tokens, answer, .. } = judged;
-        let said = |reason: RefusalReason| (reason, refusal.to_string());
-        let (reason, text) = match refusal {
-            Refusal::WrongRound { .. } | Refusal::Late | Refusal::Abandoned => said(RefusalReason::Late),
-            Refusal::NotInCohort | Refusal::Removed => said(RefusalReason::NotInCohort),
-            Refusal::Duplicate => said(RefusalReason::Duplicate),
-            Refusal::NoTokens => said(RefusalReason::WrongCount),
-            Refusal::Content => reason.unwrap_or_else(|| said(RefusalReason::WrongTensors)),
-        };
-        let _ = answer.send(UpdateReply::Refused { reason, text: text.clone() });
-        self.watcher.note(&format!("an update of {participant} for round {round} is refused: {text}"));
-        let (participant, reason) = (participant.to_string(), Some(text));
-        self.record(&Row::Update { round, attempt, participant, tokens, accepted: false, reason, energy_j: None })
     }
 
     async fn send(&self, participant: &ParticipantName, message: FromCoordinator) {
