@@ -51,6 +51,8 @@ pub(super) struct Conductor {
     status_written: Option<Instant>,
     /// Something has changed since.
     status_is_stale: bool,
+    /// It could not be written when that was last tried.
+    status_missed: bool,
     /// Connections, those that have not joined included.
     served: usize,
     begun: Instant,
@@ -146,6 +148,7 @@ impl Conductor {
             state: "waiting for participants".into(),
             status_written: None,
             status_is_stale: false,
+            status_missed: false,
             served: 0,
             begun: Instant::now(),
             shared,

@@ -99,12 +99,27 @@ impl RunDirectory {
         self.path.join("status.json")
     }
 
-    /// Replaces `status.json`.
+    /// Replaces `status.json`. Where a full disk has no room for another, the one that is there is overwritten.
     pub fn write_status(&self, status: &impl Serialize) -> Result<(), Error> {
         let path = self.status_path();
-        let json = serde_json::to_vec_pretty(status)
-            .map_err(|source| Error::file("write", &path)(io::Error::new(ErrorKind::InvalidInput, source)))?;
-        self.write(&path, &json)
+        let invalid = |source| Error::file("write", &path)(io::Error::new(ErrorKind::InvalidInput, source));
+        match self.write(&path, &serde_json::to_vec_pretty(status).map_err(invalid)?) {
+            // Without its blanks it is shorter than the last one, unless much has come to it.
+            Err(error) if error.may_pass() => {
+                self.overwrite(&path, serde_json::to_vec(status).map_err(invalid)?).map_err(|_| error)
+            }
+            written => written,
+        }
+    }
+
+    /// In the pages that the file has, with blanks up to its end.
+    fn overwrite(&self, path: &Path, mut json: Vec<u8>) -> io::Result<()> {
+        let (mut file, found) = self.disk.open(path)?;
+        if json.len() > found.len() {
+            return Err(ErrorKind::StorageFull.into());
+        }
+        json.resize(found.len(), b' ');
+        self.disk.write_at(&mut file, path, 0, &json)
     }
 
     /// As [`write_atomically`], for a file of this run.
@@ -306,6 +321,10 @@ fn create_directories(disk: &Disk, path: &Path) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use storage::{Fault, Operation};
     use tempfile::{TempDir, tempdir};
 
     use super::*;
@@ -446,6 +465,27 @@ mod tests {
             let found: Vec<String> = serde_json::from_slice(&fs::read(run.status_path()).unwrap()).unwrap();
             assert_eq!(found, status);
         }
+    }
+
+    #[test]
+    fn a_full_disk_shows_its_status_in_the_pages_of_the_last() {
+        const ENOSPC: i32 = 28;
+        let root = tempdir().unwrap();
+        let full = Arc::new(AtomicBool::new(false));
+        let is_full = full.clone();
+        let disk = Disk::with_faults(Arc::new(move |operation, path: &Path| {
+            let makes = operation == Operation::Create && path.ends_with("status.json.tmp");
+            if makes && is_full.load(Ordering::Relaxed) { Fault::Fails { errno: ENOSPC } } else { Fault::None }
+        }));
+        let run = RunDirectory::create_on(&disk, root.path(), &smoke()).unwrap();
+        let shown = || serde_json::from_slice::<Vec<String>>(&fs::read(run.status_path()).unwrap()).unwrap();
+        run.write_status(&["training"]).unwrap();
+        full.store(true, Ordering::Relaxed);
+        run.write_status(&["degraded"]).unwrap();
+        assert_eq!(shown(), ["degraded"]);
+        let longer = run.write_status(&["much longer than what the last one said"]).unwrap_err();
+        assert!(longer.may_pass(), "{longer}");
+        assert_eq!(shown(), ["degraded"]);
     }
 
     #[test]

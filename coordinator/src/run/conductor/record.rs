@@ -114,12 +114,18 @@ impl Conductor {
             updated_unix_ms: self.shared.journal.unix_ms(),
         };
         match status.write(&self.directory) {
-            // What cannot be shown is no reason to stop.
+            // What cannot be shown is no reason to stop; it is tried again.
             Err(error) if error.may_pass() => {
-                tracing::warn!(%error, "the status cannot be written");
+                if !self.status_missed {
+                    tracing::warn!(%error, "the status cannot be written");
+                }
+                (self.status_is_stale, self.status_missed) = (true, true);
                 Ok(())
             }
-            written => Ok(written?),
+            written => {
+                self.status_missed = false;
+                Ok(written?)
+            }
         }
     }
 }
