@@ -113,7 +113,7 @@ impl BatchPass<'_> {
         *phase += 1;
         let strip = self.strip.attention;
         let strips = self.rows.div_ceil(strip);
-        self.phases.run(*phase, slot.thread, shape.heads * strips, |task| {
+        self.phases.run_dealt(*phase, slot.thread, shape.heads * strips, |task| {
             // The longest first.
             let (head, first) = (task % shape.heads, (strips - 1 - task / shape.heads) * strip);
             // SAFETY: this task alone writes these heads.

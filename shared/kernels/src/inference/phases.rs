@@ -10,19 +10,22 @@ const SPINS: u32 = 20_000;
 /// waited for, and finds the phases behind it closed.
 ///
 /// Tasks that are next to each other are a thread's share, so that it reads memory in order; when it is through, it takes
-/// what others have not begun.
+/// what others have not begun. Of many threads some have a share together.
 ///
 /// Where a time is set, no phase begins behind it, and those that have begun are not ended: what they were to write is then
 /// worth nothing.
 pub(super) struct Phases {
     phases: Box<[Phase]>,
-    threads: usize,
+    shares: usize,
     until: Option<Instant>,
     over: AtomicBool,
 }
 
+/// Shares at most: who is through looks into each.
+const SHARES_MAX: usize = 16;
+
 struct Phase {
-    /// Of each thread's share, how many tasks are taken.
+    /// Of each share, how many tasks are taken.
     taken: Box<[Counter]>,
     done: Counter,
 }
@@ -34,14 +37,16 @@ struct Counter(AtomicUsize);
 
 impl Phases {
     pub(super) fn new(count: usize, threads: usize) -> Self {
-        let counters = || (0..threads).map(|_| Counter::default()).collect();
+        let shares = threads.min(SHARES_MAX);
+        let counters = || (0..shares).map(|_| Counter::default()).collect();
         let phases = (0..count).map(|_| Phase { taken: counters(), done: Counter::default() }).collect();
-        Self { phases, threads, until: None, over: AtomicBool::new(false) }
+        Self { phases, shares, until: None, over: AtomicBool::new(false) }
     }
 
     /// Before threads begin.
     pub(super) fn reset(&mut self, until: Option<Instant>) {
-        for phase in &mut self.phases {
+        // They are begun in their order: behind the first of which nothing is done nothing was taken.
+        for phase in self.phases.iter_mut().take_while(|phase| phase.done.0.load(Ordering::Relaxed) > 0) {
             phase.taken.iter_mut().for_each(|taken| *taken.0.get_mut() = 0);
             *phase.done.0.get_mut() = 0;
         }
@@ -56,25 +61,48 @@ impl Phases {
     }
 
     /// Takes tasks of this phase until there are no more, those of its own share first, and waits until all are done.
-    pub(super) fn run(&self, phase: usize, thread: usize, tasks: usize, mut task: impl FnMut(usize)) {
+    pub(super) fn run(&self, phase: usize, thread: usize, tasks: usize, task: impl FnMut(usize)) {
+        let place =
+            |of: usize, i: usize| Some(share(tasks, self.shares, of)).filter(|s| i < s.len()).map(|s| s.start + i);
+        self.run_shares(phase, thread, tasks, place, task);
+    }
+
+    /// The same of tasks in order of their length: a share is every so-manieth of them.
+    pub(super) fn run_dealt(&self, phase: usize, thread: usize, tasks: usize, task: impl FnMut(usize)) {
+        let place = |of: usize, i: usize| Some(i * self.shares + of).filter(|&place| place < tasks);
+        self.run_shares(phase, thread, tasks, place, task);
+    }
+
+    /// `place` is the number of a share's task.
+    fn run_shares(
+        &self,
+        phase: usize,
+        thread: usize,
+        tasks: usize,
+        place: impl Fn(usize, usize) -> Option<usize>,
+        mut task: impl FnMut(usize),
+    ) {
         let phase = &self.phases[phase];
+        let is_done = || phase.done.0.load(Ordering::Acquire) >= tasks;
+        if is_done() {
+            return;
+        }
         if self.until.is_some_and(|until| Instant::now() >= until) {
             self.over.store(true, Ordering::Relaxed);
         }
-        for of in (thread..self.threads).chain(0..thread) {
-            let share = share(tasks, self.threads, of);
-            while !self.is_over() {
-                let i = share.start + phase.taken[of].0.fetch_add(1, Ordering::Relaxed);
-                if i >= share.end {
-                    break;
-                }
+        let first = thread % self.shares;
+        for of in (first..self.shares).chain(0..first) {
+            let taken = &phase.taken[of].0;
+            // A look costs others nothing, taking does.
+            while !self.is_over() && place(of, taken.load(Ordering::Relaxed)).is_some() {
+                let Some(place) = place(of, taken.fetch_add(1, Ordering::Relaxed)) else { break };
                 // A task that panics is never done, but must not leave the others waiting.
                 let _done = Done(&phase.done.0);
-                task(i);
+                task(place);
             }
         }
         let mut spins = 0u32;
-        while phase.done.0.load(Ordering::Acquire) < tasks {
+        while !is_done() {
             // A task that nobody takes any more is never done.
             if self.is_over() {
                 return;
@@ -96,4 +124,61 @@ impl Drop for Done<'_> {
 /// Part `i` of `parts` nearly equal ones of `0..all`.
 pub(super) fn share(all: usize, parts: usize, i: usize) -> std::ops::Range<usize> {
     i * all / parts..(i + 1) * all / parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How often each task of each phase ran, on threads that are all there, or come one after the other.
+    fn counts(tasks: &[usize], threads: usize, dealt: bool, together: bool) -> Vec<Vec<usize>> {
+        let mut phases = Phases::new(tasks.len() + 1, threads);
+        let ran: Vec<Vec<AtomicUsize>> =
+            tasks.iter().map(|&tasks| (0..tasks).map(|_| AtomicUsize::new(0)).collect()).collect();
+        for _ in 0..2 {
+            phases.reset(None);
+            let work = |thread: usize| {
+                for (phase, ran) in ran.iter().enumerate() {
+                    let task = |i: usize| {
+                        ran[i].fetch_add(1, Ordering::Relaxed);
+                    };
+                    match dealt {
+                        true => phases.run_dealt(phase, thread, ran.len(), task),
+                        false => phases.run(phase, thread, ran.len(), task),
+                    }
+                }
+            };
+            match together {
+                true => std::thread::scope(|scope| (0..threads).for_each(|i| drop(scope.spawn(move || work(i))))),
+                // The first does everything; whoever comes later finds all of it done.
+                false => (0..threads).for_each(work),
+            }
+        }
+        ran.into_iter().map(|ran| ran.into_iter().map(AtomicUsize::into_inner).collect()).collect()
+    }
+
+    #[test]
+    fn every_task_runs_once_however_many_threads_come() {
+        let tasks = [3, 1, 7, 2, 40, 33];
+        for threads in [1, 2, 3, 8, 20] {
+            for (dealt, together) in [(false, false), (false, true), (true, false), (true, true)] {
+                let counts = counts(&tasks, threads, dealt, together);
+                assert!(counts.iter().flatten().all(|&ran| ran == 2), "{threads} threads: {counts:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_begins_behind_its_time_and_the_next_pass_begins_anew() {
+        let mut phases = Phases::new(3, 2);
+        phases.reset(None);
+        let mut ran = 0;
+        phases.run(0, 1, 5, |_| ran += 1);
+        phases.reset(Some(Instant::now()));
+        phases.run(0, 0, 5, |_| unreachable!("its time is over"));
+        assert!(phases.is_over() && ran == 5);
+        phases.reset(None);
+        phases.run(0, 1, 5, |_| ran += 1);
+        assert_eq!(ran, 10);
+    }
 }

@@ -163,6 +163,7 @@ impl Layout {
     /// Of a layout of integers.
     pub(super) fn spans(self) -> Spans {
         const fn of<F: Format>() -> Spans {
+            assert!(F::SPAN.is_power_of_two());
             let (block, scales) = (F::WORDS * LINE, F::SPAN_CODES);
             Spans { blocks_log2: F::SPAN.trailing_zeros(), block, scales, bytes: F::SPAN_BYTES }
         }

@@ -215,6 +215,7 @@ impl Group<'_> {
 
     /// Where the f16 of a block are, or of a superblock: its span has no others.
     fn halves(&self, block: usize) -> usize {
+        debug_assert!(self.layout.is_integer(), "floats have no scales");
         let block = block * (self.layout.columns_step() / BLOCK);
         self.spans.scales(block) + self.spans.within(block) * HALVES
     }

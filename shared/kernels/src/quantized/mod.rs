@@ -7,10 +7,11 @@
 //! serves all 16 rows. A 64-byte line is one vector of AVX-512, two of AVX2 and four of NEON, so that one layout serves
 //! every path and nothing has to be packed twice or kept twice.
 //!
-//! What a format has beyond its codes, scales and minima, stands behind the codes of one, two or eight blocks, a *span*:
-//! memory is then read from one end to the other, as fast as a core can. Few [`Layout`]s cover ggml's block types, nearly in
-//! as many bytes (TQ1_0 a quarter more, Q3_K 5 %, Q4_K, Q5_K and TQ2_0 3 %, Q6_K 1 %) and without changing a value: a layout
-//! says how codes are packed and what scales them, not which file they came from.
+//! Scales and minima stand behind the codes of one, two or eight blocks, a *span*, so that they fill whole lines and memory
+//! is read from one end to the other, as fast as a core can. Few [`Layout`]s cover ggml's block types, nearly in as many
+//! bytes (TQ1_0 a quarter more, Q3_K 5 %, Q4_K and TQ2_0 3 %, Q5_K 2 %, Q6_K 1 %, and half a span where spans of two meet a
+//! row of an odd number of blocks) and without changing a value: a layout says how codes are packed and what scales them,
+//! not which file they came from.
 //!
 //! # Arithmetic
 //! Activations become signed bytes, one scale for each 32 ([`activations`]). A block's products add up in `i32`, exactly;
