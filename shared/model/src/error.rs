@@ -9,7 +9,7 @@ pub enum ModelError {
     /// A file's content is damaged, or is something this crate does not read: fetch or convert it again.
     #[error("{path}: {what}")]
     File { path: PathBuf, what: String },
-    /// A GGUF file, which the error names, is damaged or is something else.
+    /// The same of a GGUF file, which the error names itself.
     #[error("failed to {0}")]
     Gguf(#[from] quant::Error),
     /// A file cannot be brought to the disk.

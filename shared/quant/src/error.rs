@@ -17,18 +17,18 @@ pub enum Error {
     )]
     Truncated { path: PathBuf, inside: String, bytes_needed: u64, bytes_found: u64 },
 
-    /// The file breaks the format: whoever wrote it has to fix it.
-    #[error("read {}: {reason}", .path.display())]
+    /// The file breaks the format: it is damaged, or something else.
+    #[error("read {}: {reason}; copy or fetch it again, or name a sound GGUF file", .path.display())]
     Malformed { path: PathBuf, reason: String },
 
     /// The file is sound but is not the kind of file the caller needs.
-    #[error("read {}: metadata key `{key}` is missing", .path.display())]
+    #[error("read {}: metadata key `{key}` is missing; name the GGUF file of a model", .path.display())]
     MissingKey { path: PathBuf, key: String },
 
-    #[error("read {}: metadata key `{key}` holds {found}, expected {expected}", .path.display())]
+    #[error("read {}: metadata key `{key}` holds {found}, expected {expected}; copy or fetch it again", .path.display())]
     WrongType { path: PathBuf, key: String, expected: &'static str, found: String },
 
-    #[error("read {}: there is no tensor `{tensor}`", .path.display())]
+    #[error("read {}: there is no tensor `{tensor}`; copy or fetch it again", .path.display())]
     MissingTensor { path: PathBuf, tensor: String },
 
     #[error(

@@ -20,7 +20,7 @@ impl GgufModel {
     pub(super) fn open(path: &Path) -> Result<Self, ModelError> {
         let refused = |what: String| ModelError::file(path, what);
         let reader = Reader::open(path)?;
-        let config = read_config(&reader).map_err(refused)?.checked().map_err(refused)?;
+        let config = read_config(&reader)?;
         let vocabulary = reader.vocabulary()?;
         let tokenizer =
             Tokenizer::from_gguf(tokenizer_metadata(vocabulary)).map_err(|error| refused(error.to_string()))?;
@@ -149,26 +149,25 @@ pub fn gguf_tensor_name(name: &str) -> String {
     format!("blk.{block}.{module}.{kind}")
 }
 
-fn read_config(reader: &Reader) -> Result<ModelConfig, String> {
-    let failed = |error: quant::Error| format!("failed to {error}");
-    let architecture: &str = reader.required("general.architecture").map_err(failed)?;
+fn read_config(reader: &Reader) -> Result<ModelConfig, ModelError> {
+    let refused = |what: String| ModelError::file(reader.path(), what);
+    let architecture: &str = reader.required("general.architecture")?;
     let family = Family::from_name(architecture)
-        .ok_or_else(|| format!("architecture `{architecture}` is not supported; use llama, qwen2 or qwen3"))?;
+        .ok_or_else(|| refused(format!("architecture `{architecture}` is not supported; use llama, qwen2 or qwen3")))?;
     let key = |name: &str| format!("{architecture}.{name}");
-    let size = |name: &str| reader.required::<u32>(&key(name)).map(|n| n as usize).map_err(failed);
-    let optional = |name: &str| reader.optional::<u32>(&key(name)).map(|n| n.map(|n| n as usize)).map_err(failed);
-    let number = |name: &str| reader.optional::<f32>(&key(name)).map(|n| n.map(shortest)).map_err(failed);
+    let size = |name: &str| reader.required::<u32>(&key(name)).map(|n| n as usize);
+    let optional = |name: &str| reader.optional::<u32>(&key(name)).map(|n| n.map(|n| n as usize));
+    let number = |name: &str| reader.optional::<f32>(&key(name)).map(|n| n.map(shortest));
 
     let (width, heads) = (size("embedding_length")?, size("attention.head_count")?);
     let head_size = optional("attention.key_length")?.unwrap_or(width / heads.max(1));
     if let Some(rotary) = optional("rope.dimension_count")?.filter(|&rotary| rotary != head_size) {
-        return Err(format!("rotates {rotary} of {head_size} channels of a head, which is not supported"));
+        return Err(refused(format!("rotates {rotary} of {head_size} channels of a head, which is not supported")));
     }
-    if let Some(scaling) = reader.optional::<&str>(&key("rope.scaling.type")).map_err(failed)?.filter(|s| *s != "none")
-    {
-        return Err(format!("has RoPE scaling `{scaling}`; only llama 3's is supported"));
+    if let Some(scaling) = reader.optional::<&str>(&key("rope.scaling.type"))?.filter(|s| *s != "none") {
+        return Err(refused(format!("has RoPE scaling `{scaling}`; only llama 3's is supported")));
     }
-    let embedding = reader.tensor("token_embd.weight").map_err(failed)?;
+    let embedding = reader.tensor("token_embd.weight")?;
     let mut config = ModelConfig {
         family,
         vocabulary: embedding.shape.first().copied().unwrap_or(0),
@@ -178,7 +177,7 @@ fn read_config(reader: &Reader) -> Result<ModelConfig, String> {
         heads,
         kv_heads: optional("attention.head_count_kv")?.unwrap_or(heads),
         head_size,
-        rms_epsilon: number("attention.layer_norm_rms_epsilon")?.ok_or("has no attention.layer_norm_rms_epsilon")?,
+        rms_epsilon: shortest(reader.required(&key("attention.layer_norm_rms_epsilon"))?),
         rope_base: number("rope.freq_base")?.unwrap_or(10_000.0),
         rope_scaling: None,
         tied_embeddings: reader.tensor("output.weight").is_err(),
@@ -186,10 +185,10 @@ fn read_config(reader: &Reader) -> Result<ModelConfig, String> {
         context: size("context_length")?,
     };
     if reader.tensor("rope_freqs.weight").is_ok() {
-        let divisors = reader.read_values("rope_freqs.weight").map_err(failed)?;
-        config.rope_scaling = Some(llama3_scaling(&config, &divisors)?);
+        let divisors = reader.read_values("rope_freqs.weight")?;
+        config.rope_scaling = Some(llama3_scaling(&config, &divisors).map_err(refused)?);
     }
-    Ok(config)
+    config.checked().map_err(refused)
 }
 
 /// The f64 that prints like the f32: 1e-5 stays 1e-5.

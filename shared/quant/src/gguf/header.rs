@@ -99,9 +99,7 @@ pub(super) fn parse(path: &Path, input: impl Read, file_bytes: u64) -> Result<(H
     let mut source = Source { path, input, at: 0, file_bytes };
     let magic = source.bytes(format_args!("the magic number"))?;
     if magic != MAGIC {
-        return Err(
-            source.malformed(format!("it begins with {magic:02x?}, not with \"GGUF\"; name a file in that format"))
-        );
+        return Err(source.malformed(format!("it begins with {magic:02x?}, not with \"GGUF\"")));
     }
     let version = u32::from_le_bytes(source.bytes(format_args!("the version"))?);
     if !(2..=VERSION).contains(&version) {
