@@ -12,6 +12,7 @@ use model::{Adapter, ChannelSums, Walk};
 
 use crate::ParticipantError;
 use crate::encoder::encode_file;
+use crate::output::check_output;
 
 #[derive(Args)]
 pub struct CalibrateArguments {
@@ -38,7 +39,10 @@ impl CalibrateArguments {
     /// Writes the file, and returns its path and the tokens that it was measured on.
     pub fn run(&self) -> Result<(&Path, usize), ParticipantError> {
         // Not only when all is measured.
-        storage::replaceable(&self.out).map_err(ParticipantError::io(&self.out))?;
+        check_output(
+            &self.out,
+            &[("--model", Some(&self.model)), ("--adapter", self.adapter.as_ref()), ("--data", Some(&self.data))],
+        )?;
         let source = model::source::open(&self.model)?;
         let adapter = match &self.adapter {
             Some(directory) => Adapter::load(directory, source.config())?,

@@ -27,6 +27,7 @@ pub mod join;
 pub mod keep;
 pub mod local;
 mod outgoing;
+mod output;
 mod parts;
 mod progress;
 pub mod runner;

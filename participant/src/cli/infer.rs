@@ -17,6 +17,7 @@ use super::{DeviceArguments, print};
 use crate::answer::{Finish, Generated, Prompt, Request};
 use crate::grammar::Grammar;
 use crate::integer::Engine;
+use crate::output::check_output;
 use crate::runner::{NamedAdapter, Runner};
 use crate::sampler::Sampling;
 
@@ -275,7 +276,9 @@ pub(super) fn evaluate(arguments: EvaluateArguments) -> anyhow::Result<()> {
 
 pub(super) fn logits(arguments: LogitsArguments) -> anyhow::Result<()> {
     let LogitsArguments { model, prompts, out } = arguments;
-    storage::replaceable(&out).with_context(|| format!("failed to write {}", out.display()))?;
+    let adapters = model.adapter.iter().map(|adapter| ("--adapter", Some(&adapter.directory)));
+    let inputs = [("--model", Some(&model.model)), ("--prompts", Some(&prompts))];
+    check_output(&out, &inputs.into_iter().chain(adapters).collect::<Vec<_>>())?;
     // What is compared with other programs shall not be rounded.
     let runner = model.open(Some(Engine::Float))?;
     let adapter = match runner.adapters() {

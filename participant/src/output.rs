@@ -1,0 +1,54 @@
+//! Where a command writes: never over what it reads.
+
+use std::path::{Path, PathBuf};
+
+use crate::ParticipantError;
+
+/// Whether `out` can be written, before there is anything to write; `inputs` are options and what they name.
+///
+/// # Errors
+/// If something is there that no file replaces, or `out` is one of the inputs, or a file in one.
+pub(crate) fn check_output(out: &Path, inputs: &[(&str, Option<&PathBuf>)]) -> Result<(), ParticipantError> {
+    storage::replaceable(out).map_err(ParticipantError::io(out))?;
+    let Ok(target) = out.canonicalize() else { return Ok(()) };
+    for (option, path) in inputs {
+        let read = path.and_then(|path| path.canonicalize().ok());
+        if read.is_some_and(|read| target.starts_with(read)) {
+            let out = out.display();
+            return Err(ParticipantError::Usage(format!(
+                "--out {out} would replace what {option} names; choose another path"
+            )));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn inputs_are_not_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        fs::create_dir(path("model")).unwrap();
+        for name in ["data.jsonl", "other.gguf", "model/config.json"] {
+            fs::write(path(name), "{}").unwrap();
+        }
+        let (data, model) = (path("data.jsonl"), path("model"));
+        let check = |out: &str| {
+            check_output(&path(out), &[("--data", Some(&data)), ("--model", Some(&model)), ("--adapter", None)])
+        };
+        for (out, option) in
+            [("data.jsonl", "--data"), ("model/../data.jsonl", "--data"), ("model/config.json", "--model")]
+        {
+            let error = check(out).unwrap_err().to_string();
+            assert!(error.contains(option) && error.contains("choose another path"), "{error}");
+        }
+        for out in ["other.gguf", "new.gguf", "model/new.gguf"] {
+            check(out).unwrap();
+        }
+    }
+}
