@@ -1,4 +1,4 @@
-//! How an update is answered, once the machine has decided.
+//! How an update is answered, whether it was accepted before or the machine has decided.
 
 use experiment::Row;
 use model::Adapter;
