@@ -28,7 +28,7 @@ pub struct CalibrateArguments {
     #[arg(long)]
     out: PathBuf,
     /// Longer records are cut
-    #[arg(long, default_value_t = 512)]
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
     sequence_tokens_max: u32,
     /// Records behind these tokens are left out; sums hardly change any more
     #[arg(long, default_value = "65536")]

@@ -153,7 +153,7 @@ pub(super) struct EvaluateArguments {
     #[arg(long)]
     data: PathBuf,
     /// Longer records are cut
-    #[arg(long, default_value_t = 512)]
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
     sequence_tokens_max: u32,
     #[arg(long)]
     json: bool,

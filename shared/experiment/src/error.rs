@@ -22,7 +22,7 @@ pub enum Error {
          of the {total_blocks} blocks; lower them until their sum is less than {total_blocks}"
     )]
     Blocks { head_blocks: u32, tail_blocks: u32, total_blocks: u32 },
-    #[error("{action} {}: {source}; {}", path.display(), next_step(source))]
+    #[error("{action} {}: {source}; {}", path.display(), next_step(action, source))]
     File { action: &'static str, path: PathBuf, source: io::Error },
     #[error(
         "look at a run in {}: it holds an experiment, as a coordinator's home does, but no {}/; name the directory of a \
@@ -69,8 +69,9 @@ impl Error {
     }
 }
 
-fn next_step(error: &io::Error) -> &'static str {
+fn next_step(action: &str, error: &io::Error) -> &'static str {
     match error.kind() {
+        ErrorKind::IsADirectory if action.starts_with("read") => "name a file in it",
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "free space on that disk, then start again",
         ErrorKind::NotFound => "check the path and the directory this program was started in",
         ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {

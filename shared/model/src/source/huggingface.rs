@@ -136,7 +136,7 @@ fn read_tokenizer(directory: &Path) -> Result<Tokenizer, ModelError> {
 
 fn read_json(path: &Path) -> Result<Value, ModelError> {
     let text = std::fs::read_to_string(path).map_err(ModelError::io(path))?;
-    serde_json::from_str(&text).map_err(|error| ModelError::file(path, error))
+    serde_json::from_str(&text).map_err(|error| ModelError::file(path, format!("{error}; copy or fetch it again")))
 }
 
 /// `model.safetensors`, or the shards that `model.safetensors.index.json` names.
@@ -178,7 +178,8 @@ fn read_header(
     let mut header = vec![0; header_bytes as usize];
     file.read_exact(&mut header).map_err(ModelError::io(path))?;
     // Also checks that tensors follow each other without gaps, each as large as its shape and type say.
-    let metadata: Metadata = serde_json::from_slice(&header).map_err(|error| ModelError::file(path, error))?;
+    let metadata: Metadata = serde_json::from_slice(&header)
+        .map_err(|error| ModelError::file(path, format!("its header: {error}; copy or fetch it again")))?;
     let data_start = 8 + header_bytes;
     for (name, tensor) in metadata.tensors() {
         let (start, end) = tensor.data_offsets;

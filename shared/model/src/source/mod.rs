@@ -136,7 +136,10 @@ pub fn open(path: &Path) -> Result<Arc<dyn Source>, ModelError> {
     let mut gguf = files.iter().filter(|file| file.extension().is_some_and(|extension| extension == "gguf"));
     match (gguf.next(), gguf.next()) {
         (Some(file), None) => Ok(Arc::new(gguf::GgufModel::open(file)?)),
-        (None, _) => Err(ModelError::file(path, "holds neither config.json nor a .gguf file")),
+        (None, _) => Err(ModelError::file(
+            path,
+            "holds neither config.json nor a .gguf file; name a model's directory, or its GGUF file",
+        )),
         _ => Err(ModelError::file(path, "holds several .gguf files; name one of them")),
     }
 }
