@@ -3,7 +3,7 @@
 //! ```text
 //! runs/<name>/experiment.toml   the resolved experiment
 //!             metrics.jsonl     one row per line, appended
-//!             status.json       how things stand now, replaced as a whole
+//!             status.json       how things stand now, replaced as a whole; on a full disk, overwritten
 //!             rounds/0001/…     what round 1 left; `complete` in it is written last, and lists the SHA-256 of the rest
 //!             imatrix/NAME.gguf   a device's importance matrix: channel sums that it sent, or that its owner put here
 //!             journal/…         what has happened since, for a coordinator that is started again

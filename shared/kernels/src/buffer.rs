@@ -36,8 +36,7 @@ struct Free {
 }
 
 /// What nobody has wanted for as long goes back to the system: otherwise every size would be kept as often as it was ever
-/// needed at once, which grows for days where batches vary. A device takes as many in some ten steps of thirty blocks, the
-/// body of 256 participants within seconds.
+/// needed at once, which grows for days where batches vary.
 const KEPT_TAKES: u64 = 50_000;
 /// From one look for such memory to the next.
 const SWEEP_TAKES: u64 = 1_000;

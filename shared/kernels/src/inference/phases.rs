@@ -67,7 +67,7 @@ impl Phases {
         self.run_shares(phase, thread, tasks, place, task);
     }
 
-    /// The same of tasks in order of their length: a share is every so-manieth of them.
+    /// The same of tasks in order of their length: with n shares, every n-th of them is of one share.
     pub(super) fn run_dealt(&self, phase: usize, thread: usize, tasks: usize, task: impl FnMut(usize)) {
         let place = |of: usize, i: usize| Some(i * self.shares + of).filter(|&place| place < tasks);
         self.run_shares(phase, thread, tasks, place, task);
