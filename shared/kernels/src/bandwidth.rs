@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::engine::{Engine, Task};
-use crate::quantized::Region;
+use crate::region::Region;
 use crate::simd::Simd;
 
 /// More than any last-level cache that a few cores share.

@@ -1,10 +1,12 @@
 //! Memory for activations that is used again and again: fresh pages cost more than the arithmetic on them.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
-use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard};
+
+use range_alloc::RangeAllocator;
+
+use crate::region::{LINE, Region};
 
 /// Numbers that any bits are valid for.
 pub(crate) trait Number: Copy + Send + Sync + 'static {}
@@ -12,148 +14,122 @@ impl Number for f32 {}
 impl Number for u16 {}
 impl Number for u32 {}
 
-/// A slice of its own on the heap, aligned to a cache line. Its contents are left from earlier use.
+/// A slice of its own, aligned to a cache line. Its contents are left from earlier use.
 ///
 /// Behind the end lies a vector's worth of readable memory, so that a kernel may load whole vectors. What stands there is
 /// for no sum and no store; debug builds take exactly this memory, make it not-a-number, and watch the end of it.
 pub(crate) struct Buffer<T: Number> {
-    memory: Option<Memory>,
+    start: NonNull<T>,
     length: usize,
     home: Arc<Spare>,
-    numbers: PhantomData<T>,
 }
 
-/// Buffers that are free.
+// SAFETY: the numbers belong to this value alone, and its home is shared behind a lock.
+unsafe impl<T: Number> Send for Buffer<T> {}
+// SAFETY: a shared reference gives nothing but the numbers.
+unsafe impl<T: Number> Sync for Buffer<T> {}
+
+/// Memory that buffers of all sizes are cut out of, and come back to. It is as large as what was ever needed at once, and
+/// stays so until it is [cleared](Spare::clear): buffers kept by size would add up to more, and to ever more where batches
+/// vary.
 #[derive(Default)]
-pub(crate) struct Spare(Mutex<Free>);
+pub(crate) struct Spare(Mutex<Vec<Arena>>);
 
-#[derive(Default)]
-struct Free {
-    /// Each with how many had been taken when it became free, the smallest number first.
-    memories: Vec<(Memory, u64)>,
-    /// Buffers taken so far.
-    taken: u64,
+struct Arena {
+    region: Region,
+    free: RangeAllocator<usize>,
 }
 
-/// What nobody has wanted for as long goes back to the system: otherwise every size would be kept as often as it was ever
-/// needed at once, which grows for days where batches vary.
-const KEPT_TAKES: u64 = 50_000;
-/// From one look for such memory to the next.
-const SWEEP_TAKES: u64 = 1_000;
-/// From so much on, the allocator is asked to give back what it has got.
-const TRIM_BYTES: usize = 4 << 20;
-
-/// Bytes, aligned to a cache line.
-pub(crate) struct Memory {
-    start: NonNull<u8>,
-    bytes: usize,
-}
-
-// SAFETY: the memory belongs to this value alone.
-unsafe impl Send for Memory {}
-// SAFETY: a shared reference gives nothing but the numbers `start` and `bytes`.
-unsafe impl Sync for Memory {}
-
-const ALIGNMENT: usize = 64;
+/// Of which only what is used costs anything. Above the 32 MiB up to which glibc may zero memory by hand. In debug builds
+/// every buffer has an arena of its own.
+const ARENA_BYTES: usize = if SPOILED { 0 } else { 64 << 20 };
 /// The longest tile reads this far behind a row's last number.
 const TAIL_BYTES: usize = 256;
-
-impl Spare {
-    pub(crate) fn take<T: Number>(self: &Arc<Self>, length: usize) -> Buffer<T> {
-        // Sizes of four steps an octave, so that batches of nearly equal size share memory.
-        let needed = length * size_of::<T>() + TAIL_BYTES;
-        let step = if SPOILED { 1 } else { (needed.next_power_of_two() / 8).max(ALIGNMENT) };
-        let bytes = needed.div_ceil(step) * step;
-        let mut free = self.lock();
-        // The one used last may still be in the cache.
-        let found = free.memories.iter().rposition(|(memory, _)| memory.bytes == bytes);
-        let memory = found.map(|i| free.memories.remove(i).0);
-        free.taken += 1;
-        let unwanted = if free.taken.is_multiple_of(SWEEP_TAKES) { free.unwanted() } else { Vec::new() };
-        drop(free);
-        let unwanted_bytes: usize = unwanted.iter().map(|(memory, _)| memory.bytes).sum();
-        drop(unwanted);
-        if unwanted_bytes >= TRIM_BYTES {
-            trim_heap();
-        }
-        let mut memory = memory.unwrap_or_else(|| Memory::new(bytes));
-        memory.spoil();
-        Buffer { memory: Some(memory), length, home: self.clone(), numbers: PhantomData }
-    }
-
-    /// Gives all free memory back to the system.
-    pub(crate) fn clear(&self) {
-        self.lock().memories.clear();
-    }
-
-    fn give(&self, memory: Memory) {
-        let mut free = self.lock();
-        let taken = free.taken;
-        free.memories.push((memory, taken));
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Free> {
-        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-}
-
-impl Free {
-    /// Those that have been free for long, which come first.
-    fn unwanted(&mut self) -> Vec<(Memory, u64)> {
-        let oldest = self.taken.saturating_sub(KEPT_TAKES);
-        let count = self.memories.partition_point(|&(_, freed)| freed < oldest);
-        self.memories.drain(..count).collect()
-    }
-}
 
 /// Whether memory begins as numbers that spoil every sum they enter: what is read too early or too far shows.
 pub(crate) const SPOILED: bool = cfg!(debug_assertions);
 const SPOILED_BYTE: u8 = 0xff;
 
-impl Memory {
-    pub(crate) fn new(bytes: usize) -> Self {
-        let layout = Self::layout(bytes);
-        // SAFETY: the layout is not empty.
-        let start = unsafe { alloc_zeroed(layout) };
-        Self { start: NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout)), bytes }
-    }
-
-    pub(crate) fn bytes(&self) -> usize {
-        self.bytes
-    }
-
-    pub(crate) fn start(&mut self) -> NonNull<u8> {
-        self.start
-    }
-
-    /// In debug builds: as f32 and as bf16, these bytes are not-a-number.
-    pub(crate) fn spoil(&mut self) {
-        if SPOILED {
-            // SAFETY: this memory, which nobody else has.
-            unsafe { self.start.as_ptr().write_bytes(SPOILED_BYTE, self.bytes) }
-        }
-    }
-
-    fn layout(bytes: usize) -> Layout {
-        Layout::from_size_align(bytes, ALIGNMENT).expect("a size that was allocated before")
+/// In debug builds: as f32 and as bf16, these bytes are not-a-number.
+///
+/// # Safety
+/// The bytes may be written, and belong to the caller.
+pub(crate) unsafe fn spoil(start: NonNull<u8>, bytes: usize) {
+    if SPOILED {
+        // SAFETY: the caller's promise.
+        unsafe { start.as_ptr().write_bytes(SPOILED_BYTE, bytes) }
     }
 }
 
-impl Drop for Memory {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout.
-        unsafe { dealloc(self.start.as_ptr(), Self::layout(self.bytes)) }
+impl Spare {
+    pub(crate) fn take<T: Number>(self: &Arc<Self>, length: usize) -> Buffer<T> {
+        let bytes = bytes_of::<T>(length);
+        let mut arenas = self.lock();
+        let start = arenas.iter_mut().find_map(|arena| arena.take(bytes));
+        let start = start.unwrap_or_else(|| {
+            arenas.push(Arena::new(bytes.max(ARENA_BYTES)));
+            arenas.last_mut().and_then(|arena| arena.take(bytes)).expect("it is large enough")
+        });
+        drop(arenas);
+        // SAFETY: this buffer's bytes, which nobody else has.
+        unsafe { spoil(start, bytes) };
+        Buffer { start: start.cast(), length, home: self.clone() }
+    }
+
+    /// Gives memory of which nothing is used back to the system.
+    pub(crate) fn clear(&self) {
+        self.lock().retain(|arena| !arena.is_free());
+    }
+
+    fn give(&self, start: NonNull<u8>, bytes: usize) {
+        let mut arenas = self.lock();
+        let i = arenas.iter().position(|arena| arena.holds(start)).expect("an arena stays while a buffer of it lives");
+        arenas[i].give(start, bytes);
+        if SPOILED {
+            arenas.remove(i);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Arena>> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+fn bytes_of<T>(length: usize) -> usize {
+    let bytes = length * size_of::<T>() + TAIL_BYTES;
+    if SPOILED { bytes } else { bytes.next_multiple_of(LINE) }
+}
+
+impl Arena {
+    fn new(bytes: usize) -> Self {
+        Self { region: Region::new(bytes, true), free: RangeAllocator::new(0..bytes) }
+    }
+
+    fn take(&mut self, bytes: usize) -> Option<NonNull<u8>> {
+        let range = self.free.allocate_range(bytes).ok()?;
+        // SAFETY: within the region.
+        Some(unsafe { self.region.start().add(range.start) })
+    }
+
+    fn give(&mut self, start: NonNull<u8>, bytes: usize) {
+        let at = start.addr().get() - self.region.start().addr().get();
+        self.free.free_range(at..at + bytes);
+    }
+
+    fn holds(&self, start: NonNull<u8>) -> bool {
+        let from = self.region.start().addr().get();
+        (from..from + self.region.bytes()).contains(&start.addr().get())
+    }
+
+    fn is_free(&self) -> bool {
+        self.free.total_available() == self.region.bytes()
     }
 }
 
 impl<T: Number> Buffer<T> {
-    fn start(&self) -> NonNull<T> {
-        self.memory.as_ref().expect("taken by drop alone").start.cast()
-    }
-
     /// The first number; a kernel may read a vector's worth of memory behind the last.
     pub(crate) fn pointer(&self) -> *const T {
-        self.start().as_ptr()
+        self.start.as_ptr()
     }
 }
 
@@ -162,30 +138,25 @@ impl<T: Number> Deref for Buffer<T> {
 
     fn deref(&self) -> &[T] {
         // SAFETY: the memory holds `length` numbers, initialized since it was allocated zeroed.
-        unsafe { std::slice::from_raw_parts(self.start().as_ptr(), self.length) }
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.length) }
     }
 }
 
 impl<T: Number> DerefMut for Buffer<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         // SAFETY: as above, and this value is borrowed mutably.
-        unsafe { std::slice::from_raw_parts_mut(self.start().as_ptr(), self.length) }
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.length) }
     }
 }
 
 impl<T: Number> Drop for Buffer<T> {
     fn drop(&mut self) {
-        if let Some(memory) = self.memory.take() {
-            if SPOILED && !std::thread::panicking() {
-                // SAFETY: the tail lies behind the numbers, initialized as they are.
-                let tail = unsafe {
-                    let end = memory.start.as_ptr().add(self.length * size_of::<T>());
-                    std::slice::from_raw_parts(end, TAIL_BYTES)
-                };
-                assert!(tail.iter().all(|&byte| byte == SPOILED_BYTE), "a kernel wrote behind a buffer's end");
-            }
-            self.home.give(memory);
+        if SPOILED && !std::thread::panicking() {
+            // SAFETY: the tail lies behind the numbers, initialized as they are.
+            let tail = unsafe { std::slice::from_raw_parts(self.start.add(self.length).cast().as_ptr(), TAIL_BYTES) };
+            assert!(tail.iter().all(|&byte: &u8| byte == SPOILED_BYTE), "a kernel wrote behind a buffer's end");
         }
+        self.home.give(self.start.cast(), bytes_of::<T>(self.length));
     }
 }
 
@@ -212,27 +183,36 @@ mod tests {
         let spare = Arc::new(Spare::default());
         let first = spare.take::<f32>(1000);
         let address = first.as_ptr();
-        assert_eq!(address as usize % ALIGNMENT, 0);
+        assert_eq!(address as usize % LINE, 0);
         drop(first);
         let second = spare.take::<u16>(2000);
-        assert_eq!(second.as_ptr().cast(), address);
+        assert!(SPOILED || std::ptr::eq(second.as_ptr().cast(), address));
         assert_eq!(second.len(), 2000);
         assert_ne!(spare.take::<u16>(2000).as_ptr(), second.as_ptr());
     }
 
     #[test]
-    fn memory_that_nobody_wants_is_given_back() {
+    fn buffers_of_all_sizes_share_memory_and_never_overlap() {
         let spare = Arc::new(Spare::default());
-        let often = || drop(spare.take::<f32>(1000));
-        drop([spare.take::<f32>(1000), spare.take::<f32>(1000), spare.take::<f32>(100_000)]);
-        let kept = || spare.lock().memories.len();
-        // As if others had been taken all the time.
-        let later = |taken: u64| spare.lock().taken += taken;
-        later(KEPT_TAKES - 2 * SWEEP_TAKES);
-        (0..SWEEP_TAKES).for_each(|_| often());
-        assert_eq!(kept(), 3);
-        later(SWEEP_TAKES);
-        (0..SWEEP_TAKES).for_each(|_| often());
-        assert_eq!(kept(), 1);
+        let mut held: Vec<Buffer<u32>> = Vec::new();
+        // Every buffer says whose it is, and is asked when it goes.
+        let tell = |buffer: &Buffer<u32>| assert!(buffer.iter().all(|&x| x as usize == buffer.len()));
+        for i in 0..2000usize {
+            let mut buffer = spare.take::<u32>(1 + i * 7919 % 3001);
+            let length = buffer.len() as u32;
+            buffer.fill(length);
+            held.push(buffer);
+            if held.len() > 40 {
+                tell(&held.swap_remove(i * 31 % 40));
+            }
+        }
+        held.iter().for_each(tell);
+        assert_eq!(spare.lock().len(), if SPOILED { held.len() } else { 1 });
+        held.truncate(1);
+        spare.clear();
+        assert_eq!(spare.lock().len(), 1);
+        held.clear();
+        spare.clear();
+        assert_eq!(spare.lock().len(), 0);
     }
 }

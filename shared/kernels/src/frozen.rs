@@ -4,10 +4,8 @@
 //! Panels are made while a product runs, a cache's worth at a time: that costs one pass over the weights for hundreds of
 //! rows of activations, and spares the memory of a second and a third copy.
 
+use crate::region::LINE;
 use crate::simd::{LANES_MAX, Simd, from_bf16, to_bf16};
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// How the numbers of a frozen matrix are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -28,6 +28,7 @@ pub mod peak;
 mod pool;
 mod product;
 pub mod quantized;
+mod region;
 mod rope;
 mod rows;
 mod simd;

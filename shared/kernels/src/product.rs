@@ -3,9 +3,10 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use crate::buffer::{Buffer, Memory, SPOILED};
+use crate::buffer::{Buffer, SPOILED, spoil};
 use crate::engine::{Engine, Shared, Task};
 use crate::frozen::{F32, Frozen, Panel, pack};
+use crate::region::Region;
 use crate::rows::{Blocking, Group, Packed, chunk, chunks, pack_rows};
 use crate::simd::{PANEL_MAX, Simd};
 use crate::tile::Tile;
@@ -73,27 +74,28 @@ impl Factor {
 }
 
 thread_local! {
-    static ROOM: RefCell<Option<Memory>> = const { RefCell::new(None) };
+    static ROOM: RefCell<Option<Region>> = const { RefCell::new(None) };
 }
 
 /// Room of this thread's own, for a panel or other scratch, aligned to a cache line. Its contents are left from earlier
 /// use.
 ///
 /// A guard and no closure: code in a closure is not compiled for the path.
-pub(crate) struct Scratch(Option<Memory>);
+pub(crate) struct Scratch(Option<Region>);
 
 impl Scratch {
     pub(crate) fn new(numbers: usize) -> Self {
         // A layout is never empty.
         let bytes = numbers.max(1) * size_of::<f32>();
-        let fits = |room: &Memory| if SPOILED { room.bytes() == bytes } else { room.bytes() >= bytes };
-        let mut room = ROOM.take().filter(fits).unwrap_or_else(|| Memory::new(bytes));
-        room.spoil();
+        let fits = |room: &Region| if SPOILED { room.bytes() == bytes } else { room.bytes() >= bytes };
+        let room = ROOM.take().filter(fits).unwrap_or_else(|| Region::new(bytes, false));
+        // SAFETY: this thread's own room, out of its place until it is put back.
+        unsafe { spoil(room.start(), bytes) };
         Self(Some(room))
     }
 
     pub(crate) fn start(&mut self) -> *mut f32 {
-        self.0.as_mut().expect("taken by drop alone").start().cast().as_ptr()
+        self.0.as_ref().expect("taken by drop alone").start().cast().as_ptr()
     }
 }
 

@@ -5,7 +5,8 @@
 
 use super::Shape;
 use crate::path::Work;
-use crate::quantized::{GROUP, Region};
+use crate::quantized::GROUP;
+use crate::region::{LINE, Region};
 use crate::simd::Simd;
 
 /// Ranks beyond this are refused.
@@ -138,7 +139,6 @@ fn in_runs(to: &mut [f32], rank: usize, number: impl Fn(usize, usize) -> f32) {
 
 /// So many bytes ahead of where it is read a factor is asked for: what comes behind it is the next to be read.
 const AHEAD: usize = 2048;
-const LINE: usize = 64;
 
 pub(super) struct Narrow<'a> {
     adapter: &'a Adapter,

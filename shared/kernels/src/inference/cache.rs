@@ -3,7 +3,7 @@
 use super::Shape;
 use super::codes::Codes;
 use super::numbers::Numbers;
-use crate::quantized::Region;
+use crate::region::Region;
 use crate::simd::Simd;
 
 /// Tokens of a run.

@@ -1,6 +1,7 @@
 //! How codes are packed, and what scales them.
 
-use super::{BLOCK, GROUP, LINE, SUPERBLOCK};
+use super::{BLOCK, GROUP, SUPERBLOCK};
+use crate::region::LINE;
 use crate::simd::Simd;
 use crate::simd::integer::Integers;
 

@@ -4,10 +4,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::format::{HALVES, Spans, with_format};
-use super::region::Region;
 use super::strip::{FAR_AHEAD, VECTORS_MAX, unpack, vector};
-use super::{BLOCK, Format, GROUP, LINE, Layout, SUPERBLOCK, Strip, code_words};
+use super::{BLOCK, Format, GROUP, Layout, SUPERBLOCK, Strip, code_words};
 use crate::path::Work;
+use crate::region::{LINE, Region};
 use crate::simd::integer::{Integers, from_f16};
 use crate::simd::portable::Portable;
 use crate::simd::{Simd, from_bf16};

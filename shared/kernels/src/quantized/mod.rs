@@ -21,7 +21,6 @@
 mod activations;
 mod format;
 mod matrix;
-mod region;
 mod strip;
 #[cfg(test)]
 mod tests;
@@ -31,7 +30,6 @@ pub(crate) use format::Format;
 pub use format::Layout;
 pub(crate) use matrix::{Batch, BatchProduct, RowInput, VectorProduct, batch_scratch_bytes};
 pub use matrix::{Group, Matrix};
-pub(crate) use region::Region;
 pub(crate) use strip::{Strip, strip};
 
 /// Rows of a group.
@@ -40,5 +38,3 @@ pub const GROUP: usize = 16;
 pub const BLOCK: usize = 32;
 /// Columns of a superblock.
 pub const SUPERBLOCK: usize = 256;
-/// Bytes of a line.
-const LINE: usize = 64;

@@ -1,7 +1,8 @@
 //! The innermost product of a batch: a strip of rows of activations times a few vectors of weight rows, in registers.
 
 use super::activations::{QUAD_WORDS, SCALE, SCALED_SUM, SUM};
-use super::{Format, GROUP, LINE};
+use super::{Format, GROUP};
+use crate::region::LINE;
 use crate::simd::Simd;
 use crate::simd::integer::Integers;
 

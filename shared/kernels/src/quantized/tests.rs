@@ -3,6 +3,7 @@
 use super::*;
 use crate::Path;
 use crate::path::Work;
+use crate::region::Region;
 use crate::simd::Simd;
 use crate::simd::integer::{Integers, to_f16};
 
@@ -149,7 +150,7 @@ fn batch_product(path: Path, matrix: &Matrix, x: &[f32], start: &[f32]) -> Vec<f
     let (rows, stride) = (x.len() / matrix.columns(), matrix.rows());
     let input = Strips::new(path, x, matrix.columns(), path.run(StripRows), path.tile_rows());
     let mut to = start.to_vec();
-    let mut scratch = crate::buffer::Memory::new(batch_scratch_bytes(matrix.columns()));
+    let scratch = Region::new(batch_scratch_bytes(matrix.columns()), false);
     let groups = 0..matrix.rows().div_ceil(GROUP);
     let (x, scratch) = (input.batch(rows), scratch.start().as_ptr());
     path.run(BatchProduct { matrix, groups, x, to: to.as_mut_ptr(), stride, accumulate: true, scratch });

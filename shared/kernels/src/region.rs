@@ -3,16 +3,21 @@
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 
+use crate::buffer::SPOILED;
+
 /// Zeros, aligned to a cache line, or to a huge page where there are several.
 ///
 /// An aligned allocation would be zeroed by hand; here the system's own zero pages stay untouched until they are used.
+/// Debug builds take one all the same: it ends where it says, so that a sanitizer sees what is read behind it.
 pub(crate) struct Region {
     allocation: NonNull<u8>,
     layout: Layout,
     start: NonNull<u8>,
+    bytes: usize,
 }
 
-const LINE: usize = 64;
+/// Of a cache.
+pub(crate) const LINE: usize = 64;
 const HUGE_PAGE: usize = 2 << 20;
 
 // SAFETY: the memory belongs to this value alone.
@@ -27,22 +32,29 @@ impl Region {
     /// If there is no such memory.
     pub(crate) fn new(bytes: usize, huge: bool) -> Self {
         let alignment = if huge && bytes >= 2 * HUGE_PAGE { HUGE_PAGE } else { LINE };
-        let layout = bytes.checked_add(alignment).and_then(|all| Layout::from_size_align(all, 16).ok());
+        let layout = match SPOILED {
+            true => Layout::from_size_align(bytes, alignment).ok(),
+            false => bytes.checked_add(alignment).and_then(|all| Layout::from_size_align(all, 16).ok()),
+        };
         let layout = layout.expect("a size in memory");
         // SAFETY: the layout is not empty.
         let allocation = unsafe { alloc_zeroed(layout) };
         let Some(allocation) = NonNull::new(allocation) else { handle_alloc_error(layout) };
         let offset = allocation.align_offset(alignment);
-        // SAFETY: there is room for the alignment.
+        // SAFETY: there is room for the alignment, if it is not aligned already.
         let start = unsafe { allocation.add(offset) };
         if alignment == HUGE_PAGE {
             ask_for_huge_pages(start.as_ptr(), bytes / HUGE_PAGE * HUGE_PAGE);
         }
-        Self { allocation, layout, start }
+        Self { allocation, layout, start, bytes }
     }
 
     pub(crate) fn start(&self) -> NonNull<u8> {
         self.start
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
     }
 }
 
