@@ -14,6 +14,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha20Rng;
 use tokio::net::UdpSocket;
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
@@ -40,29 +42,12 @@ struct Counts {
     rebound: AtomicU64,
 }
 
-/// SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn happens(&mut self, probability: f64) -> bool {
-        ((self.next() >> 11) as f64 / (1u64 << 53) as f64) < probability
-    }
-}
-
 struct Relay {
     near: UdpSocket,
     to: SocketAddr,
     faults: Faults,
     counts: Counts,
-    random: Mutex<Random>,
+    random: Mutex<ChaCha20Rng>,
     seed: u64,
     begun: Instant,
     /// Datagrams under way there and back, each to be sent at its time and none before those ahead of it.
@@ -90,7 +75,7 @@ struct Far {
 async fn main() -> std::io::Result<()> {
     let (listen, to, seed, faults) = arguments();
     let near = UdpSocket::bind(listen).await?;
-    let (counts, random) = (Counts::default(), Mutex::new(Random(seed)));
+    let (counts, random) = (Counts::default(), Mutex::new(ChaCha20Rng::seed_from_u64(seed)));
     let ((there, there_end), (back, back_end)) = (mpsc::channel(LINE_DATAGRAMS), mpsc::channel(LINE_DATAGRAMS));
     let lines: [mpsc::Sender<UnderWay>; 2] = [there, back];
     let mut carrying = JoinSet::new();
@@ -181,24 +166,24 @@ impl Relay {
             return;
         }
         let mut random = self.random.lock().await;
-        if random.happens(loss) {
+        if random.random_bool(loss) {
             self.counts.lost.fetch_add(1, Relaxed);
             return;
         }
-        if random.happens(flip) && !datagram.is_empty() {
-            let bit = random.next() as usize % (datagram.len() * 8);
+        if random.random_bool(flip) && !datagram.is_empty() {
+            let bit = random.random_range(0..datagram.len() * 8);
             datagram[bit / 8] ^= 1 << (bit % 8);
             self.counts.flipped.fetch_add(1, Relaxed);
         }
-        let copies = if random.happens(duplicate) { 2 } else { 1 };
+        let copies = if random.random_bool(duplicate) { 2 } else { 1 };
         self.counts.doubled.fetch_add(copies - 1, Relaxed);
         // Real delays change slowly, and overtaking is a fault of its own.
-        let delay_ms = least + Random(self.seed ^ at as u64).next() % (most - least + 1);
+        let delay_ms = ChaCha20Rng::seed_from_u64(self.seed ^ at as u64).random_range(least..=most);
         for _ in 0..copies {
             self.counts.passed.fetch_add(1, Relaxed);
             let (relay, send, datagram) = (self.clone(), send.clone(), datagram.clone());
-            if random.happens(reorder) {
-                let delay_ms = delay_ms + 1 + random.next() % 10;
+            if random.random_bool(reorder) {
+                let delay_ms = delay_ms + random.random_range(1..=10);
                 self.counts.reordered.fetch_add(1, Relaxed);
                 tokio::spawn(async move {
                     tokio::time::sleep(Duration::from_millis(delay_ms)).await;
@@ -223,6 +208,7 @@ fn arguments() -> (SocketAddr, SocketAddr, u64, Faults) {
     for pair in words.chunks(2) {
         let [name, value] = pair else { usage(&pair[0]) };
         let number = || value.parse::<f64>().unwrap_or_else(|_| usage(name));
+        let probability = || Some(number()).filter(|p| (0.0..=1.0).contains(p)).unwrap_or_else(|| usage(name));
         let two = |between: char| -> [f64; 2] {
             let (first, second) = value.split_once(between).unwrap_or_else(|| usage(name));
             [first, second].map(|number| number.parse().unwrap_or_else(|_| usage(name)))
@@ -231,10 +217,10 @@ fn arguments() -> (SocketAddr, SocketAddr, u64, Faults) {
             "--listen" => listen = value.parse().ok(),
             "--to" => to = value.parse().ok(),
             "--seed" => seed = value.parse().unwrap_or_else(|_| usage(name)),
-            "--loss" => faults.loss = number(),
-            "--duplicate" => faults.duplicate = number(),
-            "--reorder" => faults.reorder = number(),
-            "--flip" => faults.flip = number(),
+            "--loss" => faults.loss = probability(),
+            "--duplicate" => faults.duplicate = probability(),
+            "--reorder" => faults.reorder = probability(),
+            "--flip" => faults.flip = probability(),
             "--delay-ms" => faults.delay_ms = two('-').map(|ms| ms as u64),
             "--blackout-s" => faults.blackout_s = Some(two(',')),
             "--rebind-s" => faults.rebind_s = Some(number()),

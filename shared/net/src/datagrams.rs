@@ -16,6 +16,8 @@ use std::time::Duration;
 
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha20Rng;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 /// Datagrams under way to one socket; more are lost, as in any router.
@@ -38,7 +40,7 @@ pub struct Weather {
 }
 
 struct State {
-    random: Random,
+    random: ChaCha20Rng,
     weather: Weather,
     sockets: HashMap<SocketAddr, Inbox>,
     /// What a sender's datagrams seem to come from, where that is not its own address.
@@ -65,9 +67,6 @@ struct Socket {
 #[derive(Debug)]
 struct Writable;
 
-/// SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
-struct Random(u64);
-
 impl Weather {
     /// Every datagram arrives after a millisecond.
     pub const CALM: Self = Self { lost_permille: 0, doubled_permille: 0, delay_ms: [1, 1], is_parted: false };
@@ -77,7 +76,7 @@ impl Datagrams {
     /// Within a tokio runtime, whose clock it reads.
     pub fn new(seed: u64, weather: Weather) -> Self {
         Self(Arc::new(Mutex::new(State {
-            random: Random(seed),
+            random: ChaCha20Rng::seed_from_u64(seed),
             weather,
             sockets: HashMap::new(),
             outside: HashMap::new(),
@@ -120,8 +119,8 @@ impl State {
         let now = Instant::now();
         self.sent += 1;
         let Weather { lost_permille, doubled_permille, delay_ms: [least, most], is_parted } = self.weather;
-        let is_lost = self.random.happens(lost_permille) || is_parted;
-        let copies = if self.random.happens(doubled_permille) { 2 } else { 1 };
+        let is_lost = self.random.random_ratio(lost_permille, 1000) || is_parted;
+        let copies = if self.random.random_ratio(doubled_permille, 1000) { 2 } else { 1 };
         let source = self.outside.get(&from).copied().unwrap_or(from);
         let inside = self.outside.iter().find(|(_, outside)| **outside == to).map(|(inside, _)| *inside);
         let is_forgotten = inside.is_none() && self.outside.contains_key(&to);
@@ -131,7 +130,7 @@ impl State {
             return;
         };
         for _ in 0..copies {
-            let due = now + Duration::from_millis(least + self.random.next() % (most - least + 1));
+            let due = now + Duration::from_millis(self.random.random_range(least..=most));
             if inbox.under_way.len() < UNDER_WAY_MAX {
                 // Its number, and that of its copy.
                 let number = 2 * self.sent + u64::from(inbox.under_way.contains_key(&(due, 2 * self.sent)));
@@ -218,19 +217,5 @@ impl fmt::Debug for Socket {
 impl UdpPoller for Writable {
     fn poll_writable(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
-    }
-}
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn happens(&mut self, permille: u32) -> bool {
-        self.next() % 1000 < u64::from(permille)
     }
 }

@@ -1,7 +1,7 @@
 //! Why talking to a peer failed, and who has to do something about it.
 
 use quinn::{ConnectionError, ReadError, WriteError};
-use wire::{CloseCode, Fault, ProtocolError};
+use wire::{CloseCode, ProtocolError};
 
 use crate::identity::IdentityError;
 
@@ -58,23 +58,6 @@ impl NetError {
             Self::PeerRefused { .. } | Self::Lost { .. } | Self::Closed { .. } | Self::Reset { .. } => {
                 CloseCode::GoingAway
             }
-        }
-    }
-
-    /// Whom to blame, where this side is the one that closes.
-    pub fn fault(&self) -> Fault {
-        match self {
-            Self::PeerMisbehaved { .. } | Self::PeerUntrusted { .. } => Fault::Told,
-            Self::PeerRefused { .. } | Self::Misconfigured { .. } | Self::Unsendable { .. } => Fault::Closer,
-            Self::Incompatible { .. } => Fault::Both,
-            Self::Lost { .. } | Self::Reset { .. } => Fault::Nobody,
-            // The roles turn around: there the peer is the one that closed.
-            Self::Closed { code, .. } => match code.map(CloseCode::fault) {
-                Some(Fault::Told) => Fault::Closer,
-                Some(Fault::Closer) => Fault::Told,
-                Some(fault) => fault,
-                None => Fault::Both,
-            },
         }
     }
 

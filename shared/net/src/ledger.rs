@@ -60,22 +60,6 @@ impl LedgerSnapshot {
     pub fn rows(&self) -> impl Iterator<Item = (MessageKind, u64, u64)> + '_ {
         MessageKind::ALL.into_iter().map(|kind| (kind, self.sent(kind), self.received(kind)))
     }
-
-    /// What has crossed since `earlier`, a snapshot of the same connection.
-    pub fn since(&self, earlier: &Self) -> Self {
-        Self {
-            sent: std::array::from_fn(|row| self.sent[row] - earlier.sent[row]),
-            received: std::array::from_fn(|row| self.received[row] - earlier.received[row]),
-        }
-    }
-
-    /// The sum of two connections, or of one participant's connections in turn.
-    pub fn plus(&self, other: &Self) -> Self {
-        Self {
-            sent: std::array::from_fn(|row| self.sent[row] + other.sent[row]),
-            received: std::array::from_fn(|row| self.received[row] + other.received[row]),
-        }
-    }
 }
 
 fn row(kind: MessageKind) -> usize {
@@ -97,9 +81,5 @@ mod tests {
         for (index, (kind, sent, received)) in snapshot.rows().enumerate() {
             assert_eq!((sent, received), (10 + index as u64, 100 + index as u64), "{}", kind.name());
         }
-        ledger.count_sent(MessageKind::Enrol, 5);
-        let later = ledger.snapshot();
-        assert_eq!((later.since(&snapshot).sent_total(), later.since(&snapshot).received_total()), (5, 0));
-        assert_eq!(later.since(&snapshot).plus(&snapshot), later);
     }
 }

@@ -19,19 +19,6 @@ pub enum ProtocolError {
     TooSlow { what: &'static str, waited_ms: u64 },
 }
 
-/// Whom an error or a close code blames.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
-    /// Nobody: the work is done, or somebody leaves in good order.
-    Nobody,
-    /// The side that is told: it broke the protocol.
-    Told,
-    /// The side that closes.
-    Closer,
-    /// Neither alone: the two do not fit together.
-    Both,
-}
-
 /// Application error codes of QUIC, for closing connections and for resetting streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
@@ -96,22 +83,6 @@ impl CloseCode {
 
     pub fn from_code(code: u64) -> Option<Self> {
         Self::ALL.into_iter().find(|known| u64::from(known.code()) == code)
-    }
-
-    pub fn fault(self) -> Fault {
-        match self {
-            Self::Done | Self::GoingAway | Self::Stale | Self::Superseded | Self::NoRoom => Fault::Nobody,
-            Self::Internal => Fault::Closer,
-            Self::MalformedMessage
-            | Self::MalformedFrame
-            | Self::Unexpected
-            | Self::OverLimit
-            | Self::NotFinite
-            | Self::TooSlow
-            | Self::NotAuthorized
-            | Self::Revoked => Fault::Told,
-            Self::Incompatible | Self::ExperimentDiffers => Fault::Both,
-        }
     }
 
     /// Whether connecting again, unchanged, may help.

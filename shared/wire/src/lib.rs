@@ -13,7 +13,7 @@ mod message;
 mod payload;
 mod shown;
 
-pub use close::{CloseCode, Fault, ProtocolError};
+pub use close::{CloseCode, ProtocolError};
 pub use codec::{CodecError, Message, decode, encode};
 pub use frame::{FrameError, FrameHeader, FrameKind, HEADER_BYTES, Shape, TensorHeader};
 pub use message::{

@@ -198,7 +198,7 @@ impl<R: Read> Source<'_, R> {
         shape.reverse(); // The file lists the contiguous dimension first.
         let id = u32::from_le_bytes(self.bytes(format_args!("{inside}"))?);
         let Some(ty) = TensorType::from_ggml_id(id) else {
-            return Err(self.malformed(format!("tensor `{name}` has the unknown type id {}", id as i32)));
+            return Err(self.malformed(format!("tensor `{name}` has the unknown type id {id}")));
         };
         let declared = u64::from_le_bytes(self.bytes(format_args!("{inside}"))?);
         let offset = table.push(&name, &shape, ty).map_err(|reason| self.malformed(reason))?.offset;
