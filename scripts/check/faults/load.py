@@ -2,7 +2,8 @@
 are killed all the time and the coordinator now and then.
 
 The load lasts $LOAD_MINUTES (30; --quick: 80 seconds), the coordinator is killed every $LOAD_KILL_EVERY_S seconds (300; --quick: once,
-after 15).
+after 15). Then the last coordinator is left alive under the same load for $LOAD_STEADY_MINUTES (12; --quick: none): what its memory does
+in its first five minutes is warming up, a few MiB more than noise, and lives of five minutes end there.
 """
 
 import json
@@ -21,8 +22,9 @@ SWARMS, EACH, IDLE = 32, 8, 1000
 QUORUM = 192
 LOSS = 0.05
 CHURN_PER_MINUTE = 0.10
-# What a coordinator's memory does in the first part of its life is warming up.
-WARM_S, QUICK_WARM_S = 90, 40
+# What a coordinator's memory does in the first part of its life is warming up; what lives that end soon show behind the first part of
+# that is printed.
+WARM_S, PRINT_WARM_S, QUICK_WARM_S = 300, 90, 40
 QUICK_LOAD_S, QUICK_FIRST_KILL_S = 80, 15
 SLOPE_MIB_PER_HOUR = 30
 START_S, BACK_TO_BASE_S = 120, 60
@@ -81,24 +83,21 @@ class Load(Site):
             time.sleep(0.2)
 
 
-def slope_mib_per_hour(lives):
-    """By least squares: one slope for all lives, and a level for each."""
-    above = below = 0
-    for samples in lives:
-        if len(samples) < 10:
-            continue
-        mean_s = sum(s for s, _ in samples) / len(samples)
-        mean_mib = sum(mib for _, mib in samples) / len(samples)
-        above += sum((s - mean_s) * (mib - mean_mib) for s, mib in samples)
-        below += sum((s - mean_s) ** 2 for s, _ in samples)
-    return 3600 * above / below if below else float("nan")
+def slope_mib_per_hour(samples):
+    """By least squares."""
+    if len(samples) < 10:
+        return float("nan")
+    mean_s = sum(s for s, _ in samples) / len(samples)
+    mean_mib = sum(mib for _, mib in samples) / len(samples)
+    above = sum((s - mean_s) * (mib - mean_mib) for s, mib in samples)
+    return 3600 * above / sum((s - mean_s) ** 2 for s, _ in samples)
 
 
 def main():
     work, quick = pathlib.Path(sys.argv[1]), "--quick" in sys.argv
     load_s = 60 * float(os.environ.get("LOAD_MINUTES", QUICK_LOAD_S / 60 if quick else 30))
     kill_every_s = float(os.environ.get("LOAD_KILL_EVERY_S", load_s if quick else 300))
-    warm_s = QUICK_WARM_S if quick else WARM_S
+    steady_s = 60 * float(os.environ.get("LOAD_STEADY_MINUTES", 0 if quick else 12))
     rng = random.Random(8)
     began = time.monotonic()
     site = Load(work / "load")
@@ -121,7 +120,7 @@ def main():
             site.start(swarm)
         site.until(lambda: site.finished() >= 1, START_S, "no round is finished")
         figures.told(f"   the first round after {time.monotonic() - began:.0f} s, {site.held()[0]:.0f} MiB")
-        measure(site, rng, load_s, kill_every_s, warm_s, quick)
+        measure(site, rng, load_s, steady_s, kill_every_s, quick)
         lost = json.loads(relay.communicate("end\n")[0])
         figures.noted("8 datagrams that were lost", 100 * lost["lost"] / (lost["lost"] + lost["passed"]), "%")
         for name in site.swarms():
@@ -155,14 +154,15 @@ def main():
     figures.noted("8 updates of a round, mean", sum(len(row["members"]) for row in rounds) / len(rounds), f"of {SWARMS * EACH}")
 
 
-def measure(site, rng, load_s, kill_every_s, warm_s, quick):
+def measure(site, rng, load_s, steady_s, kill_every_s, quick):
     began = time.monotonic()
     next_kill, next_churn = began + (QUICK_FIRST_KILL_S if quick else kill_every_s), began
+    # Of each coordinator: seconds since its start (the first: since the load began), and MiB.
     lives, life_began, first = [[]], began, site.finished()
     kills = churned = 0
     waits, restarted, before = [], None, 0
     gave_up = connected = most_files = 0
-    while (now := time.monotonic()) < began + load_s:
+    while (now := time.monotonic()) < began + load_s + steady_s:
         if now >= next_churn:
             next_churn += 60 / (CHURN_PER_MINUTE * SWARMS)
             name = rng.choice(site.swarms())
@@ -185,28 +185,28 @@ def measure(site, rng, load_s, kill_every_s, warm_s, quick):
         except OSError:
             continue
         most_files, connected = max(most_files, files), max(connected, site.standing().get("connections", 0))
-        if now > life_began + warm_s:
-            lives[-1].append((now, mib))
+        lives[-1].append((now - life_began, mib))
         time.sleep(1)
     gave_up += len(site.failed())
     for kind, lines in complaints(site).items():
         figures.told(f"   {lines} times: {kind}")
     finished = site.finished() - first
+    warm_s = QUICK_WARM_S if quick else PRINT_WARM_S
     for samples in lives:
-        if samples:
-            figures.told(f"   a coordinator's memory: {samples[0][1]:.0f} MiB at first, {samples[-1][1]:.0f} at last")
-    figures.noted("8 minutes under load", load_s / 60, "min")
+        if warm := [mib for s, mib in samples if s >= warm_s]:
+            figures.told(f"   a coordinator's memory: {warm[0]:.0f} MiB after {warm_s} s, {warm[-1]:.0f} after {samples[-1][0]:.0f}")
+    figures.noted("8 minutes under load", (load_s + steady_s) / 60, "min")
     figures.at_least("8 connections at once", connected, SWARMS * EACH + IDLE)
     figures.noted("8 participants killed", churned)
     figures.noted("8 coordinator kills", kills)
     figures.at_least("8 rounds finished under load", finished, 1)
     figures.exactly("8 processes that gave up", gave_up, 0)
     figures.noted("8 the next round finished after a kill of the coordinator, worst", max(waits, default=float("nan")), "s")
-    slope = slope_mib_per_hour(lives)
     if quick:
         # A minute says little of an hour.
-        figures.noted("8 memory after warm-up, slope", slope, "MiB/h")
+        figures.noted("8 memory after warm-up, slope", slope_mib_per_hour([sample for sample in lives[-1] if sample[0] >= warm_s]), "MiB/h")
     else:
+        slope = slope_mib_per_hour([sample for sample in lives[-1] if sample[0] >= WARM_S])
         figures.at_most("8 memory after warm-up, slope", slope, SLOPE_MIB_PER_HOUR, "MiB/h")
 
 
