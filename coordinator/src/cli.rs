@@ -12,10 +12,11 @@ use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use model::Cut;
 use model::bench::{self, Shape};
-use net::PeerName;
+use net::{InvitationFile, PeerName};
 use quant::Method;
 use serde_json::json;
 use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 use crate::export::{Calibration, Checks, ExportError, Exported, Format, Options, export, quantize};
 use crate::fetch::fetch;
@@ -31,7 +32,7 @@ use watcher::{JsonWatcher, LineWatcher};
     version,
     max_term_width = 110,
     after_help = "Exit codes: 0 when it is done, or a run was stopped by Ctrl-C or SIGTERM (the same command goes on with \
-        it); 1 when it failed, or another command was stopped; 2 for wrong arguments."
+        it); 1 when it failed, or another command was stopped; 2 for arguments that cannot be read."
 )]
 pub struct Cli {
     #[command(subcommand)]
@@ -153,7 +154,7 @@ struct InviteArguments {
     /// The device's name; with --count the first part of several names
     name: String,
     /// Invite NAME-1, NAME-2, … up to this number, at most 65536
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     count: Option<u32>,
     /// The invitation's file, or with --count their directory [default: NAME.invite]
     #[arg(long)]
@@ -196,7 +197,7 @@ enum AuditLogCommand {
 struct AuditLogArguments {
     home: PathBuf,
     /// The hash of a line, as an earlier `verify` has printed it and somebody has kept it elsewhere
-    #[arg(long, value_name = "HASH")]
+    #[arg(long, value_name = "HASH", value_parser = hash)]
     head: Option<String>,
     #[arg(long)]
     json: bool,
@@ -384,7 +385,7 @@ impl Command {
                 print(
                     "ca.key is needed again only for `coordinator renew-ca`: move it to a safe place, off this machine",
                 )?;
-                print(format_args!("next: coordinator invite {} NAME", home.path().display()))
+                print(format_args!("next: coordinator invite {} NAME", quoted(home.path())))
             }
             Self::Fetch(FetchArguments { name, to }) => {
                 fetch(&name, &to).map_err(failed)?;
@@ -402,6 +403,7 @@ impl Command {
             }
             Self::RenewCa(RenewCaArguments { home, root_key }) => {
                 let until = Home::renew_authority(&home, &root_key, OffsetDateTime::now_utc()).map_err(failed)?;
+                let until = until.format(&Rfc3339)?;
                 print(format_args!("{}: an issuing authority until {until}; restart the coordinator", home.display()))
             }
             Self::AuditLog(AuditLogCommand::Verify(AuditLogArguments { home, head, json })) => {
@@ -430,7 +432,12 @@ impl Command {
             Self::Bench(BenchCommand::Body(arguments)) => bench_body(arguments),
             Self::Report(ReportArguments { run, out, json }) => {
                 let report = Report::of_run(&run).map_err(failed)?;
-                let out = out.unwrap_or_else(|| run.join("report.html"));
+                let page = run.join(Report::PAGE);
+                let out = out.unwrap_or_else(|| page.clone());
+                let is_part = place(&out).zip(place(&run)).is_some_and(|(out, run)| out.starts_with(run));
+                if is_part && place(&out) != place(&page) {
+                    bail!("--out {} lies in the run, which it would damage; choose another path", out.display());
+                }
                 report.write_page(&out).map_err(failed)?;
                 match json {
                     true => print(serde_json::to_string(&report.summary)?),
@@ -451,8 +458,6 @@ fn invite(arguments: InviteArguments) -> anyhow::Result<()> {
     let home = Home::open(&home).map_err(failed)?;
     let names = match count {
         None => vec![name.clone()],
-        Some(0) => bail!("--count must be at least 1"),
-        Some(65_537..) => bail!("--count must be at most 65536"),
         Some(count) => (1..=count).map(|i| format!("{name}-{i}")).collect(),
     };
     for name in names {
@@ -462,14 +467,13 @@ fn invite(arguments: InviteArguments) -> anyhow::Result<()> {
             (Some(file), None) => file.clone(),
             (None, _) => PathBuf::from(format!("{name}.invite")),
         };
-        if path.exists() && !replace {
-            bail!("{}: already there; give another --out, or --replace", path.display());
-        }
         if let Some(directory) = path.parent() {
-            std::fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
+            let failed = || format!("cannot make the directory {}; give another --out", directory.display());
+            std::fs::create_dir_all(directory).with_context(failed)?;
         }
+        let file = InvitationFile::create(&path, &name, replace)?;
         let invitation = home.invite(&name, OffsetDateTime::now_utc(), INVITATION_VALID, replace).map_err(failed)?;
-        invitation.write(&path)?;
+        file.write(&invitation)?;
         match json {
             true => {
                 print(json!({"name": name.to_string(), "invitation": path, "expires_unix": invitation.expires_unix}))?
@@ -482,6 +486,14 @@ fn invite(arguments: InviteArguments) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The path without links and dots; of a file that is not there yet, where it will be.
+fn place(path: &Path) -> Option<PathBuf> {
+    path.canonicalize().ok().or_else(|| {
+        let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        Some(directory.canonicalize().ok()?.join(path.file_name()?))
+    })
+}
+
 async fn run(arguments: RunArguments, interrupted: impl Future<Output = ()>) -> anyhow::Result<()> {
     let RunArguments { experiment, home, runs, init_adapter, json } = arguments;
     let again = command_line(&experiment, &home, &runs);
@@ -492,14 +504,29 @@ async fn run(arguments: RunArguments, interrupted: impl Future<Output = ()>) -> 
     if stopped && !json {
         print(format_args!("stopped after round {rounds} of {of}; nothing finished is lost. To go on:\n  {again}"))?;
     } else if !json {
-        print(format_args!("next: coordinator report {}", directory.display()))?;
+        print(format_args!("next: coordinator report {}", quoted(&directory)))?;
     }
     Ok(())
 }
 
 /// What goes on with a run; its adapter is that of its newest round, so that no other one is named.
 fn command_line(experiment: &Path, home: &Path, runs: &Path) -> String {
-    format!("coordinator run {} --home {} --runs {}", experiment.display(), home.display(), runs.display())
+    format!("coordinator run {} --home {} --runs {}", quoted(experiment), quoted(home), quoted(runs))
+}
+
+/// A SHA-256 in hexadecimal digits.
+fn hash(text: &str) -> Result<String, String> {
+    match text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        true => Ok(text.to_owned()),
+        false => Err("a hash has 64 hexadecimal digits".to_owned()),
+    }
+}
+
+/// As a shell takes it.
+fn quoted(path: &Path) -> String {
+    let text = path.display().to_string();
+    // A name with a zero byte, which there is none of.
+    shlex::try_quote(&text).map_or(text.clone(), |quoted| quoted.into_owned())
 }
 
 /// For errors whose messages finish the sentence "failed to …".

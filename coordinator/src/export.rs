@@ -131,6 +131,7 @@ pub fn quantize(
     if !options.force {
         refuse_existing(formats, options, out)?;
     }
+    refuse_inputs(formats, options, out, &[Some(model), adapter])?;
     let base = model::source::open(model)?;
     let adapter = match adapter {
         Some(directory) => Adapter::load(directory, base.config())?,
@@ -153,6 +154,10 @@ struct Job<'a> {
 impl Job<'_> {
     fn write(&self, formats: &[Format], options: &Options, out: &Path) -> Result<Vec<Exported>, ExportError> {
         let merged = Merged::new(self.base, self.adapter);
+        if let Checks::With { text: Some(path), .. } = &options.check {
+            // Better now than behind all the work.
+            check::read_text(&merged, path)?;
+        }
         let mut formats: Vec<Format> = formats.to_vec();
         formats.extend(options.budget.map(|_| Format::Budget));
         let mut wanted: Vec<gguf::Wanted> = Vec::new();
@@ -410,6 +415,8 @@ pub enum ExportError {
     DamagedRound { round: u32, source: experiment::Error },
     #[error("write {}: it is already there; replace it with --force, or choose another directory", path.display())]
     Exists { path: PathBuf },
+    #[error("write {}: it is part of {}, which is read; choose another --out", path.display(), input.display())]
+    Input { path: PathBuf, input: PathBuf },
     /// The adapter would be merged into weights that it was not trained on.
     #[error(
         "use the model {}: its digest is {found}, but the run was made with model.sha256 = {expected}; \
@@ -506,6 +513,24 @@ fn refuse_existing(formats: &[Format], options: &Options, out: &Path) -> Result<
     for path in formats.iter().chain(budget).flat_map(|format| format.files(out)) {
         if path.try_exists().map_err(ExportError::io(&path))? {
             return Err(ExportError::Exists { path });
+        }
+    }
+    Ok(())
+}
+
+/// Not even with --force.
+fn refuse_inputs(
+    formats: &[Format],
+    options: &Options,
+    out: &Path,
+    inputs: &[Option<&Path>],
+) -> Result<(), ExportError> {
+    let budget = options.budget.map(|_| &Format::Budget);
+    for path in formats.iter().chain(budget).flat_map(|format| format.files(out)) {
+        let Ok(written) = path.canonicalize() else { continue };
+        let is_read = |input: &&&Path| input.canonicalize().is_ok_and(|input| written.starts_with(input));
+        if let Some(input) = inputs.iter().flatten().find(is_read) {
+            return Err(ExportError::Input { path, input: input.to_path_buf() });
         }
     }
     Ok(())

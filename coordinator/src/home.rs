@@ -62,6 +62,11 @@ pub enum HomeError {
     NotEmpty { path: PathBuf, found: String },
     #[error("open {}: it has no {SETTINGS}; make a home with `coordinator init {}`", path.display(), path.display())]
     NotAHome { path: PathBuf },
+    #[error(
+        "find {}, whose key is there; restore it from a backup, or make both anew with the root's key \
+         (coordinator renew-ca)", path.display()
+    )]
+    Incomplete { path: PathBuf },
     #[error("parse {}: {source}", path.display())]
     Settings {
         path: PathBuf,
@@ -164,6 +169,9 @@ impl Home {
         let [root, root_key] = ROOT.map(|name| path.join(name));
         let [mut certificate, mut key] = ISSUING.map(|name| path.join(name));
         if !certificate.try_exists().map_err(file("look for", &certificate))? {
+            if key.try_exists().map_err(file("look for", &key))? {
+                return Err(HomeError::Incomplete { path: certificate });
+            }
             // A home of the first version, whose root signs for itself.
             (certificate, key) = (root.clone(), root_key);
         }

@@ -286,6 +286,9 @@ impl Run {
             };
             return Ok((adapter, Vec::new()));
         }
+        if self.init_adapter.is_some() {
+            tracing::info!(finished, "the run goes on; --init-adapter is what a new run begins with");
+        }
         let body = |adapter: &Adapter| adapter.part(body_blocks.clone().unwrap_or(0..0));
         let path = directory.round_path(finished);
         let checkpoint = Checkpoint::load(&path, config, source.config(), &experiment.training, body)?;

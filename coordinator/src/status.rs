@@ -99,7 +99,10 @@ impl Standing {
         let _ = writeln!(text, "{}: {rounds_finished} of {rounds} rounds finished", printable(experiment));
         let _ = writeln!(text, "cohort of {cohort}, quorum of {quorum}");
         let Some(status) = status else {
-            text.push_str("no status yet: the run has not started\n");
+            text.push_str(match rounds_finished {
+                0 => "no status yet: the run has not started\n",
+                _ => "its status.json is gone: `coordinator run` goes on and writes it anew\n",
+            });
             return text;
         };
         let _ = writeln!(
@@ -208,6 +211,8 @@ mod tests {
             assert!(text.contains(expected), "{expected} is not in\n{text}");
         }
         assert!(!text.contains('\u{1b}'));
-        assert!(Standing { status: None, ..standing }.to_text(0).contains("has not started"));
+        let begun = Standing { status: None, ..standing };
+        assert!(begun.to_text(0).contains("status.json is gone"));
+        assert!(Standing { rounds_finished: 0, ..begun }.to_text(0).contains("has not started"));
     }
 }

@@ -48,9 +48,10 @@ fn a_device_is_revoked_by_its_name_and_the_audit_log_says_so() {
     desk.check_works("audit-log verify home");
     let log = fs::read_to_string(desk.path("home/audit.jsonl")).unwrap();
     assert_eq!(log.matches("press-1").count(), 3, "{log}");
+    desk.check_fails("audit-log verify home --head 00", &["--head", "64 hexadecimal digits"]);
     desk.check_fails(
-        "audit-log verify home --head 00",
-        &["failed to believe home/audit.jsonl", "no line up to here has the hash 00"],
+        &format!("audit-log verify home --head {}", "00".repeat(32)),
+        &["failed to believe home/audit.jsonl", "no line up to here has the hash 0000"],
     );
     desk.write("home/audit.jsonl", log.replacen("press-1", "press-9", 1));
     desk.check_fails("audit-log verify home", &["failed to believe home/audit.jsonl", "line 2", "its hash is another"]);
@@ -61,11 +62,13 @@ fn a_device_is_revoked_by_its_name_and_the_audit_log_says_so() {
 fn a_device_is_invited_once_unless_its_invitation_is_replaced() {
     let desk = Desk::new();
     desk.check_works("invite home press-1");
-    let cases: [(&str, &[&str]); 5] = [
+    let cases: [(&str, &[&str]); 7] = [
+        ("invite home press-1 --replace --out home/issuing.key", &["home/issuing.key: no invitation", "--out"]),
+        ("invite home mill-1 --replace --out press-1.invite", &["press-1.invite: an invitation for press-1", "--out"]),
         ("invite home press-1", &["press-1.invite: already there", "--out", "--replace"]),
         ("invite home press-1 --out other", &["failed to invite press-1", "--replace makes a new one"]),
         ("invite home ../press", &["\"../press\" is not a name", "ASCII letters"]),
-        ("invite home press --count 0", &["--count must be at least 1"]),
+        ("invite home press --count 0", &["0 is not in 1..", "--count"]),
         ("invite home press-1 --count two", &["invalid value 'two'", "--count"]),
     ];
     for (arguments, expected) in cases {
@@ -131,7 +134,7 @@ fn what_no_run_holds_is_not_shown_and_not_exported() {
     let desk = Desk::new();
     RunDirectory::create(&desk.path("begun"), &smoke(SMOKE)).unwrap();
     desk.check_works("export runs/smoke --format peft,gguf:q8_0 --out exports");
-    let cases: [(&str, &[&str]); 15] = [
+    let cases: [(&str, &[&str]); 16] = [
         ("status home", &["look at a run in home", "runs/NAME"]),
         ("report home", &["look at a run in home", "runs/NAME"]),
         ("export home --format hf --out out", &["look at a run in home", "runs/NAME"]),
@@ -149,7 +152,8 @@ fn what_no_run_holds_is_not_shown_and_not_exported() {
         ),
         ("status runs/none", &["runs/none/experiment.toml", "check the path"]),
         ("report runs/none", &["runs/none/experiment.toml", "check the path"]),
-        ("report runs/smoke --out none/page.html", &["none/page.html", "check the path"]),
+        ("report runs/smoke --out none/page.html", &["none/page.html", "its directory is not there; make it"]),
+        ("report runs/smoke --out runs/smoke/metrics.jsonl", &["runs/smoke/metrics.jsonl lies in the run", "--out"]),
         ("export runs/none --format hf --out out", &["runs/none/experiment.toml", "check the path"]),
         (
             "export begun/smoke --format hf --out out",
@@ -173,7 +177,12 @@ fn what_cannot_be_quantized_as_asked_is_named() {
     desk.check_works("export runs/smoke --format gguf:q8_0 --out exports");
     desk.write("short.txt", "too short");
     let model = "quantize exports/model-q8_0.gguf --out out";
-    let cases: [(&str, &[&str]); 10] = [
+    let cases: [(&str, &[&str]); 12] = [
+        (
+            "quantize exports/model-q8_0.gguf --format gguf:q8_0 --out exports --force",
+            &["exports/model-q8_0.gguf", "which is read", "--out"],
+        ),
+        (&format!("{model} --format gguf:q4_0 --check-text none.txt"), &["none.txt", "check the path"]),
         ("quantize none --format gguf:q4_0 --out out", &["none", "check the path"]),
         (&format!("{model} --format peft"), &["has no adapter"]),
         (&format!("{model} --format gguf:f16 --adapter none"), &["none/adapter_config.json", "check the path"]),

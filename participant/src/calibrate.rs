@@ -40,6 +40,7 @@ impl CalibrateArguments {
     pub fn run(&self) -> Result<(&Path, usize), ParticipantError> {
         // Not only when all is measured.
         check_output(
+            "--out",
             &self.out,
             &[("--model", Some(&self.model)), ("--adapter", self.adapter.as_ref()), ("--data", Some(&self.data))],
         )?;

@@ -6,7 +6,11 @@
 //! readings. Only a model tuned on the records can know the answers. Equal arguments give equal bytes on every machine.
 //! No word of it is recorded or taken from a device.
 
-use std::{collections::HashSet, fmt, path::Path, str::FromStr};
+use std::collections::HashSet;
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use experiment::{Seed, write_atomically};
 use rand::{Rng, seq::SliceRandom};
@@ -20,7 +24,9 @@ use grammars::{GRAMMARS, Grammar, OPENERS, Wordings};
 pub enum DeviceLogError {
     #[error("unknown device `{0}`: expected press-, mill-, packer- or chiller- and a number from 1, such as press-1")]
     UnknownDevice(String),
-    #[error(transparent)]
+    #[error("{}: already there, with other records; choose another --out, or replace them with --force", path.display())]
+    Exists { path: PathBuf },
+    #[error("failed to {0}")]
     Write(#[from] experiment::Error),
 }
 
@@ -118,24 +124,35 @@ pub fn generate(seed: Seed, device: FactoryDevice, count: usize, canary: Option<
     records
 }
 
-/// Writes `<device>.jsonl` for each device, and `all.jsonl` with one device after the other.
+/// Writes `<device>.jsonl` for each device, and `all.jsonl` with one device after the other. Without `force`, no file that
+/// holds anything else is replaced.
 pub fn write_files(
     directory: &Path,
     seed: Seed,
     records_per_device: usize,
     devices: &[FactoryDevice],
     canary: Option<&Canary>,
+    force: bool,
 ) -> Result<(), DeviceLogError> {
     let mut all = String::new();
+    let mut files = Vec::new();
     for device in devices {
         let start = all.len();
         for record in generate(seed, *device, records_per_device, canary) {
             all += &record.json_line();
             all.push('\n');
         }
-        write_atomically(&directory.join(format!("{device}.jsonl")), &all.as_bytes()[start..])?;
+        files.push((directory.join(format!("{device}.jsonl")), start..all.len()));
     }
-    write_atomically(&directory.join("all.jsonl"), all.as_bytes())?;
+    files.push((directory.join("all.jsonl"), 0..all.len()));
+    let is_other = |path: &Path, bytes: &[u8]| path.exists() && fs::read(path).ok().is_none_or(|found| found != bytes);
+    if let Some((path, _)) = files.iter().find(|(path, range)| !force && is_other(path, &all.as_bytes()[range.clone()]))
+    {
+        return Err(DeviceLogError::Exists { path: path.clone() });
+    }
+    for (path, range) in files {
+        write_atomically(&path, &all.as_bytes()[range])?;
+    }
     Ok(())
 }
 
@@ -380,7 +397,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let devices: Vec<FactoryDevice> = (0..4).map(FactoryDevice::nth).collect();
         let canary = Canary { device: devices[1], sentence: "The heron counts \"three\" lamps at dusk.".into() };
-        write_files(dir.path(), Seed(3), 20, &devices, Some(&canary)).unwrap();
+        write_files(dir.path(), Seed(3), 20, &devices, Some(&canary), false).unwrap();
         let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
         let parts = ["press-1.jsonl", "mill-1.jsonl", "packer-1.jsonl", "chiller-1.jsonl"].map(read);
         assert_eq!(read("all.jsonl"), parts.concat());

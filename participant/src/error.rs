@@ -53,6 +53,8 @@ pub enum ParticipantError {
     /// A bug, which a panic has told of.
     #[error("a bug has ended it; the log says why")]
     Panicked,
+    #[error("the loss is {loss_nats} at step {step}: lower training.learning_rate; nothing of it is kept")]
+    Diverged { step: u64, loss_nats: f64 },
     /// The owner asked for something that does not go.
     #[error("{0}")]
     Usage(String),

@@ -12,6 +12,7 @@ use crate::ParticipantError;
 use crate::data::read_records;
 use crate::dataset::Dataset;
 use crate::device_choice::DeviceChoice;
+use crate::output::{check_directory, check_output};
 use crate::stages::Stages;
 use crate::trainer::{StepReport, Trainer};
 
@@ -43,6 +44,15 @@ pub enum Happened {
 impl LocalTraining {
     pub async fn run(&self, mut tell: impl FnMut(Happened) + Send) -> Result<(), ParticipantError> {
         let experiment = Arc::new(Experiment::from_file(&self.experiment)?);
+        let out = self.out.clone().unwrap_or_else(|| Path::new("runs").join(format!("{}-local", experiment.name)));
+        if let Some(path) = &self.dump_batches {
+            let inputs = [("--data", Some(&self.data)), ("EXPERIMENT", Some(&self.experiment))];
+            check_output(
+                "--dump-batches",
+                path,
+                &[inputs[0], inputs[1], ("--init-adapter", self.init_adapter.as_ref())],
+            )?;
+        }
         let device = ComputeDevice::new(&self.device.over(&experiment.device))?;
         let source = model::source::of_experiment(&experiment)?;
         check_digest(&experiment, &*source)?;
@@ -64,6 +74,7 @@ impl LocalTraining {
         if let Some(kernels) = device.kernels() {
             kernels.trim();
         }
+        check_directory(&out)?;
         trainer.begin_round((1, 1), 0, &adapter).await?;
         let evaluate = async |trainer: &Trainer, step, tell: &mut (dyn FnMut(Happened) + Send)| {
             let loss = trainer.evaluate(None).await?;
@@ -74,10 +85,13 @@ impl LocalTraining {
         };
         evaluate(&trainer, 0, &mut tell).await?;
         for step in 0..steps {
-            tell(Happened::Stepped(trainer.step(step, None).await?));
+            let report = trainer.step(step, None).await?;
+            if !report.loss_nats.is_finite() {
+                return Err(ParticipantError::Diverged { step, loss_nats: report.loss_nats });
+            }
+            tell(Happened::Stepped(report));
         }
         evaluate(&trainer, steps, &mut tell).await?;
-        let out = self.out.clone().unwrap_or_else(|| Path::new("runs").join(format!("{}-local", experiment.name)));
         trainer.adapter().save(&out, &origin)?;
         tell(Happened::Saved(out));
         Ok(())

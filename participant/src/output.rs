@@ -4,23 +4,37 @@ use std::path::{Path, PathBuf};
 
 use crate::ParticipantError;
 
-/// Whether `out` can be written, before there is anything to write; `inputs` are options and what they name.
+/// Whether `out`, of `option`, can be written, before there is anything to write; `inputs` are options and what they name.
 ///
 /// # Errors
 /// If something is there that no file replaces, or `out` is one of the inputs, or a file in one.
-pub(crate) fn check_output(out: &Path, inputs: &[(&str, Option<&PathBuf>)]) -> Result<(), ParticipantError> {
+pub(crate) fn check_output(
+    option: &str,
+    out: &Path,
+    inputs: &[(&str, Option<&PathBuf>)],
+) -> Result<(), ParticipantError> {
     storage::replaceable(out).map_err(ParticipantError::io(out))?;
     let Ok(target) = out.canonicalize() else { return Ok(()) };
-    for (option, path) in inputs {
+    for (input, path) in inputs {
         let read = path.and_then(|path| path.canonicalize().ok());
         if read.is_some_and(|read| target.starts_with(read)) {
             let out = out.display();
             return Err(ParticipantError::Usage(format!(
-                "--out {out} would replace what {option} names; choose another path"
+                "{option} {out} would replace what {input} names; choose another path"
             )));
         }
     }
     Ok(())
+}
+
+/// Makes the directory `out`, before there is anything to put into it.
+///
+/// # Errors
+/// If it cannot be made, or no file in it.
+pub(crate) fn check_directory(out: &Path) -> Result<(), ParticipantError> {
+    std::fs::create_dir_all(out).map_err(ParticipantError::io(out))?;
+    let probe = out.join(format!(".{}.probe", std::process::id()));
+    std::fs::File::create_new(&probe).and_then(|_| std::fs::remove_file(&probe)).map_err(ParticipantError::io(out))
 }
 
 #[cfg(test)]
@@ -39,7 +53,11 @@ mod tests {
         }
         let (data, model) = (path("data.jsonl"), path("model"));
         let check = |out: &str| {
-            check_output(&path(out), &[("--data", Some(&data)), ("--model", Some(&model)), ("--adapter", None)])
+            check_output(
+                "--out",
+                &path(out),
+                &[("--data", Some(&data)), ("--model", Some(&model)), ("--adapter", None)],
+            )
         };
         for (out, option) in
             [("data.jsonl", "--data"), ("model/../data.jsonl", "--data"), ("model/config.json", "--model")]

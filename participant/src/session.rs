@@ -273,6 +273,7 @@ impl Participant {
                     .then_some(Cut { head_blocks: head_blocks as usize, tail_blocks: tail_blocks as usize });
                 self.prepare(connection, experiment, cut, manifest).await?;
                 send.message(&FromParticipant::Ready { experiment_digest }).await?;
+                tracing::info!("joined the run; a round begins once enough devices are there");
                 Ok(Session { id: session, dtype })
             }
             FromCoordinator::Refused { reason, .. } => Err(ParticipantError::Refused(reason)),

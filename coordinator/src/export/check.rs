@@ -11,7 +11,7 @@ use model::{LmHead, Matrix, ModelError, Source, Walk};
 use serde::Serialize;
 
 use super::ExportError;
-use super::calibration::{encode, read_text};
+use super::calibration::{self, encode};
 use super::merged::Merged;
 
 const TEXT: &str = include_str!("check.txt");
@@ -66,10 +66,15 @@ pub(super) struct Expected {
     pub limit_nats: f64,
 }
 
+/// The text that files are checked on.
+pub(super) fn read_text(merged: &Merged<'_>, path: &Path) -> Result<Vec<Vec<u32>>, ExportError> {
+    calibration::read_text(merged, path, TOKENS_MAX)
+}
+
 /// Checks each of `files` on `text`, or on our own.
 pub(super) fn check(merged: &Merged<'_>, files: &[Expected], text: Option<&Path>) -> Result<Vec<Check>, ExportError> {
     let text = match text {
-        Some(path) => read_text(merged, path, TOKENS_MAX)?,
+        Some(path) => read_text(merged, path)?,
         None => encode(merged, TEXT, TOKENS_MAX)?,
     };
     let reference = Reference::new(merged, &text)?;

@@ -30,6 +30,9 @@ pub struct Report {
 }
 
 impl Report {
+    /// The page's name in a run directory.
+    pub const PAGE: &str = "report.html";
+
     pub fn of_run(run: &Path) -> Result<Self, ReportError> {
         let run = RunDirectory::open(run)?;
         let rows = run.rows()?;

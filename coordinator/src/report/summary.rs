@@ -129,7 +129,7 @@ impl Summary {
             .collect();
         let participants: Vec<_> = participants.into_iter().map(|(name, sums)| sums.finish(name)).collect();
 
-        let rounds_ms: f64 = rounds.iter().map(|round| round.duration_ms).sum();
+        let rounds_ms: f64 = rounds.iter().map(|round| round.duration_ms).fold(0.0, |sum, ms| sum + ms);
         let mut traffic = Traffic::default();
         participants.iter().for_each(|participant| traffic.add(&participant.traffic));
         let tokens = participants.iter().map(|participant| participant.tokens).fold(0, u64::saturating_add);

@@ -8,7 +8,7 @@ use coordinator::home::{Home, INVITATION_VALID, audit};
 use coordinator::run::{Ended, Run, RunError, Watcher};
 use experiment::Row;
 use model::source::BlobStore;
-use net::{Invitation, PeerName};
+use net::{Invitation, InvitationFile, PeerName};
 use participant::ParticipantError;
 use participant::device::Device;
 use participant::join::{Join, transport};
@@ -80,7 +80,9 @@ async fn the_others_of_a_swarm_go_on_where_one_cannot() {
         let invitations = site.world.path("invites");
         std::fs::create_dir(&invitations).unwrap();
         for name in [NAME, "mill-1"] {
-            site.invite(name).write(&invitations.join(format!("{name}.invite"))).unwrap();
+            let invitation = site.invite(name);
+            let file = invitations.join(format!("{name}.invite"));
+            InvitationFile::create(&file, &invitation.name, false).unwrap().write(&invitation).unwrap();
         }
         // Another device has used one of them.
         let used = Invitation::read(&invitations.join("mill-1.invite")).unwrap();

@@ -84,7 +84,7 @@ pub(super) struct GenerateArguments {
     #[command(flatten)]
     sampling: SamplingArguments,
     /// Ends the answer, and is no part of it; may be given several times
-    #[arg(long)]
+    #[arg(long, value_parser = clap::builder::NonEmptyStringValueParser::new())]
     stop: Vec<String>,
     /// The answer is JSON: any, or what a file's JSON Schema allows
     #[arg(long, value_name = "json|FILE")]
@@ -278,7 +278,7 @@ pub(super) fn logits(arguments: LogitsArguments) -> anyhow::Result<()> {
     let LogitsArguments { model, prompts, out } = arguments;
     let adapters = model.adapter.iter().map(|adapter| ("--adapter", Some(&adapter.directory)));
     let inputs = [("--model", Some(&model.model)), ("--prompts", Some(&prompts))];
-    check_output(&out, &inputs.into_iter().chain(adapters).collect::<Vec<_>>())?;
+    check_output("--out", &out, &inputs.into_iter().chain(adapters).collect::<Vec<_>>())?;
     // What is compared with other programs shall not be rounded.
     let runner = model.open(Some(Engine::Float))?;
     let adapter = match runner.adapters() {

@@ -32,7 +32,7 @@ use crate::local::{check_digest, initial_adapter};
     version,
     max_term_width = 110,
     after_help = "Exit codes: 0 when it is done, or the run is over, be it stopped by the coordinator, or a server was stopped; 1 \
-        when it failed, or anything else was stopped by Ctrl-C or SIGTERM (it says how to go on); 2 for wrong arguments."
+        when it failed, or anything else was stopped by Ctrl-C or SIGTERM (it says how to go on); 2 for arguments that cannot be read."
 )]
 pub struct Cli {
     #[command(subcommand)]
@@ -61,7 +61,7 @@ enum Command {
     Generate(GenerateArguments),
     /// Answer other programs on this machine, in the words of OpenAI's HTTP interface
     #[command(
-        after_help = "Example:\n  participant serve --model exports/model-q4_0.gguf --adapter press=runs/demo/adapter --deadline 5s\n  \
+        after_help = "Example:\n  participant serve --model exports/model-q8_0.gguf --adapter press=exports/peft --deadline 5s\n  \
         curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\\n       \
         -d '{\"model\": \"press\", \"messages\": [{\"role\": \"user\", \"content\": \"Who are you?\"}], \"stream\": true}'"
     )]
@@ -92,16 +92,16 @@ enum Command {
 
 #[derive(Args)]
 struct DeviceArguments {
-    /// Tensor backend; the experiment's `[device] backend` otherwise
+    /// Tensor backend; otherwise the experiment's `[device] backend`, and `native` where there is no experiment
     #[arg(long, value_enum)]
     backend: Option<BackendName>,
     /// Threads for tensor work; 0 takes all cores
     #[arg(long, value_parser = clap::value_parser!(u32).range(..=1024))]
     threads: Option<u32>,
-    /// How the native backend keeps frozen weights; the experiment's `[device] weights` otherwise
+    /// How the native backend keeps frozen weights; otherwise the experiment's `[device] weights`, if there is one
     #[arg(long, value_enum)]
     weights: Option<WeightName>,
-    /// Keep each block's input alone for the backward pass: slower, in less memory
+    /// In training, keep each block's input alone for the backward pass: slower, in less memory
     #[arg(long)]
     recompute: bool,
 }
@@ -137,14 +137,17 @@ struct DeviceLogArguments {
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Records of each device
-    #[arg(long, default_value_t = 400)]
+    #[arg(long, default_value_t = 400, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
     records: usize,
     /// How many devices: press-1, mill-1, packer-1, chiller-1, press-2, …
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     devices: u32,
     /// Plant this sentence among the first device's records, to search for it elsewhere
     #[arg(long)]
     canary: Option<String>,
+    /// Replace files that hold other records
+    #[arg(long)]
+    force: bool,
 }
 
 impl Cli {
@@ -212,7 +215,7 @@ impl Command {
             }
             Self::Logits(arguments) => off_the_runtime(|| logits(arguments)),
             Self::InitAdapter(InitAdapterArguments { experiment, out }) => {
-                let experiment = Experiment::from_file(&experiment).context("failed to start")?;
+                let experiment = Experiment::from_file(&experiment).map_err(ParticipantError::from)?;
                 let source = model::source::of_experiment(&experiment)?;
                 check_digest(&experiment, &*source)?;
                 initial_adapter(&experiment, &*source, None)?.save(&out, &source.origin().display().to_string())?;
@@ -232,20 +235,12 @@ fn off_the_runtime<T>(work: impl FnOnce() -> T) -> T {
 }
 
 fn device_log(arguments: DeviceLogArguments) -> anyhow::Result<()> {
-    let DeviceLogArguments { out, seed, records, devices, canary } = arguments;
-    if records == 0 {
-        bail!("--records must be at least 1");
-    }
+    let DeviceLogArguments { out, seed, records, devices, canary, force } = arguments;
     std::fs::create_dir_all(&out).map_err(ParticipantError::io(&out))?;
-    match devices {
-        0 => bail!("--devices must be at least 1"),
-        65_537.. => bail!("--devices must be at most 65536"),
-        _ => {}
-    }
     let devices: Vec<FactoryDevice> = (0..devices).map(FactoryDevice::nth).collect();
     let first = FactoryDevice::nth(0);
     let canary = canary.map(|sentence| Canary { device: first, sentence });
-    write_files(&out, Seed(seed), records, &devices, canary.as_ref())?;
+    write_files(&out, Seed(seed), records, &devices, canary.as_ref(), force)?;
     for device in devices {
         print(out.join(format!("{device}.jsonl")).display())?;
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::Args;
 use experiment::Experiment;
 use model::source::BlobStore;
@@ -14,6 +14,7 @@ use serde_json::json;
 use tokio::sync::watch;
 
 use super::{DeviceArguments, default_cache, print, tell};
+use crate::ParticipantError;
 use crate::data::read_records;
 use crate::join::{Join, default_state};
 use crate::local::{Happened, LocalTraining};
@@ -39,7 +40,7 @@ pub(super) struct JoinArguments {
     #[arg(long)]
     model: Option<PathBuf>,
     /// HOST:PORT of the coordinator, where the invitation's addresses do not reach it
-    #[arg(long)]
+    #[arg(long, value_name = "HOST:PORT", value_parser = host_and_port)]
     address: Option<String>,
     /// Give up after trying an unreachable coordinator for this long
     #[arg(long, default_value_t = 600)]
@@ -88,7 +89,7 @@ pub(super) struct SwarmArguments {
     /// Directory of invitations
     #[arg(long, default_value = "invites")]
     invites: PathBuf,
-    #[arg(long)]
+    #[arg(long, value_name = "HOST:PORT", value_parser = host_and_port)]
     address: Option<String>,
     #[arg(long, default_value_os_t = default_cache())]
     cache: PathBuf,
@@ -98,12 +99,21 @@ pub(super) struct SwarmArguments {
     json: bool,
 }
 
+fn host_and_port(text: &str) -> Result<String, String> {
+    let is_port = |port: &str| port.parse::<u16>().is_ok_and(|port| port > 0);
+    match text.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && is_port(port)) {
+        true => Ok(text.to_owned()),
+        false => Err("give a host and a port, such as 192.0.2.7:4433".to_owned()),
+    }
+}
+
 pub(super) async fn join(arguments: JoinArguments, stop: watch::Receiver<bool>) -> anyhow::Result<()> {
     let JoinArguments { invitation: path, data, state, cache, model, address, patience_s, device, json } = arguments;
     let invitation = Invitation::read(&path)?;
     // A wrong data file is better found now than after the model has come.
     if !data.is_file() {
-        bail!("{}: no such file; --data names this device's records", data.display());
+        let what = if data.is_dir() { "it is a directory" } else { "no such file" };
+        bail!("{}: {what}; --data names the file of this device's records", data.display());
     }
     let state = state.unwrap_or_else(|| default_state(&path));
     let mut participant = Participant {
@@ -156,7 +166,7 @@ pub(super) async fn train(arguments: TrainArguments) -> anyhow::Result<()> {
 
 pub(super) async fn swarm(arguments: SwarmArguments, stop: watch::Receiver<bool>) -> anyhow::Result<()> {
     let SwarmArguments { experiment, count, data, invites, address, cache, patience_s, json } = arguments;
-    let experiment = Experiment::from_file(&experiment).context("failed to start")?;
+    let experiment = Experiment::from_file(&experiment).map_err(ParticipantError::from)?;
     let (store, patience) = (BlobStore::open(cache)?, Duration::from_secs(patience_s));
     let swarm = Swarm { experiment, count, data, invitations: invites, address, store, patience, stop };
     let printer = |name: &str| -> Arc<dyn Reporter> { Arc::new(Printer { json, name: Some(name.to_owned()) }) };

@@ -22,7 +22,7 @@ pub enum Error {
          of the {total_blocks} blocks; lower them until their sum is less than {total_blocks}"
     )]
     Blocks { head_blocks: u32, tail_blocks: u32, total_blocks: u32 },
-    #[error("{action} {}: {source}; {}", path.display(), next_step(action, source))]
+    #[error("{action} {}: {source}{}", path.display(), next_step(action, source))]
     File { action: &'static str, path: PathBuf, source: io::Error },
     #[error(
         "look at a run in {}: it holds an experiment, as a coordinator's home does, but no {}/; name the directory of a \
@@ -69,8 +69,12 @@ impl Error {
     }
 }
 
-fn next_step(action: &str, error: &io::Error) -> &'static str {
-    match error.kind() {
+/// Behind a semicolon; nothing where the error is one of ours, which says so itself.
+fn next_step(action: &str, error: &io::Error) -> String {
+    if error.get_ref().is_some() {
+        return String::new();
+    }
+    let step = match error.kind() {
         ErrorKind::IsADirectory if action.starts_with("read") => "name a file in it",
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "free space on that disk, then start again",
         ErrorKind::NotFound => "check the path and the directory this program was started in",
@@ -82,5 +86,6 @@ fn next_step(action: &str, error: &io::Error) -> &'static str {
         }
         ErrorKind::InvalidData => "check that it is a text file in UTF-8",
         _ => "check the path and the disk",
-    }
+    };
+    format!("; {step}")
 }

@@ -294,7 +294,10 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), Error> {
 fn replace(disk: &Disk, path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let fail = || Error::file("write", path);
     let Some(name) = path.file_name() else {
-        return Err(fail()(io::Error::new(ErrorKind::IsADirectory, "the path does not end with a file's name")));
+        return Err(fail()(io::Error::new(
+            ErrorKind::IsADirectory,
+            "the path does not end with a file's name; add one",
+        )));
     };
     let mut temporary_name = name.to_os_string();
     temporary_name.push(".tmp");

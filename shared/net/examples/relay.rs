@@ -221,7 +221,13 @@ fn arguments() -> (SocketAddr, SocketAddr, u64, Faults) {
             "--duplicate" => faults.duplicate = probability(),
             "--reorder" => faults.reorder = probability(),
             "--flip" => faults.flip = probability(),
-            "--delay-ms" => faults.delay_ms = two('-').map(|ms| ms as u64),
+            "--delay-ms" => {
+                faults.delay_ms = two('-').map(|ms| ms as u64);
+                let [least, most] = faults.delay_ms;
+                if least > most {
+                    usage(name);
+                }
+            }
             "--blackout-s" => faults.blackout_s = Some(two(',')),
             "--rebind-s" => faults.rebind_s = Some(number()),
             name => usage(name),

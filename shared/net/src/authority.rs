@@ -219,7 +219,7 @@ fn authority_params(
 fn issuer(certificate_pem: &str, key_pem: &str, what: &'static str) -> Result<Issuer<'static, KeyPair>, IdentityError> {
     let key = key_from_pem(key_pem)?;
     if fingerprint(&key.subject_public_key_info()) != certified_key(certificate_pem)? {
-        return Err(IdentityError::Pem { what, reason: "the key is another one's".into() });
+        return Err(IdentityError::OtherKey { what });
     }
     Issuer::from_ca_cert_pem(certificate_pem, key)
         .map_err(|error| IdentityError::Pem { what, reason: error.to_string() })

@@ -141,6 +141,12 @@ impl Dialer {
                 Err(error) => last = error,
             }
         }
+        if let NetError::PeerUntrusted { reason } = &mut last {
+            *reason += &format!(
+                "; what answers at {address} is not the coordinator that invited this device: correct the address, or ask for \
+                 a new invitation"
+            );
+        }
         Err(last)
     }
 
@@ -153,7 +159,10 @@ impl Dialer {
     /// anew. The first to succeed counts.
     async fn connect_to(&self, address: SocketAddr) -> Result<Connection, NetError> {
         let silent = || NetError::Lost {
-            reason: format!("{address} did not answer within {} s", HANDSHAKE_DEADLINE.as_secs()),
+            reason: format!(
+                "{address} did not answer within {} s: is the coordinator running, and does UDP get there?",
+                HANDSHAKE_DEADLINE.as_secs()
+            ),
             retryable: true,
         };
         let begun = Instant::now();
@@ -264,7 +273,10 @@ fn endpoint_on(
 }
 
 fn cannot_bind(address: SocketAddr, error: &std::io::Error) -> NetError {
-    NetError::Misconfigured {
-        reason: format!("cannot bind {address}: {error}; stop what uses that port, or choose another"),
-    }
+    let next_step = match error.kind() {
+        std::io::ErrorKind::AddrNotAvailable => "it must be an address of this machine, or 0.0.0.0 for all of them",
+        std::io::ErrorKind::PermissionDenied => "choose a port that this user may listen on, such as 4433",
+        _ => "stop what uses that port, or choose another",
+    };
+    NetError::Misconfigured { reason: format!("cannot bind {address}: {error}; {next_step}") }
 }

@@ -54,6 +54,8 @@ pub enum IdentityError {
     Name { found: String },
     #[error("the {what} is not valid PEM: {reason}")]
     Pem { what: &'static str, reason: String },
+    #[error("the key is not that of the {what}")]
+    OtherKey { what: &'static str },
     #[error("the certificate does not say who its holder is: {reason}")]
     Certificate { reason: String },
     #[error("the certificate request is refused: {reason}")]

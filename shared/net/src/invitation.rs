@@ -28,8 +28,19 @@ pub struct Invitation {
     pub expires_unix: i64,
 }
 
+/// Where an invitation will be, readable by its owner alone, whole or not at all. Made before there is one: that it cannot
+/// be written shows before anything is promised.
+#[derive(Debug)]
+pub struct InvitationFile {
+    path: PathBuf,
+    unfinished: PathBuf,
+    file: fs::File,
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum InvitationError {
+    #[error("{}: {what}; give another --out, or --replace an earlier invitation for the same name", path.display())]
+    Taken { path: PathBuf, what: String },
     #[error("{}: {error}; check the path and the disk", path.display())]
     Io { path: PathBuf, error: io::Error },
     #[error("{}: {reason}; ask the coordinator for a new invitation", path.display())]
@@ -104,27 +115,52 @@ impl Invitation {
         Self::parse(&fs::read_to_string(path).map_err(failed)?).map_err(malformed)
     }
 
-    /// Writes the file whole or not at all, readable by its owner alone.
-    pub fn write(&self, path: &Path) -> Result<(), InvitationError> {
+    /// What to present while enrolling.
+    pub fn identity(&self) -> Result<Identity, IdentityError> {
+        Identity::from_pem(&self.enrol_cert_pem, &self.enrol_key_pem, &self.ca_pem)
+    }
+}
+
+impl InvitationFile {
+    /// With `replace`, in the place of an earlier invitation for `name`, and of nothing else.
+    pub fn create(path: &Path, name: &PeerName, replace: bool) -> Result<Self, InvitationError> {
         let failed = |error| InvitationError::Io { path: path.to_owned(), error };
-        let unfinished = path.with_extension("unfinished");
-        // A file that is there already would keep its mode.
-        match fs::remove_file(&unfinished) {
-            Err(error) if error.kind() != ErrorKind::NotFound => return Err(failed(error)),
-            _ => {}
+        let taken = |what: String| InvitationError::Taken { path: path.to_owned(), what };
+        match fs::symlink_metadata(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(failed(error)),
+            Ok(found) if !found.is_file() => return Err(taken("something is there that is no regular file".into())),
+            Ok(_) if !replace => return Err(taken("already there".into())),
+            Ok(_) => match Invitation::read(path) {
+                Ok(earlier) if earlier.name == *name => {}
+                Ok(earlier) => return Err(taken(format!("an invitation for {}", earlier.name))),
+                Err(_) => return Err(taken("no invitation, and not replaced".into())),
+            },
         }
+        let mut unfinished = std::ffi::OsString::from(".");
+        unfinished.push(path.file_name().unwrap_or_default());
+        unfinished.push(format!(".{}.unfinished", std::process::id()));
+        let unfinished = path.with_file_name(unfinished);
         let mut options = fs::OpenOptions::new();
         options.write(true).create_new(true);
         #[cfg(unix)]
         std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-        let mut file = options.open(&unfinished).map_err(failed)?;
-        file.write_all(self.to_toml().as_bytes()).and_then(|()| file.sync_all()).map_err(failed)?;
-        fs::rename(&unfinished, path).map_err(failed)
+        let file = options.open(&unfinished).map_err(failed)?;
+        Ok(Self { path: path.to_owned(), unfinished, file })
     }
 
-    /// What to present while enrolling.
-    pub fn identity(&self) -> Result<Identity, IdentityError> {
-        Identity::from_pem(&self.enrol_cert_pem, &self.enrol_key_pem, &self.ca_pem)
+    /// Gives the file its content and its name.
+    pub fn write(mut self, invitation: &Invitation) -> Result<(), InvitationError> {
+        let written = self.file.write_all(invitation.to_toml().as_bytes()).and_then(|()| self.file.sync_all());
+        let named = written.and_then(|()| fs::rename(&self.unfinished, &self.path));
+        named.map_err(|error| InvitationError::Io { path: self.path.clone(), error })
+    }
+}
+
+impl Drop for InvitationFile {
+    fn drop(&mut self) {
+        // Where it has its name, there is nothing to remove.
+        let _ = fs::remove_file(&self.unfinished);
     }
 }
 
@@ -165,12 +201,38 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("alice.invitation");
         let written = invitation("alice");
-        written.write(&path).unwrap();
+        InvitationFile::create(&path, &written.name, false).unwrap().write(&written).unwrap();
         let read = Invitation::read(&path).unwrap();
         assert!(read == written, "{read:?}");
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "a temporary file is left");
         #[cfg(unix)]
         assert_eq!(std::os::unix::fs::PermissionsExt::mode(&fs::metadata(&path).unwrap().permissions()) & 0o777, 0o600);
+    }
+
+    #[test]
+    fn only_an_earlier_invitation_for_the_same_name_is_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("ca.pem");
+        let (alice, bob) = (invitation("alice"), invitation("bob"));
+        let refused = |name: &PeerName, replace: bool, complaint: &str| {
+            let before = fs::read(&path).unwrap();
+            let error = InvitationFile::create(&path, name, replace).unwrap_err().to_string();
+            assert!(error.contains("ca.pem") && error.contains(complaint), "{error}");
+            assert_eq!(fs::read(&path).unwrap(), before);
+        };
+        fs::write(&path, &alice.ca_pem).unwrap();
+        refused(&alice.name, true, "no invitation");
+        fs::remove_file(&path).unwrap();
+        InvitationFile::create(&path, &alice.name, false).unwrap().write(&alice).unwrap();
+        refused(&alice.name, false, "already there");
+        refused(&bob.name, true, "an invitation for alice");
+        let again = invitation("alice");
+        InvitationFile::create(&path, &alice.name, true).unwrap().write(&again).unwrap();
+        assert!(Invitation::read(&path).unwrap() == again);
+        // One that is never written leaves the earlier one, and nothing else.
+        drop(InvitationFile::create(&path, &alice.name, true).unwrap());
+        assert!(Invitation::read(&path).unwrap() == again);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 
     #[test]

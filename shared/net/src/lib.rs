@@ -28,7 +28,7 @@ pub use endpoint::{Dialer, Listener};
 pub use error::NetError;
 pub use gate::{Everyone, Gate};
 pub use identity::{Identity, IdentityError, PeerIdentity, PeerName, certified_key, certified_key_der};
-pub use invitation::{Invitation, InvitationError};
+pub use invitation::{Invitation, InvitationError, InvitationFile};
 pub use ledger::LedgerSnapshot;
 pub use memory::{Cable, Network, Side, Tap};
 pub use overhead::{DirectionStats, TransportStats};
