@@ -10,7 +10,7 @@ use wire::CloseCode;
 
 use crate::ParticipantError;
 use crate::device::Device;
-use crate::session::{BackOff, Participant};
+use crate::session::Participant;
 
 /// A coordinator that is there answers sooner.
 const ATTEMPT_MIN: Duration = Duration::from_millis(500);
@@ -105,6 +105,23 @@ fn graver(before: Option<ParticipantError>, error: ParticipantError) -> Particip
         _ => 2,
     };
     before.filter(|before| weight(before) >= weight(&error)).unwrap_or(error)
+}
+
+/// Waits longer after every failure, up to a quarter of a minute.
+struct BackOff {
+    next: Duration,
+}
+
+impl BackOff {
+    fn new() -> Self {
+        Self { next: Duration::from_millis(250) }
+    }
+
+    fn next_delay(&mut self) -> Duration {
+        let delay = self.next;
+        self.next = (delay * 2).min(Duration::from_secs(15));
+        delay
+    }
 }
 
 /// When a device tries again, and when it gives up.

@@ -576,26 +576,3 @@ fn listing_of(adapter: &Adapter) -> Vec<TensorInfo> {
     };
     adapter.tensors().iter().map(info).collect()
 }
-
-/// Waits longer after every failure, up to a quarter of a minute.
-pub struct BackOff {
-    next: Duration,
-}
-
-impl BackOff {
-    pub fn new() -> Self {
-        Self { next: Duration::from_millis(250) }
-    }
-
-    pub fn next_delay(&mut self) -> Duration {
-        let delay = self.next;
-        self.next = (delay * 2).min(Duration::from_secs(15));
-        delay
-    }
-}
-
-impl Default for BackOff {
-    fn default() -> Self {
-        Self::new()
-    }
-}
