@@ -8,7 +8,8 @@
 #   2  the simulator: 20,000 seeds of faults (--quick: 1,000), the same trace twice, planted bugs that it must find
 #   3  a relay that loses, doubles, reorders, delays, flips bits, goes dark and changes ports (--quick: four of eleven links)
 #   4  files cut, flipped, mutated, missing and swapped; a disk that is full (needs root for a small tmpfs)
-#   8  256 participants, 1,000 idle connections, 5 % loss, kills of both sides, for 42 minutes (--quick: a minute)
+#   8  256 participants, 1,000 idle connections, 5 % loss, kills of both sides for half an hour, then 12 minutes more of
+#      the same without a kill of the coordinator, whose memory is watched (--quick: a minute in all)
 #
 # configs/smoke.toml with more and longer rounds: no download. Minutes; --quick under five.
 
