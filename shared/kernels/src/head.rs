@@ -1,6 +1,6 @@
 //! Final norm, LM head and cross-entropy. Logits of some rows exist at a time, never those of all.
 
-use crate::block::Stream;
+use crate::block::{Keep, Stream};
 use crate::engine::{Engine, Shared, Task};
 use crate::frozen::Frozen;
 use crate::norm::RmsNorm;
@@ -17,12 +17,14 @@ const CHUNK_COLUMNS: usize = 4096;
 
 pub struct Head {
     norm: RmsNorm,
+    chunk_rows_max: usize,
 }
 
 impl Head {
-    /// `norm [width]`
-    pub fn new(norm: Vec<f32>, epsilon: f32) -> Self {
-        Self { norm: RmsNorm { weight: norm, epsilon } }
+    /// `norm [width]`. Where blocks keep their inputs alone, logits take as little memory as they may.
+    pub fn new(norm: Vec<f32>, epsilon: f32, keep: Keep) -> Self {
+        let chunk_rows_max = if keep == Keep::Input { CHUNK_ROWS_MIN } else { CHUNK_ROWS_MAX };
+        Self { norm: RmsNorm { weight: norm, epsilon }, chunk_rows_max }
     }
 
     /// Summed cross-entropy in nats of rows `x [rows, width]` against their targets, with `weights [vocabulary, width]`.
@@ -42,7 +44,7 @@ impl Head {
         assert!(targets.iter().all(|&target| (target as usize) < vocabulary));
         let mut gradient = gradient_scale.map(|_| engine.zeros(x.len()));
         let mut nats = 0.0;
-        let rows = chunk_rows(weights, targets.len());
+        let rows = self.chunk_rows(weights, targets.len());
         // One for all chunks, of which the last one may be smaller.
         let mut all_logits = engine.take(rows * vocabulary);
         for (i, targets) in targets.chunks(rows.max(1)).enumerate() {
@@ -87,7 +89,7 @@ impl Head {
             row_products(engine, weights, &normed, rows, &mut all);
             return all;
         }
-        let chunk = chunk_rows(weights, rows);
+        let chunk = self.chunk_rows(weights, rows);
         for (x, to) in x.chunks(chunk * width).zip(all.chunks_mut(chunk * weights.rows())) {
             let blocking = Blocking::new(&[x.len() / width], engine.path().tile_rows());
             let (normed, _) = self.norm.packed(engine, &blocking, x);
@@ -95,14 +97,14 @@ impl Head {
         }
         all
     }
-}
 
-/// As many of `rows` as let the logits be no larger than the weights, for who keeps small weights has little memory; and so
-/// that all chunks are about equal.
-fn chunk_rows(weights: &Frozen, rows: usize) -> usize {
-    let row_bytes = weights.rows() * size_of::<f32>();
-    let most = (weights.bytes() / row_bytes.max(1)).clamp(CHUNK_ROWS_MIN, CHUNK_ROWS_MAX);
-    rows.div_ceil(rows.div_ceil(most).max(1))
+    /// As many of `rows` as let the logits be no larger than the weights, for who keeps small weights has little memory;
+    /// and so that all chunks are about equal.
+    fn chunk_rows(&self, weights: &Frozen, rows: usize) -> usize {
+        let row_bytes = weights.rows() * size_of::<f32>();
+        let most = (weights.bytes() / row_bytes.max(1)).clamp(CHUNK_ROWS_MIN, self.chunk_rows_max);
+        rows.div_ceil(rows.div_ceil(most).max(1))
+    }
 }
 
 fn logits_of(engine: &Engine, blocking: &Blocking, normed: &Packed, weights: &Frozen, to: &mut [f32]) {

@@ -1,6 +1,6 @@
 //! Loss and logits, and the loss' gradient against central differences of the reference.
 
-use kernels::{Engine, Frozen, Head, Stream, WeightType};
+use kernels::{Engine, Frozen, Head, Keep, Stream, WeightType};
 
 use crate::reference::{dot, normed, product};
 use crate::{Draw, engines, kept, relative_error};
@@ -16,14 +16,14 @@ pub struct Made {
 
 const EPSILON: f32 = 1e-5;
 
-pub fn made(width: usize, vocabulary: usize, rows: usize, ty: WeightType, seed: u64) -> Made {
+pub fn made(width: usize, vocabulary: usize, rows: usize, ty: WeightType, keep: Keep, seed: u64) -> Made {
     let mut draw = Draw(seed);
     let weights = Frozen::new(vocabulary, width, draw.values(vocabulary * width, 0.5), ty);
     let norm: Vec<f32> = draw.values(width, 0.5).iter().map(|x| x + 1.0).collect();
     let x = draw.values(rows * width, 1.0);
     let targets = (0..rows).map(|_| draw.below(vocabulary) as u32).collect();
     let wide = kept(&weights).into_iter().map(f64::from).collect();
-    let head = Head::new(norm.clone(), EPSILON);
+    let head = Head::new(norm.clone(), EPSILON, keep);
     Made { head, norm: norm.into_iter().map(f64::from).collect(), weights, wide, x, targets }
 }
 
@@ -69,7 +69,9 @@ impl Made {
 }
 
 fn check(width: usize, vocabulary: usize, rows: usize, ty: WeightType, tolerance: f64) {
-    made(width, vocabulary, rows, ty, 1).check(&engines(ty != WeightType::F32), tolerance);
+    for keep in [Keep::Everything, Keep::Input] {
+        made(width, vocabulary, rows, ty, keep, 1).check(&engines(ty != WeightType::F32), tolerance);
+    }
 }
 
 #[test]

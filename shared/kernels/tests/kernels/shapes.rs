@@ -177,7 +177,7 @@ fn heads_of_every_shape_and_their_gradients_equal_the_reference() {
     each_shape(if cfg!(miri) { 2 } else { 40 }, |draw| {
         let [width, vocabulary, rows] = [0; 3].map(|_| dimension(draw));
         let (ty, narrow) = (weights(draw), one_in(draw, 2));
-        let made = heads::made(width, vocabulary, rows, ty, draw.0);
+        let made = heads::made(width, vocabulary, rows, ty, Keep::Everything, draw.0);
         made.check(&engines(draw, narrow), if narrow { 1e-2 } else { 2e-6 });
     });
 }

@@ -103,9 +103,10 @@ impl NativeStage {
             true => Some(table("lm_head.weight")?),
             false => None,
         };
+        let keep = if native.recompute { Keep::Input } else { Keep::Everything };
         let epsilon = config.rms_epsilon as f32;
         let head = match part.lm_head {
-            true => Some(Head::new(source.tensor("model.norm.weight", &[config.width])?, epsilon)),
+            true => Some(Head::new(source.tensor("model.norm.weight", &[config.width])?, epsilon, keep)),
             false => None,
         };
         let block = |index: usize| -> Result<Block, ModelError> {
@@ -145,7 +146,6 @@ impl NativeStage {
         };
         let blocks = part.blocks.clone().into_par_iter().map(block).collect::<Result<_, _>>()?;
         let embedding = tied.clone().filter(|_| part.embedding);
-        let keep = if native.recompute { Keep::Input } else { Keep::Everything };
         let engine = native.engine.clone();
         Ok(Self(Arc::new(Inner { config, engine, keep, embedding, blocks, head, lm_head, tied })))
     }
