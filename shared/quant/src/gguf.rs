@@ -7,6 +7,7 @@
 
 mod header;
 mod reader;
+mod strings;
 mod tensors;
 mod value;
 mod vocabulary;
@@ -14,6 +15,7 @@ mod writer;
 
 pub use header::Header;
 pub use reader::Reader;
+pub use strings::Strings;
 pub use tensors::{ForeignType, TensorInfo, TensorType};
 pub use value::{Array, FromValue, Value};
 pub use vocabulary::{TokenType, Vocabulary};
@@ -22,8 +24,8 @@ pub use writer::Writer;
 /// Where the data section and every tensor in it begin, unless the file's `general.alignment` says otherwise.
 pub const ALIGNMENT: u64 = 32;
 
-/// Bounds on a header, far above any real model and far below what could exhaust memory. A string array of a file
-/// takes a few times its own bytes in memory, so the last one bounds that too.
+/// Bounds on a header, far above any real model and far below what could exhaust memory: of an array at most twice its
+/// bytes in the file.
 pub const KEYS_MAX: i64 = 4_096;
 pub const TENSORS_MAX: i64 = 65_536;
 pub const KEY_BYTES_MAX: u64 = 1_024;

@@ -4,7 +4,7 @@
 //! multiplied with, and how many tokens these were. Sums of several texts or devices simply add. It is stored as
 //! llama-imatrix stores it, in a GGUF file: `NAME.in_sum2` F32 `[1, in]` and `NAME.counts` F32 `[1, 1]`.
 
-use crate::gguf::{ALIGNMENT, Header, Reader, Writer};
+use crate::gguf::{ALIGNMENT, Header, Reader, Strings, Writer};
 use crate::{BlockType, Error, quantize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -42,12 +42,8 @@ impl Imatrix {
             let found = kind.map_or("no general.type".to_owned(), |kind| format!("general.type `{kind}`"));
             return Err(refused(format!("it is no importance matrix: it has {found}, not `imatrix`")));
         }
-        let datasets = match reader.header().value("imatrix.datasets") {
-            Some(crate::gguf::Value::Array(crate::gguf::Array::String(names))) => {
-                names.iter().map(|name| name.to_string()).collect()
-            }
-            _ => Vec::new(),
-        };
+        let datasets = reader.optional::<&Strings>("imatrix.datasets")?;
+        let datasets = datasets.map_or(Vec::new(), |names| names.iter().map(str::to_owned).collect());
         let mut imatrix = Imatrix { sums: BTreeMap::new(), datasets };
         for info in reader.header().tensors() {
             let Some(name) = info.name.strip_suffix(SQUARES) else { continue };

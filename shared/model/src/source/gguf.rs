@@ -93,8 +93,8 @@ fn tokenizer_metadata(vocabulary: Vocabulary) -> GgufTokenizer {
     GgufTokenizer {
         model: vocabulary.model,
         pre: vocabulary.pre,
-        tokens: vocabulary.tokens.into_iter().map(String::from).collect(),
-        merges: vocabulary.merges.into_iter().map(String::from).collect(),
+        tokens: vocabulary.tokens.iter().map(str::to_owned).collect(),
+        merges: vocabulary.merges.iter().map(str::to_owned).collect(),
         token_types: vocabulary.token_types.into_iter().map(|kind| kind as i32).collect(),
         scores: Some(vocabulary.scores),
         bos: vocabulary.bos,

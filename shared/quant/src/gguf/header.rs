@@ -5,8 +5,8 @@
 //! elements than the bytes that are left can hold.
 
 use super::{
-    ALIGNMENT, ARRAY_ELEMENTS_MAX, Array, HEADER_BYTES_MAX, KEY_BYTES_MAX, KEYS_MAX, STRING_BYTES_MAX, TENSORS_MAX,
-    TensorInfo, TensorType, Value,
+    ALIGNMENT, ARRAY_ELEMENTS_MAX, Array, HEADER_BYTES_MAX, KEY_BYTES_MAX, KEYS_MAX, STRING_BYTES_MAX, Strings,
+    TENSORS_MAX, TensorInfo, TensorType, Value,
     tensors::{DIMENSIONS_MAX, NAME_BYTES_MAX, TensorTable, is_name},
 };
 use crate::{BlockType, Error};
@@ -272,13 +272,16 @@ impl<R: Read> Source<'_, R> {
         }
     }
 
-    fn strings(&mut self, inside: Arguments<'_>, count: u64) -> Result<Vec<Box<str>>, Error> {
+    fn strings(&mut self, inside: Arguments<'_>, count: u64) -> Result<Strings, Error> {
         self.check_left(inside, count.saturating_mul(8))?; // Even empty strings have a length.
-        let mut strings = Vec::with_capacity(count as usize); // Twice the bytes that are left, just checked.
+        let mut ends = Vec::with_capacity(count as usize); // Half the bytes that are left, just checked.
+        let mut text = Vec::new();
         for _ in 0..count {
-            strings.push(self.string(inside, STRING_BYTES_MAX)?.into_boxed_str());
+            let length = self.string_length(inside, STRING_BYTES_MAX)?;
+            self.take_onto(&mut text, inside, length)?;
+            ends.push(text.len() as u32); // At most HEADER_BYTES_MAX.
         }
-        Ok(strings)
+        Strings::from_utf8(text, ends).ok_or_else(|| self.no_utf8(inside))
     }
 
     fn name(&mut self, inside: Arguments<'_>, limit: u64) -> Result<String, Error> {
@@ -291,12 +294,21 @@ impl<R: Read> Source<'_, R> {
     }
 
     fn string(&mut self, inside: Arguments<'_>, limit: u64) -> Result<String, Error> {
+        let length = self.string_length(inside, limit)?;
+        let bytes = self.take(inside, length)?;
+        String::from_utf8(bytes).map_err(|_| self.no_utf8(inside))
+    }
+
+    fn string_length(&mut self, inside: Arguments<'_>, limit: u64) -> Result<u64, Error> {
         let length = u64::from_le_bytes(self.bytes(inside)?);
         if length > limit {
             return Err(self.malformed(format!("{inside} has a string of {length} bytes, more than {limit}")));
         }
-        let bytes = self.take(inside, length)?;
-        String::from_utf8(bytes).map_err(|_| self.malformed(format!("{inside} has a string that is not UTF-8")))
+        Ok(length)
+    }
+
+    fn no_utf8(&self, inside: Arguments<'_>) -> Error {
+        self.malformed(format!("{inside} has a string that is not UTF-8"))
     }
 
     fn count(&mut self, what: &str, limit: i64) -> Result<u64, Error> {
@@ -316,11 +328,18 @@ impl<R: Read> Source<'_, R> {
     }
 
     fn take(&mut self, inside: Arguments<'_>, count: u64) -> Result<Vec<u8>, Error> {
-        self.check_left(inside, count)?;
-        let mut bytes = vec![0; count as usize]; // At most HEADER_BYTES_MAX, just checked.
-        self.input.read_exact(&mut bytes).map_err(|source| self.io(source))?;
-        self.at += count;
+        let mut bytes = Vec::new();
+        self.take_onto(&mut bytes, inside, count)?;
         Ok(bytes)
+    }
+
+    fn take_onto(&mut self, all: &mut Vec<u8>, inside: Arguments<'_>, count: u64) -> Result<(), Error> {
+        self.check_left(inside, count)?;
+        let before = all.len();
+        all.resize(before + count as usize, 0); // At most HEADER_BYTES_MAX, just checked.
+        self.input.read_exact(&mut all[before..]).map_err(|source| self.io(source))?;
+        self.at += count;
+        Ok(())
     }
 
     fn check_left(&self, inside: Arguments<'_>, count: u64) -> Result<(), Error> {
@@ -399,15 +418,18 @@ fn put_array(out: &mut Vec<u8>, array: &Array) {
         Array::I64(elements) => put_elements(out, 11, elements, |value| value.to_le_bytes()),
         Array::F64(elements) => put_elements(out, 12, elements, |value| value.to_le_bytes()),
         Array::String(elements) => {
-            put_elements(out, 8, elements, |_| []);
-            // The closure above wrote the type and the count only.
+            put_elements_start(out, 8, elements.len());
             elements.iter().for_each(|text| put_string(out, text));
         }
     }
 }
 
 fn put_elements<T, const N: usize>(out: &mut Vec<u8>, ty: u32, elements: &[T], encode: impl Fn(&T) -> [u8; N]) {
-    out.extend_from_slice(&ty.to_le_bytes());
-    out.extend_from_slice(&(elements.len() as u64).to_le_bytes());
+    put_elements_start(out, ty, elements.len());
     elements.iter().for_each(|element| out.extend_from_slice(&encode(element)));
+}
+
+fn put_elements_start(out: &mut Vec<u8>, ty: u32, count: usize) {
+    out.extend_from_slice(&ty.to_le_bytes());
+    out.extend_from_slice(&(count as u64).to_le_bytes());
 }

@@ -112,10 +112,10 @@ fn a_vocabulary_is_read_whole() {
     let path = directory.path().join("small.gguf");
     write_small(&path);
     let vocabulary = Reader::open(&path).unwrap().vocabulary().unwrap();
-    assert_eq!(vocabulary.tokens, ["a".into(), "<|end|>".into()]);
+    assert_eq!(vocabulary.tokens, ["a", "<|end|>"].into_iter().collect());
     assert_eq!(vocabulary.token_types, [TokenType::Normal, TokenType::Control]);
     assert_eq!(vocabulary.scores, [0.0, 0.0]);
-    assert_eq!(vocabulary.merges, ["a b".into()]);
+    assert_eq!(vocabulary.merges, ["a b"].into_iter().collect());
     assert_eq!((vocabulary.eos, vocabulary.bos, vocabulary.add_bos), (Some(1), None, Some(false)));
 }
 
@@ -266,7 +266,7 @@ fn a_published_smollm2_file_is_read() {
     let vocabulary = reader.vocabulary().unwrap();
     assert_eq!((vocabulary.model.as_str(), vocabulary.pre.as_deref()), ("gpt2", Some("smollm")));
     assert_eq!((vocabulary.tokens.len(), vocabulary.merges.len()), (49_152, 48_900));
-    assert_eq!(&*vocabulary.tokens[vocabulary.eos.unwrap() as usize], "<|im_end|>");
+    assert_eq!(&vocabulary.tokens[vocabulary.eos.unwrap() as usize], "<|im_end|>");
 }
 
 fn small_header() -> Header {

@@ -2,6 +2,8 @@
 //!
 //! A value converts only to its own type: a `u64` where a `u32` belongs is the file's mistake, as it is in llama.cpp.
 
+use super::Strings;
+
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
     U8(u8),
@@ -30,14 +32,13 @@ pub enum Array {
     I32(Vec<i32>),
     F32(Vec<f32>),
     Bool(Vec<bool>),
-    /// Boxed, which takes no more than twice the bytes of a file of empty strings.
-    String(Vec<Box<str>>),
+    String(Strings),
     U64(Vec<u64>),
     I64(Vec<i64>),
     F64(Vec<f64>),
 }
 
-/// What a metadata key can be read as: a number, `bool`, `&str`, or a slice such as `&[i32]` or `&[Box<str>]`.
+/// What a metadata key can be read as: a number, `bool`, `&str`, a slice such as `&[i32]`, or `&Strings`.
 pub trait FromValue<'a>: Sized {
     const EXPECTED: &'static str;
 
@@ -132,7 +133,7 @@ impl From<String> for Value {
 
 impl From<Vec<String>> for Value {
     fn from(elements: Vec<String>) -> Value {
-        Value::Array(Array::String(elements.into_iter().map(String::into_boxed_str).collect()))
+        Value::Array(Array::String(elements.into_iter().collect()))
     }
 }
 
@@ -144,10 +145,10 @@ impl FromValue<'_> for String {
     }
 }
 
-impl<'a> FromValue<'a> for &'a [Box<str>] {
+impl<'a> FromValue<'a> for &'a Strings {
     const EXPECTED: &'static str = "array of string";
 
-    fn from_value(value: &'a Value) -> Option<&'a [Box<str>]> {
+    fn from_value(value: &'a Value) -> Option<&'a Strings> {
         if let Value::Array(Array::String(elements)) = value { Some(elements) } else { None }
     }
 }

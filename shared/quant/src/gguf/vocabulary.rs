@@ -3,7 +3,7 @@
 //! Its arrays are parallel and its ids point into them, so a file can lie here without breaking the container. This
 //! module does not tokenize; it promises that whoever does will find every index in range and every token distinct.
 
-use super::Reader;
+use super::{Reader, Strings};
 use crate::Error;
 
 #[derive(Clone, Debug, PartialEq)]
@@ -13,13 +13,13 @@ pub struct Vocabulary {
     /// Names the rule that splits text before merging.
     pub pre: Option<String>,
     /// Distinct, one per row of the embedding.
-    pub tokens: Vec<Box<str>>,
+    pub tokens: Strings,
     /// As long as `tokens`; all normal where the file says nothing.
     pub token_types: Vec<TokenType>,
     /// As long as `tokens` and finite; all zero where the file says nothing.
     pub scores: Vec<f32>,
     /// In order of rank, each two pieces with a space between them.
-    pub merges: Vec<Box<str>>,
+    pub merges: Strings,
     pub bos: Option<u32>,
     pub eos: Option<u32>,
     pub eot: Option<u32>,
@@ -44,7 +44,7 @@ pub enum TokenType {
 
 impl Vocabulary {
     pub(super) fn read(reader: &Reader) -> Result<Vocabulary, Error> {
-        let tokens = reader.required::<&[Box<str>]>("tokenizer.ggml.tokens")?;
+        let tokens = reader.required::<&Strings>("tokenizer.ggml.tokens")?;
         check_tokens(reader, tokens)?;
         let special = |name: &str| -> Result<Option<u32>, Error> {
             let key = format!("tokenizer.ggml.{name}_token_id");
@@ -71,7 +71,7 @@ impl Vocabulary {
             add_eos: reader.optional("tokenizer.ggml.add_eos_token")?,
             add_space_prefix: reader.optional("tokenizer.ggml.add_space_prefix")?,
             chat_template: reader.optional("tokenizer.chat_template")?,
-            tokens: tokens.to_vec(),
+            tokens: tokens.clone(),
         })
     }
 }
@@ -83,7 +83,7 @@ impl TokenType {
     }
 }
 
-fn check_tokens(reader: &Reader, tokens: &[Box<str>]) -> Result<(), Error> {
+fn check_tokens(reader: &Reader, tokens: &Strings) -> Result<(), Error> {
     let mut sorted: Vec<u32> = (0..tokens.len() as u32).collect();
     sorted.sort_unstable_by_key(|&id| (&tokens[id as usize], id));
     let repeats = sorted.windows(2).filter(|pair| tokens[pair[0] as usize] == tokens[pair[1] as usize]);
@@ -124,13 +124,13 @@ fn check_parallel(reader: &Reader, key: &str, found: usize, tokens: usize) -> Re
     Err(reader.malformed(format!("`{key}` has {found} elements, but there are {tokens} tokens")))
 }
 
-fn merges(reader: &Reader) -> Result<Vec<Box<str>>, Error> {
+fn merges(reader: &Reader) -> Result<Strings, Error> {
     let key = "tokenizer.ggml.merges";
-    let merges = reader.optional::<&[Box<str>]>(key)?.unwrap_or_default();
+    let Some(merges) = reader.optional::<&Strings>(key)? else { return Ok(Strings::default()) };
     let sound =
         |merge: &str| merge.split_once(' ').is_some_and(|(a, b)| !a.is_empty() && !b.is_empty() && !b.contains(' '));
     match merges.iter().position(|merge| !sound(merge)) {
         Some(rank) => Err(reader.malformed(format!("`{key}` is not two pieces and a space at rank {rank}"))),
-        None => Ok(merges.to_vec()),
+        None => Ok(merges.clone()),
     }
 }

@@ -41,7 +41,7 @@ struct Part<'a> {
 const PART_BYTES: usize = 128 << 10;
 
 impl Model {
-    /// Reads and repacks all weights, on as many threads as the engine has.
+    /// Reads and repacks all weights, for a moment on all cores, however few threads the engine has.
     ///
     /// # Errors
     /// If the file cannot be read, is none of a supported decoder, or has numbers that are not finite.
@@ -79,7 +79,7 @@ impl Model {
         }
         let loading = |((name, ty, interleaved), matrix)| Loading { name, ty, matrix, interleaved };
         let mut all: Vec<Loading> = all.into_iter().zip(Matrix::several(&sizes)).map(loading).collect();
-        fill(reader, &mut all, engine.threads())?;
+        fill(reader, &mut all, std::thread::available_parallelism().map_or(1, usize::from))?;
 
         let mut matrices = all.into_iter().map(|loading| loading.matrix);
         let mut next = || matrices.next().expect("as many as were pushed");
