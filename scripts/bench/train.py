@@ -113,14 +113,15 @@ def contenders(arguments, machine):
         script = str(Path(__file__).with_name("torch_train.py"))
         return Contender([arguments.python, script, "--model", arguments.torch_model, "--type", type_], environment)
 
-    def ours(backend, weights, environment={}):
+    def ours(backend, weights, environment={}, options=()):
         command = [arguments.participant, "bench", "train", "--json", "--model", arguments.model]
-        return Contender(command + ["--backend", backend, "--weights", weights], environment)
+        return Contender(command + ["--backend", backend, "--weights", weights, *options], environment)
 
     forced = {"LD_PRELOAD": arguments.mkl} if machine.slighted else {}
     # Forced, MKL also takes its own AVX2 code instead of the one it keeps for others: the faster of the two.
     avx2 = forced | {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
     everyone = {"PyTorch f32": pytorch("f32"), "native f32": ours("native", "f32")}
+    everyone["native f32, recompute"] = ours("native", "f32", options=["--recompute"])
     if forced:
         everyone["PyTorch f32, MKL forced"] = pytorch("f32", forced)
     everyone["native bf16"] = ours("native", "bf16")
@@ -205,9 +206,10 @@ def record(results, machine):
     pairs = [("native f32", "PyTorch f32", 0.85)]
     if machine.bf16:
         pairs.append(("native bf16", "PyTorch bf16", 0.65))
-    for ours, theirs, goal in pairs:
+    for ours, _, goal in pairs:
         shares = [value(shape, [ours], "peak_share", min) for shape in results]
         figures.at_least(f"2 {ours}, of this machine's peak", worst(min, shares), goal, "share")
+    for ours, theirs in [(ours, theirs) for ours, theirs, _ in pairs] + [("native f32, recompute", "PyTorch f32")]:
         shares = [value(shape, [ours], "rss_mb", min) / value(shape, [theirs], "rss_mb", min) for shape in results]
         figures.at_most(f"3 {ours} / {theirs}, peak memory", worst(max, shares), 0.25, "share")
 
