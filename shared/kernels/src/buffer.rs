@@ -42,7 +42,7 @@ struct Arena {
 
 /// Of which only what is used costs anything. Above the 32 MiB up to which glibc may zero memory by hand. In debug builds
 /// every buffer has an arena of its own.
-const ARENA_BYTES: usize = if SPOILED { 0 } else { 64 << 20 };
+const ARENA_BYTES: usize = 64 << 20;
 /// The longest tile reads this far behind a row's last number.
 const TAIL_BYTES: usize = 256;
 
@@ -67,7 +67,7 @@ impl Spare {
         let mut arenas = self.lock();
         let start = arenas.iter_mut().find_map(|arena| arena.take(bytes));
         let start = start.unwrap_or_else(|| {
-            arenas.push(Arena::new(bytes.max(ARENA_BYTES)));
+            arenas.push(Arena::new(if SPOILED { bytes } else { bytes.max(ARENA_BYTES) }));
             arenas.last_mut().and_then(|arena| arena.take(bytes)).expect("it is large enough")
         });
         drop(arenas);
