@@ -4,6 +4,9 @@
 //! made transposed, `[keys, strip]`: then the softmax runs down the lanes, and the weights stand as a tile reads them.
 //! Kept for the way back is the logarithm of each query's sum alone; the weights are made again from it, as in
 //! FlashAttention (Dao et al., arXiv 2205.14135), but a strip's keys all at once, so that no sum is ever rescaled.
+//!
+//! Where the engine multiplies pairs of bf16, so does this: sums run over pairs of channels, of neighbouring keys, or of
+//! neighbouring queries, and stay in f32, as scores and weights do.
 
 use crate::buffer::Buffer;
 use crate::engine::{Engine, Shared, Task};
@@ -38,19 +41,30 @@ pub(crate) fn forward(engine: &Engine, shape: Shape, spans: &[Span], qkv: &Buffe
         qkv: &'a Buffer<f32>,
         mixed: Shared<f32>,
         sums: Shared<f32>,
+        pairs: bool,
     }
     impl Task for Forward<'_> {
         const KERNEL: &'static str = "attention";
 
         #[inline(always)]
         unsafe fn run<S: Simd>(&self, i: usize) {
+            // SAFETY: what is promised to this function, is to the other.
+            unsafe { if self.pairs && takes_pairs::<S>() { self.of::<S, true>(i) } else { self.of::<S, false>(i) } }
+        }
+    }
+    impl Forward<'_> {
+        /// # Safety
+        /// As [`Task::run`].
+        #[inline(always)]
+        unsafe fn of<S: Simd, const PAIRS: bool>(&self, i: usize) {
             let Shape { heads, kv_heads, size } = self.shape;
             let (start, length) = self.spans[i / kv_heads];
             let kv = i % kv_heads;
             let stride = self.shape.stride();
             let strip_keys = length.next_multiple_of(S::MR);
             let keys_packed = strip_keys * size;
-            let numbers = keys_packed + (size + strip_keys + LANES_MAX) * 2 * S::LANES;
+            let scores_room = (strip_keys + LANES_MAX) * 2 * S::LANES;
+            let numbers = keys_packed + size * 2 * S::LANES + scores_room + paired_room::<S, PAIRS>(length, size);
             let mut scratch = Scratch::new(numbers);
             let scratch = scratch.start();
             // SAFETY: `forward` has checked the sizes; this task alone writes the rows of these heads; `scratch` is
@@ -60,17 +74,18 @@ pub(crate) fn forward(engine: &Engine, shape: Shape, spans: &[Span], qkv: &Buffe
                 let (keys, values) = (at.head(heads + kv), at.head(heads + kv_heads + kv));
                 let queries = scratch.add(keys_packed);
                 let scores = queries.add(size * 2 * S::LANES);
-                pack_keys::<S>(keys, stride, length, size, scratch);
+                pack_keys::<S, PAIRS>(keys, stride, length, size, scratch);
+                let values = paired::<S, PAIRS>(values, stride, length, size, scores.add(scores_room));
                 for head in kv * (heads / kv_heads)..(kv + 1) * (heads / kv_heads) {
                     let mut first = 0;
                     while first < length {
                         let strip = Strip::new::<S>(first, length);
-                        strip.pack::<S>(at.head(head), stride, size, queries);
-                        strip.scores::<S>(scratch, queries, size, scores);
+                        strip.pack::<S, PAIRS>(at.head(head), stride, size, queries);
+                        strip.scores::<S, PAIRS>(scratch, queries, size, scores);
                         let sums = self.sums.0.add((start + first) * heads + head);
-                        strip.softmax::<S>(size, scores, sums, heads);
+                        strip.softmax::<S, PAIRS>(size, scores, sums, heads);
                         let mixed = self.mixed.0.add((start + first) * heads * size + head * size);
-                        strip.mix::<S>(scores, values, stride, size, mixed, heads * size);
+                        strip.mix::<S, PAIRS>(scores, values, size, mixed, heads * size);
                         first += strip.queries;
                     }
                 }
@@ -81,7 +96,8 @@ pub(crate) fn forward(engine: &Engine, shape: Shape, spans: &[Span], qkv: &Buffe
     let mut mixed = engine.take(rows * shape.heads * shape.size);
     let mut sums = engine.take(rows * shape.heads);
     let (to_mixed, to_sums) = (Shared(mixed.as_mut_ptr()), Shared(sums.as_mut_ptr()));
-    let task = Forward { shape, spans, qkv, mixed: to_mixed, sums: to_sums };
+    let pairs = engine.multiplies_bf16();
+    let task = Forward { shape, spans, qkv, mixed: to_mixed, sums: to_sums, pairs };
     engine.parallel(spans.len() * shape.kv_heads, &task);
     (mixed, sums)
 }
@@ -104,12 +120,22 @@ pub(crate) fn backward(
         sums: &'a [f32],
         gradient: &'a Buffer<f32>,
         to: Shared<f32>,
+        pairs: bool,
     }
     impl Task for Backward<'_> {
         const KERNEL: &'static str = "attention back";
 
         #[inline(always)]
         unsafe fn run<S: Simd>(&self, i: usize) {
+            // SAFETY: what is promised to this function, is to the other.
+            unsafe { if self.pairs && takes_pairs::<S>() { self.of::<S, true>(i) } else { self.of::<S, false>(i) } }
+        }
+    }
+    impl Backward<'_> {
+        /// # Safety
+        /// As [`Task::run`].
+        #[inline(always)]
+        unsafe fn of<S: Simd, const PAIRS: bool>(&self, i: usize) {
             let Shape { heads, kv_heads, size } = self.shape;
             let (start, length) = self.spans[i / kv_heads];
             let kv = i % kv_heads;
@@ -119,8 +145,12 @@ pub(crate) fn backward(
             let lanes = 2 * S::LANES;
             // Packed keys and values; a strip's queries and gradients; weights and their gradients, both ways round.
             let turned_stride = length.next_multiple_of(S::LANES) + LANES_MAX;
-            let numbers =
-                2 * keys * size + 2 * size * lanes + 2 * (keys + LANES_MAX) * lanes + 2 * turned_stride * lanes + lanes;
+            let (scores_room, turned_room) = ((keys + LANES_MAX) * lanes, turned_stride * lanes);
+            let all_paired = paired_room::<S, PAIRS>(length, size);
+            let strip_paired = paired_room::<S, PAIRS>(lanes, size);
+            let slopes_paired = paired_room::<S, PAIRS>(keys, lanes);
+            let numbers = 2 * (keys + lanes) * size + 2 * scores_room + 2 * turned_room + lanes;
+            let numbers = numbers + all_paired + 2 * strip_paired + slopes_paired;
             let mut scratch = Scratch::new(numbers);
             let scratch = scratch.start();
             // SAFETY: `backward` has checked the sizes; this task alone writes the rows of these heads; `scratch` is
@@ -133,12 +163,17 @@ pub(crate) fn backward(
                 let queries = values_packed.add(keys * size);
                 let gradients = queries.add(size * lanes);
                 let weights = gradients.add(size * lanes);
-                let slopes = weights.add((keys + LANES_MAX) * lanes);
-                let weights_turned = slopes.add((keys + LANES_MAX) * lanes);
-                let slopes_turned = weights_turned.add(turned_stride * lanes);
-                let dots = slopes_turned.add(turned_stride * lanes);
-                pack_keys::<S>(key, stride, length, size, keys_packed);
-                pack_keys::<S>(value, stride, length, size, values_packed);
+                let slopes = weights.add(scores_room);
+                let weights_turned = slopes.add(scores_room);
+                let slopes_turned = weights_turned.add(turned_room);
+                let dots = slopes_turned.add(turned_room);
+                let keys_paired = dots.add(lanes);
+                let query_paired = keys_paired.add(all_paired);
+                let gradient_paired = query_paired.add(strip_paired);
+                let slopes_paired = gradient_paired.add(strip_paired);
+                pack_keys::<S, PAIRS>(key, stride, length, size, keys_packed);
+                pack_keys::<S, PAIRS>(value, stride, length, size, values_packed);
+                let keys = paired::<S, PAIRS>(key, stride, length, size, keys_paired);
                 let to = self.to.0.add(start * stride);
                 let (to_key, to_value) = (to.add((heads + kv) * size), to.add((heads + kv_heads + kv) * size));
                 for row in 0..length {
@@ -165,18 +200,21 @@ pub(crate) fn backward(
                             }
                             *dots.add(q) = S::sum(dot);
                         }
-                        strip.pack::<S>(at.head(head), stride, size, queries);
-                        strip.pack_at::<S>(gradient, width, size, gradients);
-                        strip.scores::<S>(keys_packed, queries, size, weights);
-                        strip.scores::<S>(values_packed, gradients, size, slopes);
+                        strip.pack::<S, PAIRS>(at.head(head), stride, size, queries);
+                        strip.pack_at::<S, PAIRS>(gradient, width, size, gradients);
+                        strip.scores::<S, PAIRS>(keys_packed, queries, size, weights);
+                        strip.scores::<S, PAIRS>(values_packed, gradients, size, slopes);
                         let sums = self.sums[row * heads + head..].as_ptr();
                         strip.slopes::<S>(size, weights, slopes, sums, heads, dots);
-                        strip.turn::<S>(weights, weights_turned, turned_stride);
-                        strip.turn::<S>(slopes, slopes_turned, turned_stride);
+                        strip.turn::<S, PAIRS>(weights, weights_turned, turned_stride);
+                        strip.turn::<S, PAIRS>(slopes, slopes_turned, turned_stride);
                         let to_query = to.add(first * stride + head * size);
-                        strip.mix::<S>(slopes, key, stride, size, to_query, stride);
-                        strip.spread::<S>(weights_turned, turned_stride, gradient, width, size, to_value, stride);
-                        strip.spread::<S>(slopes_turned, turned_stride, query, stride, size, to_key, stride);
+                        let slopes = paired::<S, PAIRS>(slopes, lanes, strip.keys, lanes, slopes_paired);
+                        strip.mix::<S, PAIRS>(slopes.start, keys, size, to_query, stride);
+                        let gradient = paired::<S, PAIRS>(gradient, width, strip.queries, size, gradient_paired);
+                        strip.spread::<S, PAIRS>(weights_turned, turned_stride, gradient, size, to_value, stride);
+                        let query = paired::<S, PAIRS>(query, stride, strip.queries, size, query_paired);
+                        strip.spread::<S, PAIRS>(slopes_turned, turned_stride, query, size, to_key, stride);
                         first += strip.queries;
                     }
                 }
@@ -188,7 +226,8 @@ pub(crate) fn backward(
     assert_eq!(sums.len(), rows * shape.heads);
     let mut to = engine.take(qkv.len());
     let shared = Shared(to.as_mut_ptr());
-    let task = Backward { shape, spans, qkv, mixed, sums, gradient, to: shared };
+    let pairs = engine.multiplies_bf16();
+    let task = Backward { shape, spans, qkv, mixed, sums, gradient, to: shared, pairs };
     engine.parallel(spans.len() * shape.kv_heads, &task);
     to
 }
@@ -218,17 +257,68 @@ impl Rows {
     }
 }
 
-/// `[blocks of MR keys][size][MR]`
+/// Whether tiles read pairs as they are laid out here.
+fn takes_pairs<S: Simd>() -> bool {
+    S::BF16 && !S::PAIRS_BY_ROW
+}
+
+/// Rows as the right side of a tile: steps of numbers, or of pairs.
+#[derive(Clone, Copy)]
+struct Steps {
+    start: *const f32,
+    stride: usize,
+}
+
+/// Numbers that [`paired`] takes for so many rows.
+fn paired_room<S: Simd, const PAIRS: bool>(rows: usize, columns: usize) -> usize {
+    if PAIRS { rows.div_ceil(2) * columns.next_multiple_of(S::LANES) } else { 0 }
+}
+
+/// Rows as they are; or neighbours as one row of pairs, with zeros where the last has none, which goes to `to`.
+///
+/// # Safety
+/// The CPU has `S`; the rows exist; `to` has [`paired_room`].
+#[inline(always)]
+unsafe fn paired<S: Simd, const PAIRS: bool>(
+    rows: *const f32,
+    stride: usize,
+    count: usize,
+    columns: usize,
+    to: *mut f32,
+) -> Steps {
+    if !PAIRS {
+        return Steps { start: rows, stride };
+    }
+    let vectors = columns.div_ceil(S::LANES);
+    let panel = Panel { transposed: false, column: 0, columns, from: 0, depth: count, vectors, pairs: true };
+    // SAFETY: the caller's promise.
+    unsafe { pack::<S, _>(&F32(rows), stride, &panel, to) };
+    Steps { start: to, stride: vectors * S::LANES }
+}
+
+/// Steps of a sum over so many numbers.
+const fn steps<const PAIRS: bool>(numbers: usize) -> usize {
+    if PAIRS { numbers.div_ceil(2) } else { numbers }
+}
+
+/// `[blocks of MR keys][size][MR]`, where numbers may be pairs.
 ///
 /// # Safety
 /// The CPU has `S`; the rows exist; `to` has room.
 #[inline(always)]
-unsafe fn pack_keys<S: Simd>(keys: *const f32, stride: usize, length: usize, size: usize, to: *mut f32) {
+unsafe fn pack_keys<S: Simd, const PAIRS: bool>(
+    keys: *const f32,
+    stride: usize,
+    length: usize,
+    size: usize,
+    to: *mut f32,
+) {
+    let depth = steps::<PAIRS>(size);
     let mut first = 0;
     while first < length {
         let rows = S::MR.min(length - first);
         // SAFETY: see above.
-        unsafe { pack_rows::<S>(keys.add(first * stride), stride, rows, size, false, to.add(first * size)) }
+        unsafe { pack_rows::<S>(keys.add(first * stride), stride, rows, size, PAIRS, to.add(first * depth)) }
         first += S::MR;
     }
 }
@@ -249,15 +339,15 @@ impl Strip {
         Self { first, queries, keys: first + queries }
     }
 
-    /// Queries `[rows, size]` of the segment → `[size, 2 · LANES]`.
+    /// Queries `[rows, size]` of the segment → `[size, 2 · LANES]`, or half as many steps of pairs.
     #[inline(always)]
-    unsafe fn pack<S: Simd>(&self, queries: *const f32, stride: usize, size: usize, to: *mut f32) {
+    unsafe fn pack<S: Simd, const PAIRS: bool>(&self, queries: *const f32, stride: usize, size: usize, to: *mut f32) {
         // SAFETY: as above.
-        unsafe { self.pack_at::<S>(queries.add(self.first * stride), stride, size, to) }
+        unsafe { self.pack_at::<S, PAIRS>(queries.add(self.first * stride), stride, size, to) }
     }
 
     #[inline(always)]
-    unsafe fn pack_at<S: Simd>(&self, rows: *const f32, stride: usize, size: usize, to: *mut f32) {
+    unsafe fn pack_at<S: Simd, const PAIRS: bool>(&self, rows: *const f32, stride: usize, size: usize, to: *mut f32) {
         let panel = Panel {
             transposed: true,
             column: 0,
@@ -265,7 +355,7 @@ impl Strip {
             from: 0,
             depth: size,
             vectors: 2,
-            pairs: false,
+            pairs: PAIRS,
         };
         // SAFETY: as above.
         unsafe { pack::<S, _>(&F32(rows), stride, &panel, to) }
@@ -273,17 +363,23 @@ impl Strip {
 
     /// Products of every key with every query, `[keys, 2 · LANES]`; what no query sees is left out by whole vectors.
     #[inline(always)]
-    unsafe fn scores<S: Simd>(&self, keys: *const f32, queries: *const f32, size: usize, to: *mut f32) {
-        let width = 2 * S::LANES;
+    unsafe fn scores<S: Simd, const PAIRS: bool>(
+        &self,
+        keys: *const f32,
+        queries: *const f32,
+        size: usize,
+        to: *mut f32,
+    ) {
+        let (width, depth) = (2 * S::LANES, steps::<PAIRS>(size));
         let mut key = 0;
         while key < self.keys {
             // Keys from the second vector's first query on are seen by the second vector alone.
             let skip = if key >= self.first + S::LANES { S::LANES } else { 0 };
             // SAFETY: as above.
             unsafe {
-                let tile = Tile::new(size, keys.add(key * size), S::MR, queries.add(skip), width);
+                let tile = Tile::new(depth, keys.add(key * depth), S::MR, queries.add(skip), width);
                 let tile = tile.into(to.add(key * width + skip), width, S::MR, width - skip, false);
-                S::tile::<false>((width - skip) / S::LANES, &tile);
+                S::tile::<PAIRS>((width - skip) / S::LANES, &tile);
             }
             key += S::MR;
         }
@@ -302,9 +398,10 @@ impl Strip {
         })
     }
 
-    /// Scores to weights, in place; the logarithm of each query's sum goes to `sums`, `stride` numbers apart.
+    /// Scores to weights in place, or to pairs of weights at their beginning; the logarithm of each query's sum goes to
+    /// `sums`, `stride` numbers apart.
     #[inline(always)]
-    unsafe fn softmax<S: Simd>(&self, size: usize, scores: *mut f32, sums: *mut f32, stride: usize) {
+    unsafe fn softmax<S: Simd, const PAIRS: bool>(&self, size: usize, scores: *mut f32, sums: *mut f32, stride: usize) {
         let width = 2 * S::LANES;
         let scale = 1.0 / (size as f32).sqrt();
         // SAFETY: as above.
@@ -335,11 +432,15 @@ impl Strip {
                     sum = S::add(sum, p);
                 }
                 let inverse = S::div(S::splat(1.0), sum);
-                for key in 0..keys {
-                    S::store(at.add(key * width), S::mul(S::load(at.add(key * width)), inverse));
-                }
-                for key in keys..self.keys {
-                    S::store(at.add(key * width), S::splat(0.0));
+                let weight = |key: usize| match key < keys {
+                    true => S::mul(S::load(at.add(key * width)), inverse),
+                    false => S::splat(0.0),
+                };
+                for step in 0..steps::<PAIRS>(self.keys) {
+                    // A pair is written no further on than what it is made of.
+                    let weights =
+                        if PAIRS { S::zip_pairs(weight(2 * step), weight(2 * step + 1)) } else { weight(step) };
+                    S::store(at.add(step * width), weights);
                 }
                 let (mut maxima, mut totals) = ([0.0f32; LANES_MAX], [0.0f32; LANES_MAX]);
                 S::store(maxima.as_mut_ptr(), max);
@@ -394,14 +495,12 @@ impl Strip {
         }
     }
 
-    /// `to [queries, size] = weightsᵀ · rows`, for weights `[keys, 2 · LANES]`.
+    /// `to [queries, size] = weightsᵀ · rows`, for weights `[keys, 2 · LANES]`, or pairs of both.
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)]
-    unsafe fn mix<S: Simd>(
+    unsafe fn mix<S: Simd, const PAIRS: bool>(
         &self,
         weights: *const f32,
-        rows: *const f32,
-        stride: usize,
+        rows: Steps,
         size: usize,
         to: *mut f32,
         to_stride: usize,
@@ -410,15 +509,15 @@ impl Strip {
         let mut query = 0;
         while query < self.queries {
             let queries = S::MR.min(self.queries - query);
-            let keys = self.first + query + queries;
+            let depth = steps::<PAIRS>(self.first + query + queries);
             let mut channel = 0;
             while channel < size {
                 let channels = (S::LANES * 2).min(size - channel);
                 // SAFETY: as above.
                 unsafe {
-                    let tile = Tile::new(keys, weights.add(query), width, rows.add(channel), stride);
+                    let tile = Tile::new(depth, weights.add(query), width, rows.start.add(channel), rows.stride);
                     let tile = tile.into(to.add(query * to_stride + channel), to_stride, queries, channels, false);
-                    S::tile::<false>(channels.div_ceil(S::LANES), &tile);
+                    S::tile::<PAIRS>(channels.div_ceil(S::LANES), &tile);
                 }
                 channel += channels;
             }
@@ -426,18 +525,20 @@ impl Strip {
         }
     }
 
-    /// `[keys, 2 · LANES] → [2 · LANES, stride]`
+    /// `[keys, 2 · LANES] → [2 · LANES, stride]`, or to pairs of queries: `[LANES, stride]`.
     #[inline(always)]
-    unsafe fn turn<S: Simd>(&self, from: *const f32, to: *mut f32, stride: usize) {
+    unsafe fn turn<S: Simd, const PAIRS: bool>(&self, from: *const f32, to: *mut f32, stride: usize) {
         let width = 2 * S::LANES;
         let mut key = 0;
         while key < self.keys {
-            for vector in 0..2 {
+            for vector in 0..steps::<PAIRS>(2) {
                 // SAFETY: as above.
                 unsafe {
                     let mut square = [S::splat(0.0); LANES_MAX];
                     for (i, square) in square.iter_mut().enumerate().take(S::LANES.min(self.keys - key)) {
-                        *square = S::load(from.add((key + i) * width + vector * S::LANES));
+                        let from = from.add((key + i) * width + vector * S::LANES);
+                        *square =
+                            if PAIRS { S::pairs(S::load(from), S::load(from.add(S::LANES))) } else { S::load(from) };
                     }
                     S::transpose(&mut square);
                     for (i, &square) in square.iter().enumerate().take(S::LANES) {
@@ -449,15 +550,14 @@ impl Strip {
         }
     }
 
-    /// `to [keys, size] += weights · rows`, for weights `[2 · LANES, turned_stride]` and rows `[queries, size]`.
+    /// `to [keys, size] += weights · rows`, for weights `[2 · LANES, turned_stride]` and rows `[queries, size]`, or pairs of
+    /// both.
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)]
-    unsafe fn spread<S: Simd>(
+    unsafe fn spread<S: Simd, const PAIRS: bool>(
         &self,
         weights: *const f32,
         turned_stride: usize,
-        rows: *const f32,
-        stride: usize,
+        rows: Steps,
         size: usize,
         to: *mut f32,
         to_stride: usize,
@@ -465,18 +565,20 @@ impl Strip {
         let mut key = 0;
         while key < self.keys {
             let keys = S::MR.min(self.keys - key);
-            // Queries before the key do not see it.
+            // Queries before the key do not see it; in a pair with one that does, its weight is 0.
             let query = key.saturating_sub(self.first).min(self.queries);
+            let step = if PAIRS { query / 2 } else { query };
             let mut channel = 0;
             while channel < size {
                 let channels = (S::LANES * 2).min(size - channel);
                 // SAFETY: as above.
                 unsafe {
-                    let weights = weights.add(query * turned_stride + key);
-                    let rows = rows.add(query * stride + channel);
-                    let tile = Tile::new(self.queries - query, weights, turned_stride, rows, stride);
+                    let weights = weights.add(step * turned_stride + key);
+                    let at = rows.start.add(step * rows.stride + channel);
+                    let depth = steps::<PAIRS>(self.queries) - step;
+                    let tile = Tile::new(depth, weights, turned_stride, at, rows.stride);
                     let tile = tile.into(to.add(key * to_stride + channel), to_stride, keys, channels, true);
-                    S::tile::<false>(channels.div_ceil(S::LANES), &tile);
+                    S::tile::<PAIRS>(channels.div_ceil(S::LANES), &tile);
                 }
                 channel += channels;
             }
