@@ -190,9 +190,8 @@ impl Run {
         let metrics = directory.metrics_log()?;
         let body_blocks = body_blocks(&experiment, source.config().blocks);
         let mut aggregator = Aggregator::new(&experiment);
-        let rows = directory.rows()?;
         let finished = newest_valid_round(&directory, &mut *watcher)?;
-        if is_completed(&rows) && finished == experiment.federation.rounds {
+        if finished == experiment.federation.rounds && is_completed(&directory)? {
             watcher.note("the run is completed; to train again, give the experiment another name");
             let of = experiment.federation.rounds;
             return Ok(Ended { directory: directory.path().to_owned(), rounds: finished, of, stopped: false });
@@ -248,9 +247,7 @@ impl Run {
         let mut conductor =
             Conductor::new(rounds, (directory, metrics), aggregator, adapter, finished, shared.clone(), watcher);
         let attempt = recovered.open.as_ref().map_or(recovered.next_attempt, |open| open.interrupted.attempt);
-        conductor.remember(&rows, attempt);
-        // Of a long run they are most of what there is in memory.
-        drop(rows);
+        conductor.remember(attempt)?;
         conductor.announce()?;
         if let Some(open) = recovered.open {
             conductor.recover(open).await?;
@@ -332,8 +329,9 @@ fn newest_valid_round(directory: &RunDirectory, watcher: &mut dyn Watcher) -> Re
 }
 
 /// Whether the last that was written of the run is its end: the evaluation after the last round included.
-fn is_completed(rows: &[Row]) -> bool {
-    matches!(rows.last(), Some(Row::Finished { reason, .. }) if reason == COMPLETED)
+fn is_completed(directory: &RunDirectory) -> Result<bool, experiment::Error> {
+    let last = directory.rows()?.try_fold(None, |_, row| row.map(Some))?;
+    Ok(matches!(last, Some(Row::Finished { reason, .. }) if reason == COMPLETED))
 }
 
 fn body_blocks(experiment: &Experiment, blocks: usize) -> Option<std::ops::Range<usize>> {

@@ -36,11 +36,12 @@ fn missing(run: &RunDirectory) -> Result<Vec<String>, ExportError> {
     if run.experiment().federation.imatrix_tokens == 0 {
         return Ok(Vec::new());
     }
-    let members = run.rows()?.into_iter().rev().find_map(|row| match row {
-        Row::Round { members, .. } => Some(members),
-        _ => None,
-    });
-    let mut members = members.unwrap_or_default();
+    let mut members = Vec::new();
+    for row in run.rows()? {
+        if let Row::Round { members: those, .. } = row? {
+            members = those;
+        }
+    }
     members.retain(|member| !run.imatrix_path(member).is_file());
     Ok(members)
 }

@@ -35,7 +35,7 @@ impl Report {
 
     pub fn of_run(run: &Path) -> Result<Self, ReportError> {
         let run = RunDirectory::open(run)?;
-        let rows = run.rows()?;
+        let rows = run.rows()?.collect::<Result<Vec<_>, _>>()?;
         let summary = Summary::new(run.experiment(), &rows);
         let text = table::to_text(&summary);
         let page = page::to_html(&summary, &curves::Curves::new(&rows))?;

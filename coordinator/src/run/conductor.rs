@@ -2,13 +2,14 @@
 //!
 //! Held here is what is between the machine and the streams: who is connected, and which updates have come. How rounds end
 //! is in `closing`, who gets on in `progress`, how an interrupted round goes on in `recovery`, what goes into the run
-//! directory in `record`, how updates are answered in `updates`.
+//! directory in `record`, what participants say in `said`, how updates are answered in `updates`.
 
 mod closing;
 mod measuring;
 mod progress;
 mod record;
 mod recovery;
+mod said;
 mod updates;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -21,7 +22,7 @@ use net::{Connection, PeerIdentity};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
-use wire::{CloseCode, FromCoordinator, FromParticipant, Outcome, UpdateReply};
+use wire::{CloseCode, FromCoordinator, Outcome, UpdateReply};
 
 use self::updates::JudgedUpdate;
 use super::{Arrivals, Ended, RunError, SOFTWARE, Watcher, body_blocks};
@@ -390,64 +391,6 @@ impl Conductor {
         self.set_state(participant, "departed");
         self.watcher.note(&format!("{participant} departed: {reason}"));
         self.record(&Row::Departure { round, participant: participant.to_string(), reason, energy_j: None })
-    }
-
-    /// `of` is the attempt whose step is reported: one that was abandoned may be heard of behind the next one's start.
-    fn said(
-        &mut self,
-        participant: ParticipantName,
-        message: FromParticipant,
-        of: Option<RoundKey>,
-    ) -> Result<Option<Event>, RunError> {
-        match message {
-            FromParticipant::StepFinished { round, step, loss_nats, tokens, compute_ms, wait_ms } => {
-                let is_open = self.open.as_ref().is_some_and(|open| Some(open.key) == of);
-                let next = self.reported.entry(participant.clone()).or_insert(0);
-                // A step that was repeated is on record already.
-                if is_open && step < *next {
-                    return Ok(None);
-                }
-                if is_open {
-                    *next = step + 1;
-                }
-                let name = participant.to_string();
-                self.record(&Row::Step {
-                    round,
-                    attempt: of.map_or(1, |key| key.attempt),
-                    step,
-                    participant: name,
-                    loss_nats,
-                    tokens,
-                    compute_ms,
-                    wait_ms,
-                    energy_j: None,
-                })?;
-                if let Some(status) = self.participants.get_mut(&participant) {
-                    (status.round, status.step, status.loss_nats) = (round, step, Some(loss_nats));
-                }
-                if let Some(open) = self.open.as_mut().filter(|_| is_open) {
-                    open.steps_done += 1;
-                    let all = open.cohort.len() as u64 * self.shared.experiment.federation.local_steps;
-                    self.watcher.step(open.steps_done, all, loss_nats);
-                }
-                self.write_status(false)?;
-                Ok(is_open.then_some(Event::StepFinished { participant, round, step }))
-            }
-            FromParticipant::Evaluated { round, loss_nats, tokens } => {
-                let is_new = self.evaluated.insert((round, participant.to_string()));
-                if tokens > 0 && is_new {
-                    let name = participant.to_string();
-                    self.record(&Row::Evaluation { round, participant: name, loss_nats, tokens, energy_j: None })?;
-                }
-                Ok(Some(Event::Evaluated { participant, round }))
-            }
-            FromParticipant::CannotResume { round, attempt } => {
-                self.watcher.note(&format!("{participant} has not kept what it needs to go on with round {round}"));
-                Ok(Some(Event::CannotResume { participant, round, attempt }))
-            }
-            FromParticipant::CannotMeasure { reason, .. } => Ok(self.cannot_measure(participant, &reason)),
-            FromParticipant::Hello { .. } | FromParticipant::Ready { .. } | FromParticipant::Leaving { .. } => Ok(None),
-        }
     }
 
     /// Performs the machine's actions in their order; returns why the run is over, if it is.

@@ -9,8 +9,8 @@
 //! reading one may give its neighbour (serde_json's faster parser), which no measurement can notice.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, Read};
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize};
@@ -149,21 +149,55 @@ fn some_number<'de, D: Deserializer<'de>>(value: D) -> Result<Option<f64>, D::Er
     number(value).map(Some)
 }
 
-/// Every complete row of the file at `path`, in the order in which they were written.
-pub fn read_rows(path: &Path) -> Result<Vec<Row>, Error> {
-    let bytes = fs::read(path).map_err(Error::file("read the metrics", path))?;
-    let lines = bytes[..complete_bytes(&bytes)].split_inclusive(|byte| *byte == b'\n');
-    lines
-        .enumerate()
-        .map(|(index, line)| {
-            serde_json::from_slice(line).map_err(|source| Error::Row { path: path.into(), line: index + 1, source })
-        })
-        .collect()
+/// The complete rows of a file, one at a time, in the order in which they were written: those of a long run are more than
+/// memory should hold.
+pub struct Rows {
+    path: PathBuf,
+    file: BufReader<File>,
+    /// The one that was read last, and its number from 1.
+    line: Vec<u8>,
+    number: usize,
 }
 
-/// Length of the complete lines at the start of `bytes`.
-fn complete_bytes(bytes: &[u8]) -> usize {
-    bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1)
+impl Rows {
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let file = File::open(path).map_err(Error::file("read the metrics", path))?;
+        Ok(Self { path: path.into(), file: BufReader::new(file), line: Vec::new(), number: 0 })
+    }
+}
+
+impl Iterator for Rows {
+    type Item = Result<Row, Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.line.clear();
+        if let Err(error) = self.file.read_until(b'\n', &mut self.line) {
+            return Some(Err(Error::file("read the metrics", &self.path)(error)));
+        }
+        if !self.line.ends_with(b"\n") {
+            return None;
+        }
+        self.number += 1;
+        let broken = |source| Error::Row { path: self.path.clone(), line: self.number, source };
+        Some(serde_json::from_slice(&self.line).map_err(broken))
+    }
+}
+
+/// Length of the complete lines at the start of a file.
+fn complete_bytes(file: &mut File) -> io::Result<u64> {
+    let mut piece = [0; 4096];
+    let mut end = file.seek(SeekFrom::End(0))?;
+    while end > 0 {
+        let start = end.saturating_sub(piece.len() as u64);
+        let piece = &mut piece[..(end - start) as usize];
+        file.seek(SeekFrom::Start(start))?;
+        file.read_exact(piece)?;
+        if let Some(last) = piece.iter().rposition(|byte| *byte == b'\n') {
+            return Ok(start + last as u64 + 1);
+        }
+        end = start;
+    }
+    Ok(0)
 }
 
 /// The one writer of a `metrics.jsonl`. The operating system's lock on the file keeps a second one away.
@@ -194,13 +228,11 @@ impl MetricsLog {
             Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {}
             Err(TryLockError::Error(error)) => return Err(open()(error)),
         }
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).map_err(open())?;
-        let complete = complete_bytes(&bytes);
-        if complete < bytes.len() {
-            disk.truncate(&file, path, complete as u64).map_err(Error::file("cut a torn row off", path))?;
+        let len_bytes = complete_bytes(&mut file).map_err(open())?;
+        if len_bytes < file.metadata().map_err(open())?.len() {
+            disk.truncate(&file, path, len_bytes).map_err(Error::file("cut a torn row off", path))?;
         }
-        Ok(Self { path: path.into(), disk: disk.clone(), file, len_bytes: complete as u64 })
+        Ok(Self { path: path.into(), disk: disk.clone(), file, len_bytes })
     }
 
     /// Hands the row to the operating system at once, so that a crash of this program loses none.
@@ -220,9 +252,15 @@ impl MetricsLog {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use proptest::prelude::*;
 
     use super::*;
+
+    fn read_rows(path: &Path) -> Result<Vec<Row>, Error> {
+        Rows::open(path)?.collect()
+    }
 
     fn step(round: u32, loss_nats: f64) -> Row {
         let participant = String::from("clinic-a");
@@ -364,6 +402,17 @@ mod tests {
             assert_eq!(read_rows(&path).unwrap(), [step(1, 1.0)], "{torn_bytes} bytes of a second row");
             MetricsLog::open(&path).unwrap().append(&step(2, 1.0)).unwrap();
             assert_eq!(read_rows(&path).unwrap(), [step(1, 1.0), step(2, 1.0)], "{torn_bytes} bytes of a second row");
+        }
+    }
+
+    #[test]
+    fn a_torn_row_of_any_length_is_cut_off() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metrics.jsonl");
+        for (torn_bytes, whole) in [(4095, ""), (4096, "x\n"), (4097, "x\n"), (8192, "x\n"), (9000, "")] {
+            fs::write(&path, [whole.as_bytes(), &vec![b'y'; torn_bytes]].concat()).unwrap();
+            MetricsLog::open(&path).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), whole, "{torn_bytes} bytes");
         }
     }
 

@@ -21,7 +21,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 use storage::Disk;
 
-use crate::{Error, Experiment, MetricsLog, Row, hex, read_rows};
+use crate::{Error, Experiment, MetricsLog, Row, Rows, hex};
 
 #[derive(Debug, Clone)]
 pub struct RunDirectory {
@@ -88,11 +88,12 @@ impl RunDirectory {
     }
 
     /// The rows written so far, also while another process writes more. None if nothing was ever written.
-    pub fn rows(&self) -> Result<Vec<Row>, Error> {
-        match read_rows(&self.metrics_path()) {
-            Err(Error::File { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(Vec::new()),
-            rows => rows,
-        }
+    pub fn rows(&self) -> Result<impl Iterator<Item = Result<Row, Error>> + use<>, Error> {
+        let rows = match Rows::open(&self.metrics_path()) {
+            Err(Error::File { source, .. }) if source.kind() == ErrorKind::NotFound => None,
+            rows => Some(rows?),
+        };
+        Ok(rows.into_iter().flatten())
     }
 
     pub fn status_path(&self) -> PathBuf {
@@ -346,7 +347,7 @@ mod tests {
         assert_eq!(fs::read_to_string(run.path().join("experiment.toml")).unwrap(), smoke().resolved_toml());
         assert_eq!(RunDirectory::open(run.path()).unwrap().experiment(), &smoke());
         assert_eq!(run.finished_rounds().unwrap(), 0);
-        assert_eq!(run.rows().unwrap(), []);
+        assert_eq!(run.rows().unwrap().count(), 0);
     }
 
     #[test]
@@ -457,7 +458,8 @@ mod tests {
         let mut log = run.metrics_log().unwrap();
         let row = Row::Finished { rounds: 2, reason: String::from("done"), duration_ms: 1.0, energy_j: None };
         log.append(&row).unwrap();
-        assert_eq!(RunDirectory::open(run.path()).unwrap().rows().unwrap(), [row]);
+        let rows = RunDirectory::open(run.path()).unwrap().rows().unwrap();
+        assert_eq!(rows.collect::<Result<Vec<_>, _>>().unwrap(), [row]);
     }
 
     #[test]

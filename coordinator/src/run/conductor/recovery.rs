@@ -16,24 +16,26 @@ use crate::round::ParticipantName;
 const RESUMING_MINOR: u16 = 1;
 
 impl Conductor {
-    /// Remembers what is on record already, of steps those of the attempt that is open or comes next.
-    pub(in crate::run) fn remember(&mut self, rows: &[Row], open_attempt: u32) {
+    /// Remembers what is on record already: of evaluations those that may still come, of steps those of the attempt that is
+    /// open or comes next.
+    pub(in crate::run) fn remember(&mut self, open_attempt: u32) -> Result<(), experiment::Error> {
         let open = (self.finished + 1, open_attempt);
-        for row in rows {
-            match row {
-                Row::Evaluation { round, participant, .. } => {
-                    self.evaluated.insert((*round, participant.clone()));
+        for row in self.directory.rows()? {
+            match row? {
+                Row::Evaluation { round, participant, .. } if round >= self.finished => {
+                    self.evaluated.insert((round, participant));
                 }
-                Row::Step { round, attempt, step, participant, .. } if (*round, *attempt) == open => {
-                    let next = self.reported.entry(ParticipantName::new(participant)).or_insert(0);
+                Row::Step { round, attempt, step, participant, .. } if (round, attempt) == open => {
+                    let next = self.reported.entry(ParticipantName::new(&participant)).or_insert(0);
                     *next = (*next).max(step + 1);
                 }
-                Row::Update { round, attempt, participant, accepted: true, .. } if (*round, *attempt) == open => {
-                    self.delivered.insert((*round, *attempt, participant.clone()));
+                Row::Update { round, attempt, participant, accepted: true, .. } if (round, attempt) == open => {
+                    self.delivered.insert((round, attempt, participant));
                 }
                 _ => {}
             }
         }
+        Ok(())
     }
 
     /// Takes up a round that was open when the coordinator ended.
