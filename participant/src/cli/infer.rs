@@ -306,6 +306,9 @@ impl ModelArguments {
         });
         // Who chooses how floats are kept and multiplied, wants floats.
         let of_floats = device.backend.is_some() || device.weights.is_some();
+        if of_floats && matches!(chosen, Some(Engine::Integer)) {
+            bail!("--backend and --weights are for --engine float; leave them out, or --engine integer");
+        }
         let engine = chosen.or(of_floats.then_some(Engine::Float)).or(default);
         let cache = cache.map(CacheType::from);
         Ok(Runner::open(model, adapter, &device.choice().over(&Default::default()), engine, cache)?)

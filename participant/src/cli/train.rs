@@ -100,11 +100,7 @@ pub(super) struct SwarmArguments {
 }
 
 fn host_and_port(text: &str) -> Result<String, String> {
-    let is_port = |port: &str| port.parse::<u16>().is_ok_and(|port| port > 0);
-    match text.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && is_port(port)) {
-        true => Ok(text.to_owned()),
-        false => Err("give a host and a port, such as 192.0.2.7:4433".to_owned()),
-    }
+    net::check_address(text).map(|()| text.to_owned())
 }
 
 pub(super) async fn join(arguments: JoinArguments, stop: watch::Receiver<bool>) -> anyhow::Result<()> {

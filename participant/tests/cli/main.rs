@@ -353,7 +353,7 @@ fn an_argument_that_makes_no_sense_is_named() {
         ("device-log --out real", &["real/press-1.jsonl", "already there", "--force"]),
         ("train smoke.toml --data data.jsonl --dump-batches data.jsonl", &["--dump-batches", "replace what --data"]),
         ("train smoke.toml --data data.jsonl --out data.jsonl", &["data.jsonl", "check the path"]),
-        ("join press-1.invite --data data.jsonl --address coordinator", &["--address", "192.0.2.7:4433"]),
+        ("join press-1.invite --data data.jsonl --address coordinator", &["--address", "is not host:port"]),
         ("logits --model hf --out l --prompts foreign.jsonl", &["foreign.jsonl, line 2", "token 99999", "of 259"]),
         ("logits --model hf --out l --prompts none.jsonl", &["none.jsonl, line 1", "at least one token"]),
         ("logits --model hf --out l --prompts words.jsonl", &["words.jsonl, line 1", "no list of token ids"]),

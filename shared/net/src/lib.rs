@@ -4,6 +4,7 @@
 //! nothing of rounds, steps or tensors beyond their headers. A coordinator starts from [`Listener`], a participant from [`Dialer`]; both get
 //! a [`Connection`].
 
+mod address;
 mod authority;
 mod config;
 mod connection;
@@ -20,6 +21,7 @@ mod reset;
 mod stream;
 mod watched;
 
+pub use address::check_address;
 pub use authority::{Authority, DeviceKey, Root};
 pub use config::{Congestion, Transport, TransportLimits};
 pub use connection::{Connection, StreamKind};
