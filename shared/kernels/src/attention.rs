@@ -5,8 +5,8 @@
 //! Kept for the way back is the logarithm of each query's sum alone; the weights are made again from it, as in
 //! FlashAttention (Dao et al., arXiv 2205.14135), but a strip's keys all at once, so that no sum is ever rescaled.
 //!
-//! Where the engine multiplies pairs of bf16, so does this: sums run over pairs of channels, of neighbouring keys, or of
-//! neighbouring queries, and stay in f32, as scores and weights do.
+//! Where the engine multiplies pairs of bf16 and tiles take them step by step, products here are of pairs too: of
+//! neighbouring channels, keys or queries. Scores, the softmax and all sums are f32; what is multiplied is rounded.
 
 use crate::buffer::Buffer;
 use crate::engine::{Engine, Shared, Task};
@@ -108,7 +108,6 @@ pub(crate) fn backward(
     shape: Shape,
     spans: &[Span],
     qkv: &Buffer<f32>,
-    mixed: &[f32],
     sums: &[f32],
     gradient: &Buffer<f32>,
 ) -> Buffer<f32> {
@@ -116,7 +115,6 @@ pub(crate) fn backward(
         shape: Shape,
         spans: &'a [Span],
         qkv: &'a Buffer<f32>,
-        mixed: &'a [f32],
         sums: &'a [f32],
         gradient: &'a Buffer<f32>,
         to: Shared<f32>,
@@ -143,14 +141,15 @@ pub(crate) fn backward(
             let width = heads * size;
             let keys = length.next_multiple_of(S::MR);
             let lanes = 2 * S::LANES;
-            // Packed keys and values; a strip's queries and gradients; weights and their gradients, both ways round.
+            // Packed keys and values; a strip's queries and gradients; weights and their gradients, both ways round; pairs of
+            // keys, of a strip's queries and gradients, and of the weights' gradients.
             let turned_stride = length.next_multiple_of(S::LANES) + LANES_MAX;
             let (scores_room, turned_room) = ((keys + LANES_MAX) * lanes, turned_stride * lanes);
-            let all_paired = paired_room::<S, PAIRS>(length, size);
-            let strip_paired = paired_room::<S, PAIRS>(lanes, size);
-            let slopes_paired = paired_room::<S, PAIRS>(keys, lanes);
-            let numbers = 2 * (keys + lanes) * size + 2 * scores_room + 2 * turned_room + lanes;
-            let numbers = numbers + all_paired + 2 * strip_paired + slopes_paired;
+            let keys_paired_room = paired_room::<S, PAIRS>(length, size);
+            let strip_paired_room = paired_room::<S, PAIRS>(lanes, size);
+            let slopes_paired_room = paired_room::<S, PAIRS>(keys, lanes);
+            let numbers = 2 * (keys + lanes) * size + 2 * scores_room + 2 * turned_room;
+            let numbers = numbers + keys_paired_room + 2 * strip_paired_room + slopes_paired_room;
             let mut scratch = Scratch::new(numbers);
             let scratch = scratch.start();
             // SAFETY: `backward` has checked the sizes; this task alone writes the rows of these heads; `scratch` is
@@ -166,14 +165,13 @@ pub(crate) fn backward(
                 let slopes = weights.add(scores_room);
                 let weights_turned = slopes.add(scores_room);
                 let slopes_turned = weights_turned.add(turned_room);
-                let dots = slopes_turned.add(turned_room);
-                let keys_paired = dots.add(lanes);
-                let query_paired = keys_paired.add(all_paired);
-                let gradient_paired = query_paired.add(strip_paired);
-                let slopes_paired = gradient_paired.add(strip_paired);
+                let keys_paired = slopes_turned.add(turned_room);
+                let query_paired = keys_paired.add(keys_paired_room);
+                let gradient_paired = query_paired.add(strip_paired_room);
+                let slopes_paired = gradient_paired.add(strip_paired_room);
                 pack_keys::<S, PAIRS>(key, stride, length, size, keys_packed);
                 pack_keys::<S, PAIRS>(value, stride, length, size, values_packed);
-                let keys = paired::<S, PAIRS>(key, stride, length, size, keys_paired);
+                let key_steps = paired::<S, PAIRS>(key, stride, length, size, keys_paired);
                 let to = self.to.0.add(start * stride);
                 let (to_key, to_value) = (to.add((heads + kv) * size), to.add((heads + kv_heads + kv) * size));
                 for row in 0..length {
@@ -187,34 +185,21 @@ pub(crate) fn backward(
                         let row = start + first;
                         let query = at.head(head).add(first * stride);
                         let gradient = self.gradient.pointer().add(row * width + head * size);
-                        // Σ dO ∘ O of every query, which is Σ P ∘ dP (FlashAttention, appendix B.2).
-                        for q in 0..lanes {
-                            let mut dot = S::splat(0.0);
-                            let mut channel = 0;
-                            while q < strip.queries && channel < size {
-                                let n = S::LANES.min(size - channel);
-                                let o = self.mixed[(row + q) * width + head * size + channel..].as_ptr();
-                                let d = gradient.add(q * width + channel);
-                                dot = S::fma(S::load_n(o, n), S::load_n(d, n), dot);
-                                channel += S::LANES;
-                            }
-                            *dots.add(q) = S::sum(dot);
-                        }
                         strip.pack::<S, PAIRS>(at.head(head), stride, size, queries);
                         strip.pack_at::<S, PAIRS>(gradient, width, size, gradients);
                         strip.scores::<S, PAIRS>(keys_packed, queries, size, weights);
                         strip.scores::<S, PAIRS>(values_packed, gradients, size, slopes);
                         let sums = self.sums[row * heads + head..].as_ptr();
-                        strip.slopes::<S>(size, weights, slopes, sums, heads, dots);
+                        strip.slopes::<S>(size, weights, slopes, sums, heads);
                         strip.turn::<S, PAIRS>(weights, weights_turned, turned_stride);
                         strip.turn::<S, PAIRS>(slopes, slopes_turned, turned_stride);
                         let to_query = to.add(first * stride + head * size);
-                        let slopes = paired::<S, PAIRS>(slopes, lanes, strip.keys, lanes, slopes_paired);
-                        strip.mix::<S, PAIRS>(slopes.start, keys, size, to_query, stride);
-                        let gradient = paired::<S, PAIRS>(gradient, width, strip.queries, size, gradient_paired);
-                        strip.spread::<S, PAIRS>(weights_turned, turned_stride, gradient, size, to_value, stride);
-                        let query = paired::<S, PAIRS>(query, stride, strip.queries, size, query_paired);
-                        strip.spread::<S, PAIRS>(slopes_turned, turned_stride, query, size, to_key, stride);
+                        let slope_steps = paired::<S, PAIRS>(slopes, lanes, strip.keys, lanes, slopes_paired);
+                        strip.mix::<S, PAIRS>(slope_steps.start, key_steps, size, to_query, stride);
+                        let steps = paired::<S, PAIRS>(gradient, width, strip.queries, size, gradient_paired);
+                        strip.spread::<S, PAIRS>(weights_turned, turned_stride, steps, size, to_value, stride);
+                        let steps = paired::<S, PAIRS>(query, stride, strip.queries, size, query_paired);
+                        strip.spread::<S, PAIRS>(slopes_turned, turned_stride, steps, size, to_key, stride);
                         first += strip.queries;
                     }
                 }
@@ -222,12 +207,12 @@ pub(crate) fn backward(
         }
     }
     let rows = check(shape, spans, qkv);
-    assert!(mixed.len() == rows * shape.heads * shape.size && mixed.len() == gradient.len());
+    assert_eq!(gradient.len(), rows * shape.heads * shape.size);
     assert_eq!(sums.len(), rows * shape.heads);
     let mut to = engine.take(qkv.len());
     let shared = Shared(to.as_mut_ptr());
     let pairs = engine.multiplies_bf16();
-    let task = Backward { shape, spans, qkv, mixed, sums, gradient, to: shared, pairs };
+    let task = Backward { shape, spans, qkv, sums, gradient, to: shared, pairs };
     engine.parallel(spans.len() * shape.kv_heads, &task);
     to
 }
@@ -257,9 +242,10 @@ impl Rows {
     }
 }
 
-/// Whether tiles read pairs as they are laid out here.
+/// Whether tiles read pairs as they are laid out here, step by step: AMX's read rows. What holds all pairs has no slack, so
+/// that a strip must be whole tiles.
 fn takes_pairs<S: Simd>() -> bool {
-    S::BF16 && !S::PAIRS_BY_ROW
+    S::BF16 && !S::PAIRS_BY_ROW && (2 * S::LANES).is_multiple_of(S::MR)
 }
 
 /// Rows as the right side of a tile: steps of numbers, or of pairs.
@@ -454,15 +440,7 @@ impl Strip {
 
     /// Scores → weights, and products of values with gradients → gradients of the scores as they were before scaling.
     #[inline(always)]
-    unsafe fn slopes<S: Simd>(
-        &self,
-        size: usize,
-        scores: *mut f32,
-        slopes: *mut f32,
-        sums: *const f32,
-        stride: usize,
-        dots: *const f32,
-    ) {
+    unsafe fn slopes<S: Simd>(&self, size: usize, scores: *mut f32, slopes: *mut f32, sums: *const f32, stride: usize) {
         let width = 2 * S::LANES;
         // SAFETY: as above.
         unsafe {
@@ -474,22 +452,28 @@ impl Strip {
                     *logarithm = *sums.add((vector * S::LANES + lane) * stride);
                 }
                 let logarithms = S::load(logarithms.as_ptr());
-                let dots = S::load(dots.add(vector * S::LANES));
                 let keys = if present == 0 { 0 } else { self.keys.min(self.first + (vector + 1) * S::LANES) };
-                for key in 0..self.keys {
-                    let p_at = scores.add(key * width + vector * S::LANES);
-                    let d_at = slopes.add(key * width + vector * S::LANES);
-                    if key >= keys {
-                        S::store(p_at, S::splat(0.0));
-                        S::store(d_at, S::splat(0.0));
-                        continue;
-                    }
-                    let mut p = exp::<S>(S::sub(S::mul(S::load(p_at), scale), logarithms));
+                // Σ P ∘ dP of every query, by which its slopes add up to zero (FlashAttention, appendix B.2).
+                let mut mean = S::splat(0.0);
+                let scores = scores.add(vector * S::LANES);
+                let slopes = slopes.add(vector * S::LANES);
+                for key in 0..keys {
+                    let at = scores.add(key * width);
+                    let mut p = exp::<S>(S::sub(S::mul(S::load(at), scale), logarithms));
                     if let Some(seen) = self.seen::<S>(key, vector) {
                         p = S::mul(p, S::load(seen.as_ptr()));
                     }
-                    S::store(p_at, p);
-                    S::store(d_at, S::mul(S::mul(p, S::sub(S::load(d_at), dots)), scale));
+                    S::store(at, p);
+                    mean = S::fma(p, S::load(slopes.add(key * width)), mean);
+                }
+                for key in 0..keys {
+                    let p = S::mul(S::load(scores.add(key * width)), scale);
+                    let at = slopes.add(key * width);
+                    S::store(at, S::mul(p, S::sub(S::load(at), mean)));
+                }
+                for key in keys..self.keys {
+                    S::store(scores.add(key * width), S::splat(0.0));
+                    S::store(slopes.add(key * width), S::splat(0.0));
                 }
             }
         }

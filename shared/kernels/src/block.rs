@@ -65,7 +65,8 @@ pub(crate) struct SavedInner {
     /// Before norms and rotation of the heads, where they have norms.
     raw_heads: Option<Kept>,
     qkv: Kept,
-    pub(crate) mixed: Kept,
+    /// Absent where no adapter asks what went into o.
+    pub(crate) mixed: Option<Kept>,
     sums: Buffer<f32>,
     pub(crate) middle: Kept,
     pub(crate) gate_up: Kept,
@@ -97,7 +98,7 @@ impl Saved {
                 gathered_kept(engine, groups, inners.iter().map(|inner| inner.raw_heads.as_ref().expect("kept alike")))
             }),
             qkv: gathered_kept(engine, groups, inners.iter().map(|inner| &inner.qkv)),
-            mixed: gathered_kept(engine, groups, inners.iter().map(|inner| &inner.mixed)),
+            mixed: gathered_mixed(engine, groups, &inners),
             sums: gathered(engine, groups, &inners, |inner| &inner.sums),
             middle: gathered_kept(engine, groups, inners.iter().map(|inner| &inner.middle)),
             gate_up: gathered_kept(engine, groups, inners.iter().map(|inner| &inner.gate_up)),
@@ -141,6 +142,20 @@ fn gathered_kept<'a>(engine: &Engine, groups: &[GroupSaved<'_>], kept: impl Iter
     Kept::gathered(engine, &parts)
 }
 
+/// Of groups that have kept none nobody asks for the rows: they are zeros.
+fn gathered_mixed(engine: &Engine, groups: &[GroupSaved<'_>], inners: &[&SavedInner]) -> Option<Kept> {
+    let row_numbers =
+        |(inner, part): (&&SavedInner, &GroupSaved<'_>)| Some(inner.mixed.as_ref()?.len() / part.pass.rows());
+    let columns = inners.iter().zip(groups).find_map(row_numbers)?;
+    let zeros: Vec<Kept> =
+        groups.iter().map(|part| Kept::new(engine, engine.zeros(part.rows().rows.len() * columns))).collect();
+    let parts = inners.iter().zip(groups).zip(&zeros).map(|((inner, part), zeros)| match &inner.mixed {
+        Some(mixed) => (mixed, part.of(mixed.len())),
+        None => (zeros, 0..zeros.len()),
+    });
+    Some(Kept::gathered(engine, &parts.collect::<Vec<_>>()))
+}
+
 /// Gradients of a block's adapters, by group.
 pub type BlockGradients = Vec<[Option<PairGradients>; LAYERS]>;
 
@@ -150,7 +165,10 @@ pub enum Keep {
     Nothing,
     /// The block's input alone: half as much arithmetic again, for a tenth of the memory.
     Input,
+    /// All that the backward pass cannot make again at once.
     Everything,
+    /// Likewise, and what went into o.
+    Measured,
 }
 
 const Q: usize = 0;
@@ -248,12 +266,12 @@ impl Block {
         keep: Keep,
     ) -> (Stream, Option<Saved>) {
         let Stream(x) = x;
-        let (output, inner) = self.forward_inner(engine, pass, &x, adapters, masks, keep == Keep::Everything);
+        let (output, inner) = self.forward_inner(engine, pass, &x, adapters, masks, keep);
         let saved = match keep {
             Keep::Nothing => None,
             // Made again, the block must come out bit for bit as it did.
             Keep::Input => Some(Saved { x: Kept::F32(x), inner: None }),
-            Keep::Everything => Some(Saved { x: Kept::new(engine, x), inner }),
+            Keep::Everything | Keep::Measured => Some(Saved { x: Kept::new(engine, x), inner }),
         };
         (Stream(output), saved)
     }
@@ -265,9 +283,11 @@ impl Block {
         x: &Buffer<f32>,
         adapters: &[&BlockAdapter],
         masks: Option<Masks<'_>>,
-        keep: bool,
+        keep: Keep,
     ) -> (Buffer<f32>, Option<SavedInner>) {
         let Pass { blocking, segments, rotation } = pass;
+        let keeps_mixed = keep == Keep::Measured;
+        let keep = matches!(keep, Keep::Everything | Keep::Measured);
         let layers = |layers| Layers { engine, blocking, adapters, masks, layers };
 
         let (h, attention_factors) = self.attention_norm.packed(engine, blocking, x);
@@ -329,7 +349,7 @@ impl Block {
             ffn_factors,
             raw_heads,
             qkv: kept(qkv),
-            mixed: kept(mixed),
+            mixed: (keeps_mixed || output_inner.is_some()).then(|| kept(mixed)),
             sums,
             middle: kept(middle),
             gate_up: match kept_gate_up {
@@ -361,7 +381,7 @@ impl Block {
             Saved { x, inner: Some(inner) } => (x.widened(engine), inner),
             Saved { x, inner: None } => {
                 let x = x.widened(engine);
-                let (_, inner) = self.forward_inner(engine, pass, &x, adapters, masks, true);
+                let (_, inner) = self.forward_inner(engine, pass, &x, adapters, masks, Keep::Everything);
                 (x, inner.expect("everything is kept"))
             }
         };
@@ -404,25 +424,26 @@ impl Block {
         drop(middle);
 
         // middle = x + W_o mixed
-        let mixed = inner.mixed.widened(engine);
         let output = layers(&[O]);
         let g = Packed::of(engine, blocking, &gradient, self.width);
         let g_inner = [output.inner_of_gradient(O, Part::all(&g))];
-        let mut mixed_gradient = engine.take(mixed.len());
         let columns = self.layers[O].columns();
+        let mut mixed_gradient = engine.take(rows * columns);
         let term = backward_term(&g, 0, &self.layers[O], output.of_input(O, &g_inner[0]));
         let all = Columns { at: 0, columns, terms: vec![term], plus: Plus::Nothing };
         product(engine, blocking, &mut mixed_gradient, columns, &[all]);
         output.add_masked_input_gradient(O, &g_inner[0], &mut mixed_gradient);
         drop(g);
-        let have = InputRows::Have(&mixed);
-        output.gradients(trains, &output_inner, &g_inner, &have, &gradient, &[0], &mut gradients);
+        if let Some(mixed) = inner.mixed.filter(|_| output_inner.is_some()) {
+            let mixed = mixed.widened(engine);
+            let have = InputRows::Have(&mixed);
+            output.gradients(trains, &output_inner, &g_inner, &have, &gradient, &[0], &mut gradients);
+        }
         drop(g_inner);
 
         let qkv = inner.qkv.widened(engine);
-        let mut qkv_gradient =
-            attention::backward(engine, self.shape, segments, &qkv, &mixed, &inner.sums, &mixed_gradient);
-        drop((qkv, mixed, mixed_gradient));
+        let mut qkv_gradient = attention::backward(engine, self.shape, segments, &qkv, &inner.sums, &mixed_gradient);
+        drop((qkv, mixed_gradient));
         let plain_heads: Vec<_> = self.rotated_heads().into_iter().map(|(heads, _)| (heads, None)).collect();
         rope::rotate(engine, &mut qkv_gradient, &plain_heads, rotation, true);
         if let (Some(raw), Some(norms)) = (inner.raw_heads, &self.head_norms) {

@@ -29,13 +29,14 @@ impl Block {
         x: Stream,
         adapters: &[&BlockAdapter],
     ) -> (Stream, Inputs) {
-        let (output, saved) = self.forward(engine, pass, x, adapters, None, Keep::Everything);
+        let (output, saved) = self.forward(engine, pass, x, adapters, None, Keep::Measured);
         let Some(Saved { x, inner: Some(inner) }) = saved else { unreachable!("everything is kept") };
+        let mixed = inner.mixed.expect("measured");
         let [attention_norm, ffn_norm] = self.norms();
         let gate_up = inner.gate_up.widened(engine);
         let inputs = Inputs {
             attention: Stream(attention_norm.rows(engine, &x.widened(engine))),
-            mixed: Stream(inner.mixed.widened(engine)),
+            mixed: Stream(mixed.widened(engine)),
             ffn: Stream(ffn_norm.rows(engine, &inner.middle.widened(engine))),
             gated: Stream(gate::rows(engine, &gate_up, self.ffn())),
         };
