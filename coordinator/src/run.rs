@@ -190,8 +190,10 @@ impl Run {
         let metrics = directory.metrics_log()?;
         let body_blocks = body_blocks(&experiment, source.config().blocks);
         let mut aggregator = Aggregator::new(&experiment);
+        // Reads all of the metrics: a broken row is found before anything is changed.
+        let is_completed = is_completed(&directory)?;
         let finished = newest_valid_round(&directory, &mut *watcher)?;
-        if finished == experiment.federation.rounds && is_completed(&directory)? {
+        if is_completed && finished == experiment.federation.rounds {
             watcher.note("the run is completed; to train again, give the experiment another name");
             let of = experiment.federation.rounds;
             return Ok(Ended { directory: directory.path().to_owned(), rounds: finished, of, stopped: false });

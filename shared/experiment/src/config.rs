@@ -313,7 +313,8 @@ pub struct Device {
     pub threads: u32,
     /// How frozen weights are kept, and with them what is multiplied.
     pub weights: WeightType,
-    /// Keep each block's input alone for the backward pass, and make the rest again: slower, in less memory.
+    /// Keep each block's input alone for the backward pass, make the rest again, and few logits at a time: slower, in less
+    /// memory.
     pub recompute: bool,
 }
 

@@ -15,7 +15,7 @@ mod seed;
 
 pub use config::*;
 pub use error::Error;
-pub use metrics::{MetricsLog, Row, Rows};
+pub use metrics::{MetricsLog, Row};
 pub use parse::{hex, skeleton};
 pub use run_directory::{RunDirectory, write_atomically};
 pub use seed::Seed;

@@ -151,18 +151,33 @@ fn some_number<'de, D: Deserializer<'de>>(value: D) -> Result<Option<f64>, D::Er
 
 /// The complete rows of a file, one at a time, in the order in which they were written: those of a long run are more than
 /// memory should hold.
-pub struct Rows {
+pub(crate) struct Rows {
     path: PathBuf,
     file: BufReader<File>,
     /// The one that was read last, and its number from 1.
     line: Vec<u8>,
     number: usize,
+    /// Behind an error, or at what is no complete row: what stands there later is another iteration's.
+    is_done: bool,
 }
 
 impl Rows {
-    pub fn open(path: &Path) -> Result<Self, Error> {
+    pub(crate) fn open(path: &Path) -> Result<Self, Error> {
         let file = File::open(path).map_err(Error::file("read the metrics", path))?;
-        Ok(Self { path: path.into(), file: BufReader::new(file), line: Vec::new(), number: 0 })
+        Ok(Self { path: path.into(), file: BufReader::new(file), line: Vec::new(), number: 0, is_done: false })
+    }
+}
+
+impl Rows {
+    fn read(&mut self) -> Result<Option<Row>, Error> {
+        self.line.clear();
+        self.file.read_until(b'\n', &mut self.line).map_err(Error::file("read the metrics", &self.path))?;
+        if !self.line.ends_with(b"\n") {
+            return Ok(None);
+        }
+        self.number += 1;
+        let broken = |source| Error::Row { path: self.path.clone(), line: self.number, source };
+        serde_json::from_slice(&self.line).map(Some).map_err(broken)
     }
 }
 
@@ -170,16 +185,12 @@ impl Iterator for Rows {
     type Item = Result<Row, Error>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        self.line.clear();
-        if let Err(error) = self.file.read_until(b'\n', &mut self.line) {
-            return Some(Err(Error::file("read the metrics", &self.path)(error)));
-        }
-        if !self.line.ends_with(b"\n") {
+        if self.is_done {
             return None;
         }
-        self.number += 1;
-        let broken = |source| Error::Row { path: self.path.clone(), line: self.number, source };
-        Some(serde_json::from_slice(&self.line).map_err(broken))
+        let row = self.read().transpose();
+        self.is_done = !matches!(row, Some(Ok(_)));
+        row
     }
 }
 

@@ -21,7 +21,8 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 use storage::Disk;
 
-use crate::{Error, Experiment, MetricsLog, Row, Rows, hex};
+use crate::metrics::Rows;
+use crate::{Error, Experiment, MetricsLog, Row, hex};
 
 #[derive(Debug, Clone)]
 pub struct RunDirectory {

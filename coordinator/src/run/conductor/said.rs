@@ -1,4 +1,4 @@
-//! What participants say of their steps and evaluations goes on record once.
+//! What participants say on the control stream: steps and evaluations go on record, each once.
 
 use experiment::Row;
 use wire::FromParticipant;
