@@ -24,8 +24,8 @@ pub use writer::Writer;
 /// Where the data section and every tensor in it begin, unless the file's `general.alignment` says otherwise.
 pub const ALIGNMENT: u64 = 32;
 
-/// Bounds on a header, far above any real model and far below what could exhaust memory: of an array at most twice its
-/// bytes in the file.
+/// Bounds on a header, far above any real model and far below what could exhaust memory. No array takes more at once than
+/// twice its bytes in the file.
 pub const KEYS_MAX: i64 = 4_096;
 pub const TENSORS_MAX: i64 = 65_536;
 pub const KEY_BYTES_MAX: u64 = 1_024;

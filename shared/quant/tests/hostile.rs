@@ -145,8 +145,14 @@ fn lying_headers() -> Vec<Vec<u8>> {
             all.extend([0, 100_000].map(|filler| array(ty, count, filler)));
         }
     }
-    // Nothing but empty strings, and nothing but the smallest tensors: what takes most memory for its bytes.
+    // Nothing but empty strings, a long one that lets memory double, and nothing but the smallest tensors.
     all.push(array(8, 20_000, 8 * 20_000 - 1));
+    let mut doubling = array(8, 2, 0);
+    for bytes in [1u64 << 16, 1] {
+        doubling.extend(bytes.to_le_bytes());
+        doubling.resize(doubling.len() + bytes as usize, b'a');
+    }
+    all.push(doubling);
     let mut tensors = start(20_001, 0);
     for i in 0..20_000u64 {
         let name = format!("{i:x}");

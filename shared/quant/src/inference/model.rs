@@ -39,9 +39,11 @@ struct Part<'a> {
 
 /// Bytes of the file that are read at once, about.
 const PART_BYTES: usize = 128 << 10;
+/// As many as a disk keeps busy.
+const LOAD_THREADS_MAX: usize = 8;
 
 impl Model {
-    /// Reads and repacks all weights, for a moment on all cores, however few threads the engine has.
+    /// Reads and repacks all weights: for a moment on up to eight cores, however few threads the engine has.
     ///
     /// # Errors
     /// If the file cannot be read, is none of a supported decoder, or has numbers that are not finite.
@@ -79,7 +81,7 @@ impl Model {
         }
         let loading = |((name, ty, interleaved), matrix)| Loading { name, ty, matrix, interleaved };
         let mut all: Vec<Loading> = all.into_iter().zip(Matrix::several(&sizes)).map(loading).collect();
-        fill(reader, &mut all, std::thread::available_parallelism().map_or(1, usize::from))?;
+        fill(reader, &mut all)?;
 
         let mut matrices = all.into_iter().map(|loading| loading.matrix);
         let mut next = || matrices.next().expect("as many as were pushed");
@@ -193,7 +195,7 @@ fn block_type(reader: &Reader, name: &str, shape: &[usize]) -> Result<BlockType,
     }
 }
 
-fn fill(reader: &Reader, all: &mut [Loading], threads: usize) -> Result<(), Error> {
+fn fill(reader: &Reader, all: &mut [Loading]) -> Result<(), Error> {
     let mut parts = Vec::new();
     for Loading { name, ty, matrix, interleaved } in all {
         let rows = matrix.rows();
@@ -212,6 +214,7 @@ fn fill(reader: &Reader, all: &mut [Loading], threads: usize) -> Result<(), Erro
             parts.push(Part { name, ty: *ty, first_row, rows, interleaved: *interleaved, groups });
         }
     }
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(LOAD_THREADS_MAX).min(parts.len());
     let parts = Mutex::new(parts.into_iter());
     let work = || {
         let mut bytes = Vec::new();
