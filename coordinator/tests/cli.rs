@@ -26,7 +26,7 @@ fn a_home_is_neither_overwritten_nor_taken_for_granted() {
             ],
         ),
         ("init file", &["failed to make the directory file", "move it away"]),
-        ("init new --address nonsense", &["\"nonsense\" is not host:port", "127.0.0.1:4433"]),
+        ("init new --address nonsense", &["\"nonsense\" is not host:port", "192.0.2.7:4433"]),
         ("invite nowhere press-1", &["failed to open nowhere", "`coordinator init nowhere`"]),
         ("run smoke.toml --home nowhere", &["failed to open nowhere", "`coordinator init nowhere`"]),
     ];

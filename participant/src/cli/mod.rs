@@ -101,7 +101,7 @@ struct DeviceArguments {
     /// How the native backend keeps frozen weights; otherwise the experiment's `[device] weights`, if there is one
     #[arg(long, value_enum)]
     weights: Option<WeightName>,
-    /// In training, keep each block's input alone for the backward pass: slower, in less memory
+    /// In training, keep each block's input alone for the backward pass, and few logits: slower, in less memory
     #[arg(long)]
     recompute: bool,
 }

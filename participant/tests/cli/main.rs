@@ -340,13 +340,17 @@ fn an_argument_that_makes_no_sense_is_named() {
     desk.write("real/press-1.jsonl", "{\"text\": \"what really happened\"}\n");
     desk.weights("base.gguf");
     desk.write("long.jsonl", format!("{{\"text\": \"{}\"}}\n", "a".repeat(5000)));
-    let cases: [(&str, &[&str]); 24] = [
+    let cases: [(&str, &[&str]); 25] = [
         (
             "logits --model base.gguf --engine integer --out l --prompts long.jsonl",
             &["line 1", "5000 tokens", "context of", "cut it"],
         ),
         ("logits --model hf --cache f32 --out l --prompts long.jsonl", &["--cache", "--engine integer"]),
         ("generate --model hf --cache q8_0 --raw --prompt a", &["--cache", "--engine integer"]),
+        (
+            "generate --model base.gguf --engine integer --weights bf16 --raw --prompt a",
+            &["--weights", "--engine float", "leave"],
+        ),
         ("bench infer --model base.gguf --depth 5000", &["5512 tokens", "context of", "ask for fewer"]),
         ("bench infer --model hf", &["hf is no GGUF file", "coordinator quantize"]),
         ("device-log --out smoke.toml/logs", &["smoke.toml/logs", "check the path"]),

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-/// Of no protocol and no path: `host:port`, where an IPv6 host stands in brackets.
+/// Refuses what is not `host:port`, where an IPv6 host stands in brackets: neither protocol nor path belong to it.
 ///
 /// # Errors
 /// What is wrong, with the address quoted.
@@ -19,7 +19,7 @@ pub fn check_address(address: &str) -> Result<(), String> {
         }
     };
     if port == 0 {
-        return Err(format!("{address:?} is not host:port with a port from 1 to 65535, such as \"127.0.0.1:4433\""));
+        return Err(format!("{address:?} is not host:port with a port from 1 to 65535, such as \"192.0.2.7:4433\""));
     }
     Ok(())
 }
