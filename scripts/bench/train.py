@@ -72,7 +72,7 @@ def main():
         results[shape] = {name: summary(list_, batch, lora) for name, list_ in samples.items() if list_}
         print(f"\n{threads} threads, batch {batch}, LoRA rank {RANK} on {lora}; medians of {rounds}", file=out)
         print_table(results[shape], out)
-    record(results, machine)
+    record(results, machine, arguments.quick)
 
 
 class Machine:
@@ -121,7 +121,8 @@ def contenders(arguments, machine):
     # Forced, MKL also takes its own AVX2 code instead of the one it keeps for others: the faster of the two.
     avx2 = forced | {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
     everyone = {"PyTorch f32": pytorch("f32"), "native f32": ours("native", "f32")}
-    everyone["native f32, recompute"] = ours("native", "f32", options=["--recompute"])
+    if not arguments.quick:
+        everyone["native f32, recompute"] = ours("native", "f32", options=["--recompute"])
     if forced:
         everyone["PyTorch f32, MKL forced"] = pytorch("f32", forced)
     everyone["native bf16"] = ours("native", "bf16")
@@ -178,7 +179,7 @@ def print_table(results, out):
         )
 
 
-def record(results, machine):
+def record(results, machine, quick):
     """The figures: of every shape, or every shape with as many threads, the worst."""
 
     def value(shape, names, key, best):
@@ -209,7 +210,10 @@ def record(results, machine):
     for ours, _, goal in pairs:
         shares = [value(shape, [ours], "peak_share", min) for shape in results]
         figures.at_least(f"2 {ours}, of this machine's peak", worst(min, shares), goal, "share")
-    for ours, theirs in [(ours, theirs) for ours, theirs, _ in pairs] + [("native f32, recompute", "PyTorch f32")]:
+    pairs = [(ours, theirs) for ours, theirs, _ in pairs]
+    if not quick:
+        pairs.append(("native f32, recompute", "PyTorch f32"))
+    for ours, theirs in pairs:
         shares = [value(shape, [ours], "rss_mb", min) / value(shape, [theirs], "rss_mb", min) for shape in results]
         figures.at_most(f"3 {ours} / {theirs}, peak memory", worst(max, shares), 0.25, "share")
 
