@@ -98,7 +98,12 @@ impl Saved {
                 gathered_kept(engine, groups, inners.iter().map(|inner| inner.raw_heads.as_ref().expect("kept alike")))
             }),
             qkv: gathered_kept(engine, groups, inners.iter().map(|inner| &inner.qkv)),
-            mixed: gathered_mixed(engine, groups, &inners),
+            // Where one has none, no adapter of these groups asks, for they are alike.
+            mixed: inners
+                .iter()
+                .map(|inner| inner.mixed.as_ref())
+                .collect::<Option<Vec<_>>>()
+                .map(|mixed| gathered_kept(engine, groups, mixed.into_iter())),
             sums: gathered(engine, groups, &inners, |inner| &inner.sums),
             middle: gathered_kept(engine, groups, inners.iter().map(|inner| &inner.middle)),
             gate_up: gathered_kept(engine, groups, inners.iter().map(|inner| &inner.gate_up)),
@@ -140,20 +145,6 @@ fn gathered(
 fn gathered_kept<'a>(engine: &Engine, groups: &[GroupSaved<'_>], kept: impl Iterator<Item = &'a Kept>) -> Kept {
     let parts: Vec<_> = groups.iter().zip(kept).map(|(part, kept)| (kept, part.of(kept.len()))).collect();
     Kept::gathered(engine, &parts)
-}
-
-/// Of groups that have kept none nobody asks for the rows: they are zeros.
-fn gathered_mixed(engine: &Engine, groups: &[GroupSaved<'_>], inners: &[&SavedInner]) -> Option<Kept> {
-    let row_numbers =
-        |(inner, part): (&&SavedInner, &GroupSaved<'_>)| Some(inner.mixed.as_ref()?.len() / part.pass.rows());
-    let columns = inners.iter().zip(groups).find_map(row_numbers)?;
-    let zeros: Vec<Kept> =
-        groups.iter().map(|part| Kept::new(engine, engine.zeros(part.rows().rows.len() * columns))).collect();
-    let parts = inners.iter().zip(groups).zip(&zeros).map(|((inner, part), zeros)| match &inner.mixed {
-        Some(mixed) => (mixed, part.of(mixed.len())),
-        None => (zeros, 0..zeros.len()),
-    });
-    Some(Kept::gathered(engine, &parts.collect::<Vec<_>>()))
 }
 
 /// Gradients of a block's adapters, by group.
