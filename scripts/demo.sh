@@ -79,10 +79,11 @@ fi
 cargo --version
 
 phase "building"
-compgen -G 'target/release/deps/libburn_flex-*.rlib' > /dev/null ||
+built=$(realpath --canonicalize-missing "${CARGO_TARGET_DIR:-target}")/release
+compgen -G "$built/deps/libburn_flex-*.rlib" > /dev/null ||
     echo "burn, which does the tensor work, takes 9 to 17 minutes to compile on two cores. This happens once."
 cargo build --release --workspace --locked
-PATH=$PWD/target/release:$PATH
+PATH=$built:$PATH
 
 # Only what an earlier demo made.
 rm -rf demo/{data,home,invites,state,cache,runs,exports,logs} demo/report.html

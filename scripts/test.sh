@@ -14,7 +14,8 @@ case ${1-} in
     --quick) quick=yes ;;
     *) sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; [ "$1" = --help ] && exit 0 || exit 2 ;;
 esac
-PATH=$PATH:$HOME/.cargo/bin:$PWD/target/tools/bin
+target=$(realpath --canonicalize-missing "${CARGO_TARGET_DIR:-target}")
+PATH=$PATH:$HOME/.cargo/bin:$target/tools/bin
 # The second backend is switched on for the oracle tests, and for the lints, which otherwise would look at different dependencies.
 build=(--release --workspace --locked --features ndarray)
 
@@ -29,8 +30,8 @@ for script in scripts/*.sh scripts/check/*.sh scripts/bench/*.sh .ci/run; do che
 
 # Licences, sources and advisories.
 if ! command -v cargo-deny > /dev/null && [ -z "$quick" ]; then
-    printf '\n== installing cargo-deny into target/tools (minutes, once)\n'
-    cargo install cargo-deny --version 0.20.2 --locked --root target/tools
+    printf '\n== installing cargo-deny into %s/tools (minutes, once)\n' "$target"
+    cargo install cargo-deny --version 0.20.2 --locked --root "$target/tools"
 fi
 if command -v cargo-deny > /dev/null; then
     check cargo deny check bans licenses sources
@@ -51,7 +52,7 @@ printf '\n'
 for what in "${skipped[@]}"; do printf 'SKIPPED  %s\n' "$what"; done
 [ ${#failed[@]} = 0 ] || printf 'FAILED   %s\n' "${failed[@]}"
 
-compgen -G 'target/release/deps/libburn_ndarray-*.rlib' > /dev/null ||
+compgen -G "$target/release/deps/libburn_ndarray-*.rlib" > /dev/null ||
     echo "burn with two backends takes about 17 minutes to compile on two cores. This happens once."
 check cargo test "${build[@]}" --no-fail-fast
 

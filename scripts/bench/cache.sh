@@ -15,4 +15,4 @@ cd "$(dirname "$0")/../.."
 source scripts/check/begin.sh
 
 PYTHONPATH=scripts/check${PYTHONPATH:+:$PYTHONPATH} python3 scripts/bench/cache.py --model "$model/model.gguf" \
-    --participant target/release/participant ${only:+--only "$only"} ${quick:+--quick}
+    --participant "$built/participant" ${only:+--only "$only"} ${quick:+--quick}

@@ -46,5 +46,5 @@ coordinator export "$work/federation/runs/infer" --quantizer reference --no-chec
     --format gguf:q4_0,gguf:q4_1,gguf:q8_0,gguf:q4_k_m,gguf:q6_k,gguf:tq2_0,gguf:f16 >&2
 
 PYTHONPATH=scripts/check${PYTHONPATH:+:$PYTHONPATH} "$LLAMA_PYTHON" scripts/bench/infer.py --files "$work/exports" \
-    --participant target/release/participant ${LLAMA_AVX2:+--llama-avx2 "$LLAMA_AVX2"} ${only:+--only "$only"} \
+    --participant "$built/participant" ${LLAMA_AVX2:+--llama-avx2 "$LLAMA_AVX2"} ${only:+--only "$only"} \
     ${quick:+--quick} $json

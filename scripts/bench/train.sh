@@ -38,6 +38,6 @@ PYTHONPATH=scripts/check .venv-check/bin/python -c \
     "import reference; reference.save(reference.load('$model'), '$work/model')" >&2
 
 say "== steps"
-PYTHONPATH=scripts/check python3 scripts/bench/train.py --participant target/release/participant \
+PYTHONPATH=scripts/check python3 scripts/bench/train.py --participant "$built/participant" \
     --python .venv-check/bin/python --model "$model" --torch-model "$work/model" --mkl "$work/mkl.so" \
     ${quick:+--quick} ${only:+--only "$only"} $json

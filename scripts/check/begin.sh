@@ -5,7 +5,7 @@ source scripts/check/figures.sh
 
 say "== building (minutes on a fresh machine: burn)"
 cargo build --release >&2
-PATH=$PWD/target/release:$PATH
+PATH=$built:$PATH
 
 # The model that the configurations name.
 model=$(sed -n 's/^path = "\(.*\)"/\1/p' configs/check-train.toml)

@@ -20,8 +20,8 @@ source scripts/check/figures.sh
 say "== building (minutes on a fresh machine: burn)"
 cargo build --release --workspace >&2
 cargo build --release --workspace --example relay --example simulate --example hostile >&2
-export PATH=$PWD/target/release:$PATH RELAY=$PWD/target/release/examples/relay SIMULATE=$PWD/target/release/examples/simulate
-export HOSTILE=$PWD/target/release/examples/hostile
+export PATH=$built:$PATH
+export RELAY=$built/examples/relay SIMULATE=$built/examples/simulate HOSTILE=$built/examples/hostile
 
 check() { python3 "scripts/check/faults/$1.py" "$work" ${quick:+--quick} "${@:2}"; }
 

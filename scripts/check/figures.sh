@@ -20,6 +20,8 @@ done
 # Figure N is measured if no other was asked for.
 wanted() { [ -z "$only" ] || [ "$only" = "$1" ]; }
 say() { echo "$*" >&2; }
+# What cargo built.
+built=$(realpath --canonicalize-missing "${CARGO_TARGET_DIR:-target}")/release
 
 work=$(mktemp -d)
 export FIGURES=$work/figures.jsonl HEADWATER_CACHE=$work/cache PYTHONDONTWRITEBYTECODE=1

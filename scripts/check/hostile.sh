@@ -29,7 +29,7 @@ if wanted 5 || wanted 6; then
     say "== building (minutes on a fresh machine: burn)"
     cargo build --release --workspace >&2
     cargo build --release -p net --example hostile >&2
-    export PATH=$PWD/target/release:$PATH HOSTILE=$PWD/target/release/examples/hostile
+    export PATH=$built:$PATH HOSTILE=$built/examples/hostile
 fi
 
 if wanted 5; then
