@@ -1,20 +1,17 @@
 //! A safetensors file of f32 tensors being written.
 
-use std::ffi::OsString;
-use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::io::Write;
+use std::path::Path;
 
 use serde_json::{Map, Value, json};
+use storage::Replacement;
 
 use super::ExportError;
 
 /// Streams tensors behind a header that declared them all. The file appears under its name only when it is complete and
 /// on the disk; after a failure there is nothing there but what was there before.
 pub(super) struct SafetensorsWriter {
-    path: PathBuf,
-    partial_path: PathBuf,
-    file: BufWriter<File>,
+    file: Replacement,
     /// Declared and not yet written.
     bytes_left: u64,
 }
@@ -23,11 +20,8 @@ impl SafetensorsWriter {
     /// Declares the tensors, which must then be written in this order.
     pub fn create(path: &Path, tensors: &[(String, Vec<usize>)]) -> Result<Self, ExportError> {
         let (header, data_bytes) = header(tensors);
-        let path = storage::replaceable(path).map_err(ExportError::io(path))?;
-        let partial_path = partial_path(&path);
-        let file = File::create_new(&partial_path).map_err(ExportError::io(&partial_path))?;
-        let file = BufWriter::new(file);
-        let mut writer = Self { path, partial_path, file, bytes_left: data_bytes };
+        let file = Replacement::begin(path).map_err(ExportError::io(path))?;
+        let mut writer = Self { file, bytes_left: data_bytes };
         writer.put(&header)?;
         Ok(writer)
     }
@@ -40,22 +34,14 @@ impl SafetensorsWriter {
     }
 
     /// Gives the file its name, when all of it has reached the disk.
-    pub fn finish(mut self) -> Result<(), ExportError> {
+    pub fn finish(self) -> Result<(), ExportError> {
         assert_eq!(self.bytes_left, 0, "every declared tensor is written");
-        let written = self.file.flush().and_then(|()| self.file.get_ref().sync_all());
-        let named = written.and_then(|()| fs::rename(&self.partial_path, &self.path));
-        named.and_then(|()| sync_directory(&self.path)).map_err(ExportError::io(&self.path))
+        let path = self.file.path().to_owned();
+        self.file.finish().map_err(ExportError::io(&path))
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<(), ExportError> {
-        self.file.write_all(bytes).map_err(ExportError::io(&self.partial_path))
-    }
-}
-
-impl Drop for SafetensorsWriter {
-    fn drop(&mut self) {
-        // Once renamed it is no longer there; after a failure, which has been reported, it is not worth another.
-        let _ = fs::remove_file(&self.partial_path);
+        self.file.write_all(bytes).map_err(ExportError::io(self.file.path()))
     }
 }
 
@@ -75,23 +61,6 @@ fn header(tensors: &[(String, Vec<usize>)]) -> (Vec<u8>, u64) {
     let mut header = (json.len() as u64).to_le_bytes().to_vec();
     header.append(&mut json);
     (header, end)
-}
-
-/// Beside the final path, so that renaming stays within one file system; with our process id, so that two exports never
-/// write into each other.
-fn partial_path(path: &Path) -> PathBuf {
-    let mut name = OsString::from(".");
-    name.push(path.file_name().unwrap_or_default());
-    name.push(format!(".{}.partial", std::process::id()));
-    path.with_file_name(name)
-}
-
-/// Makes the rename itself durable, where directories can be synced.
-fn sync_directory(path: &Path) -> io::Result<()> {
-    match path.parent() {
-        Some(parent) if cfg!(unix) => File::open(parent)?.sync_all(),
-        _ => Ok(()),
-    }
 }
 
 #[cfg(test)]
@@ -119,6 +88,6 @@ mod tests {
         let mut writer = SafetensorsWriter::create(&path, &[("a".into(), vec![2])]).unwrap();
         writer.write(&[0; 4]).unwrap();
         drop(writer);
-        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 }

@@ -1,25 +1,21 @@
 //! A GGUF file being written.
 
+use std::io::Write;
+use std::path::Path;
+
+use storage::Replacement;
+
 use super::{ALIGNMENT, Header, TensorInfo, header};
 use crate::Error;
-use std::{
-    ffi::OsString,
-    fs::{self, File},
-    io::{BufWriter, Write},
-    path::{Path, PathBuf},
-};
 
 /// Streams tensors behind a header that was declared first. The file appears under its name only when it is complete
 /// and on the disk; until then, and after any failure, there is nothing there but what was there before.
 #[derive(Debug)]
 pub struct Writer {
-    path: PathBuf,
-    partial_path: PathBuf,
-    file: BufWriter<File>,
+    file: Replacement,
     remaining: std::vec::IntoIter<TensorInfo>,
     /// A failed write leaves an unknown number of bytes behind, so nothing may follow it.
     broken: bool,
-    finished: bool,
 }
 
 impl Writer {
@@ -50,12 +46,8 @@ impl Writer {
     }
 
     fn begin(path: &Path, tensors: Vec<TensorInfo>) -> Result<Writer, Error> {
-        let path = storage::replaceable(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
-        let partial_path = partial_path(&path);
-        let io = |source| Error::Io { path: partial_path.clone(), source };
-        let file = BufWriter::new(File::create_new(&partial_path).map_err(io)?);
-        let remaining = tensors.into_iter();
-        Ok(Writer { path, partial_path, file, remaining, broken: false, finished: false })
+        let file = Replacement::begin(path).map_err(|source| Error::Write { path: path.to_owned(), source })?;
+        Ok(Writer { file, remaining: tensors.into_iter(), broken: false })
     }
 
     /// Writes the blocks of the next declared tensor, whose name and size must be these.
@@ -76,15 +68,12 @@ impl Writer {
     }
 
     /// Gives the file its name, after all tensors have been written and have reached the disk.
-    pub fn finish(mut self) -> Result<(), Error> {
+    pub fn finish(self) -> Result<(), Error> {
         if let Some(missing) = self.remaining.as_slice().first() {
             return Err(Error::Refused { reason: format!("tensor `{}` was declared but not written", missing.name) });
         }
-        let named = self.file.flush().and_then(|()| self.file.get_ref().sync_all());
-        let named = named.and_then(|()| fs::rename(&self.partial_path, &self.path));
-        named.map_err(|source| Error::Io { path: self.path.clone(), source })?;
-        self.finished = true;
-        sync_directory(&self.path)
+        let path = self.file.path().to_owned();
+        self.file.finish().map_err(|source| Error::Write { path, source })
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<(), Error> {
@@ -93,35 +82,7 @@ impl Writer {
         }
         self.file.write_all(bytes).map_err(|source| {
             self.broken = true;
-            Error::Io { path: self.partial_path.clone(), source }
+            Error::Write { path: self.file.path().to_owned(), source }
         })
     }
-}
-
-impl Drop for Writer {
-    fn drop(&mut self) {
-        if !self.finished {
-            // The failure that led here has been reported; a leftover file is not worth another.
-            let _ = fs::remove_file(&self.partial_path);
-        }
-    }
-}
-
-/// Beside the final path, so that renaming stays within one file system; with our process id, so that two exports of
-/// the same file never write into each other.
-fn partial_path(path: &Path) -> PathBuf {
-    let mut name = OsString::from(".");
-    name.push(path.file_name().unwrap_or_default());
-    name.push(format!(".{}.partial", std::process::id()));
-    path.with_file_name(name)
-}
-
-/// Makes the rename itself durable, where directories can be synced.
-fn sync_directory(path: &Path) -> Result<(), Error> {
-    if cfg!(unix) {
-        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let synced = File::open(parent).and_then(|directory| directory.sync_all());
-        synced.map_err(|source| Error::Io { path: parent.to_owned(), source })?;
-    }
-    Ok(())
 }
