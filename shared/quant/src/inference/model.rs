@@ -236,11 +236,7 @@ impl Part<'_> {
         reader.read_rows(self.name, self.first_row, self.rows, bytes)?;
         let row_bytes = bytes.len() / self.rows;
         for row in 0..self.rows {
-            let source = match self.interleaved {
-                None => row,
-                Some(head) => row / head * head + row % (head / 2) * 2 + row % head / (head / 2),
-            };
-            let from = &bytes[source * row_bytes..][..row_bytes];
+            let from = &bytes[source_row(row, self.interleaved) * row_bytes..][..row_bytes];
             pack_row(self.ty, from, row % GROUP, &mut self.groups[row / GROUP])
                 .map_err(|_| reader.malformed(format!("tensor `{}` has a number that is not finite", self.name)))?;
         }
@@ -250,7 +246,13 @@ impl Part<'_> {
 
 /// A bias in the order of halves.
 fn halves(values: Vec<f32>, interleaved: Option<usize>) -> Vec<f32> {
-    let Some(head) = interleaved else { return values };
-    let source = |row: usize| row / head * head + row % (head / 2) * 2 + row % head / (head / 2);
-    (0..values.len()).map(|row| values[source(row)]).collect()
+    (0..values.len()).map(|row| values[source_row(row, interleaved)]).collect()
+}
+
+/// Which of a file's rows is this one of the matrix: in heads of so many, the file has both halves' rows in turn.
+fn source_row(row: usize, interleaved: Option<usize>) -> usize {
+    match interleaved {
+        None => row,
+        Some(head) => row / head * head + row % (head / 2) * 2 + row % head / (head / 2),
+    }
 }
