@@ -165,10 +165,10 @@ pub enum Keep {
 const Q: usize = 0;
 const K: usize = 1;
 const V: usize = 2;
-const O: usize = 3;
-const GATE: usize = 4;
-const UP: usize = 5;
-const DOWN: usize = 6;
+pub(crate) const O: usize = 3;
+pub(crate) const GATE: usize = 4;
+pub(crate) const UP: usize = 5;
+pub(crate) const DOWN: usize = 6;
 
 impl Pass {
     /// `group_segments[i]` are the lengths of the segments that have adapter i.
@@ -203,6 +203,13 @@ impl Block {
             [(query, width), (key, width), (key, width), (width, query), (ffn, width), (ffn, width), (width, ffn)];
         for (layer, expected) in layers.iter().zip(expected) {
             assert_eq!((layer.rows(), layer.columns()), expected, "a block's layer");
+        }
+        assert_eq!(ffn_norm.len(), width, "a block's norm");
+        for (bias, size) in weights.biases.iter().flatten().zip([query, key, key]) {
+            assert_eq!(bias.len(), size, "a block's bias");
+        }
+        for norm in weights.head_norms.iter().flatten() {
+            assert_eq!(norm.len(), head_size, "a norm of heads");
         }
         // Halves of a head are rotated together; pairs of bf16 lie in gate or in up.
         assert!(head_size.is_multiple_of(2) && ffn.is_multiple_of(2), "heads of {head_size} and {ffn} hidden channels");

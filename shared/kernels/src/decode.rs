@@ -1,7 +1,7 @@
 //! Token by token: a block over the newest tokens of one sequence, with keys and values of those before.
 
 use crate::adapter::{BlockAdapter, Layers};
-use crate::block::{Block, Pass, Stream};
+use crate::block::{Block, DOWN, GATE, O, Pass, Stream, UP};
 use crate::buffer::Buffer;
 use crate::engine::{Engine, Shared, Task};
 use crate::frozen::Frozen;
@@ -43,9 +43,9 @@ impl Block {
             cache.values.extend_from_slice(&row[values..]);
         }
         let mixed = attend(engine, shape, &qkv, cache, rows);
-        add(&mut x, &linear(&mixed, 3));
+        add(&mut x, &linear(&mixed, O));
         let h = self.norms()[1].rows(engine, &x);
-        let (gate, up) = (linear(&h, 4), linear(&h, 5));
+        let (gate, up) = (linear(&h, GATE), linear(&h, UP));
         let ffn = gate.len() / rows;
         let mut gate_up = engine.take::<f32>(2 * gate.len());
         for ((to, gate), up) in gate_up.chunks_exact_mut(2 * ffn).zip(gate.chunks_exact(ffn)).zip(up.chunks_exact(ffn))
@@ -54,7 +54,7 @@ impl Block {
             to[ffn..].copy_from_slice(up);
         }
         let gated = crate::gate::rows(engine, &gate_up, ffn);
-        add(&mut x, &linear(&gated, 6));
+        add(&mut x, &linear(&gated, DOWN));
         Stream(x)
     }
 

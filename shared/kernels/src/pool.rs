@@ -61,11 +61,14 @@ unsafe impl Sync for Shared {}
 // SAFETY: the pointer in a piece leads to a `Sync` closure that outlives the piece, see `Pool::run`.
 unsafe impl Send for Shared {}
 
+/// The pool's state has room to count more workers than these.
+const THREADS_MAX: usize = 1024;
+
 impl Pool {
-    /// `threads` of 0 takes as many as the machine has cores.
+    /// `threads` of 0 takes as many as the machine has cores; none takes more than [`THREADS_MAX`].
     pub(crate) fn new(threads: usize) -> Self {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = if threads == 0 { cores() } else { threads };
+        let threads = if threads == 0 { cores() } else { threads }.min(THREADS_MAX);
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
             work: UnsafeCell::new(None),

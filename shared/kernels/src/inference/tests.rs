@@ -164,7 +164,9 @@ impl Factors {
 
 #[test]
 fn an_adapter_equals_its_merged_weights_and_leaves_with_the_next() {
-    for (heads, kv_heads, head_size, rank) in [(6, 2, 6, 5), (2, 1, 16, 8), (2, 1, 80, 1), (2, 2, 8, 13)] {
+    let shapes: &[(usize, usize, usize, usize)] =
+        if cfg!(miri) { &[(2, 1, 6, 5)] } else { &[(6, 2, 6, 5), (2, 1, 16, 8), (2, 1, 80, 1), (2, 2, 8, 13)] };
+    for &(heads, kv_heads, head_size, rank) in shapes {
         let base = decoder(heads, kv_heads, head_size, 2);
         for layers in [&Layer::ALL[..], &[Layer::Query, Layer::Value], &[Layer::Down]] {
             let factors = Factors::new(base.shape(), 2, rank, layers);
@@ -207,9 +209,9 @@ fn an_adapter_equals_its_merged_weights_and_leaves_with_the_next() {
 
 #[test]
 fn what_was_forgotten_leaves_no_trace() {
-    for head_size in [6, 48, 64] {
+    for &head_size in if cfg!(miri) { &[6][..] } else { &[6, 48, 64][..] } {
         let decoder = decoder(2, 1, head_size, 2);
-        let tokens: Vec<u32> = (0..if cfg!(miri) { 20 } else { 60 }).map(|i| (i * 31 + 7) % 50).collect();
+        let tokens: Vec<u32> = (0..if cfg!(miri) { 18 } else { 60 }).map(|i| (i * 31 + 7) % 50).collect();
         for path in Path::available() {
             for cache in [CacheType::F32, CacheType::F16, CacheType::Q8_0] {
                 let engine = Engine::new(path, 2, false);
@@ -235,7 +237,7 @@ fn what_was_forgotten_leaves_no_trace() {
 
 #[test]
 fn eight_bits_a_number_take_the_memory_they_say() {
-    let decoder = decoder(6, 2, 64, 2);
+    let decoder = decoder(2, 2, 64, 2);
     let numbers = 2 * 2 * 2 * 64 * 4096;
     assert_eq!(decoder.kv_bytes(4096, CacheType::F16), 2 * numbers);
     assert_eq!(decoder.kv_bytes(4096, CacheType::Q8_0), numbers + numbers / 16);
@@ -243,13 +245,14 @@ fn eight_bits_a_number_take_the_memory_they_say() {
 
 #[test]
 fn a_sequence_that_ran_out_of_time_goes_on_where_it_was() {
-    let decoder = decoder(4, 2, 16, 2);
+    let decoder = if cfg!(miri) { decoder(2, 1, 6, 2) } else { decoder(4, 2, 16, 2) };
     let tokens: Vec<u32> = (0..if cfg!(miri) { 4 } else { 300 }).map(|i| (i * 31 + 7) % 50).collect();
     let engine = Engine::new(*Path::available().last().expect("a path"), 2, false);
     let mut session = Session::new(&engine, &decoder, tokens.len() + 1, CacheType::F16);
     session.next(&tokens);
     let expected = session.next(&[5]).to_vec();
-    for micros in [0, 0, 1, 3, 10, 30, 100, 300, 1000, 1_000_000] {
+    let all: &[u64] = if cfg!(miri) { &[0, 100, 1_000_000] } else { &[0, 0, 1, 3, 10, 30, 100, 300, 1000, 1_000_000] };
+    for &micros in all {
         session.truncate(0);
         let until = |micros| Some(Instant::now() + Duration::from_micros(micros));
         if session.next_until(&tokens, until(micros)).is_none() {
@@ -274,7 +277,7 @@ fn a_prompt_is_the_same_however_it_is_divided_and_whatever_was_there() {
         if cfg!(miri) { &[1] } else { &[0, 1, 2, 15, 16, 17, 47, 48, 127, 128, 129, 200, 256, 257, 298, 299] };
     let tokens: Vec<u32> = (0..length as u32).map(|i| (i * 31 + 7) % 50).collect();
     let others: Vec<u32> = (0..length as u32).map(|i| (i * 17 + 3) % 50).collect();
-    for (heads, kv_heads, head_size) in [(6, 2, 6), (2, 1, 80)] {
+    for &(heads, kv_heads, head_size) in if cfg!(miri) { &[(2, 1, 6)][..] } else { &[(6, 2, 6), (2, 1, 80)][..] } {
         let decoder = decoder(heads, kv_heads, head_size, 2);
         let adapter = Factors::new(decoder.shape(), 2, 5, &Layer::ALL).adapter(decoder.shape(), 2);
         let cases = [(CacheType::F16, None), (CacheType::F32, Some(adapter))];
