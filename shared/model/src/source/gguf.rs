@@ -5,7 +5,7 @@ use std::path::Path;
 
 use quant::gguf::{Header, Reader, TensorType, Vocabulary};
 
-use super::{Source, Take, TensorInfo, tensors_of};
+use super::{Source, Take, TensorInfo, tensors_among};
 use crate::tokenizer::GgufTokenizer;
 use crate::{Family, Llama3Scaling, ModelConfig, ModelError, Tokenizer};
 
@@ -24,7 +24,8 @@ impl GgufModel {
         let vocabulary = reader.vocabulary()?;
         let tokenizer =
             Tokenizer::from_gguf(tokenizer_metadata(vocabulary)).map_err(|error| refused(error.to_string()))?;
-        let tensors = tensors_of(&config).into_iter().map(|(name, shape)| {
+        let tensors = tensors_among(&config, reader.tensors().len()).map_err(refused)?;
+        let tensors = tensors.into_iter().map(|(name, shape)| {
             let stored = gguf_tensor_name(&name);
             let info = reader.tensor(&stored)?;
             if info.shape != shape {

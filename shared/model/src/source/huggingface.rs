@@ -9,7 +9,7 @@ use quant::BlockType;
 use safetensors::{Dtype, tensor::Metadata};
 use serde_json::Value;
 
-use super::{Source, Take, TensorInfo, tensors_of};
+use super::{Source, Take, TensorInfo, tensors_among};
 use crate::tokenizer::HuggingFaceFiles;
 use crate::{ModelConfig, ModelError, Tokenizer};
 
@@ -44,7 +44,8 @@ impl HuggingFaceModel {
             read_header(&file, &mut infos, &mut places)?;
         }
         let refused = |what: String| ModelError::file(directory, what);
-        let tensors = tensors_of(&config).into_iter().map(|(name, shape)| {
+        let tensors = tensors_among(&config, infos.len()).map_err(refused)?;
+        let tensors = tensors.into_iter().map(|(name, shape)| {
             let info = infos.remove(&name).ok_or_else(|| refused(format!("has no tensor {name}")))?;
             if info.shape != shape {
                 let found = &info.shape;
@@ -251,6 +252,17 @@ mod tests {
             let directory = written(|shapes| drop(shapes.insert(name.into(), vec![2])));
             assert!(HuggingFaceModel::open(directory.path()).is_ok(), "{name}");
         }
+    }
+
+    #[test]
+    fn more_blocks_than_tensors_are_refused_before_names_are_made() {
+        let directory = written(|_| {});
+        let path = directory.path().join("config.json");
+        let mut config: Value = read_json(&path).unwrap();
+        config["num_hidden_layers"] = (1 << 20).into();
+        std::fs::write(&path, config.to_string()).unwrap();
+        let error = HuggingFaceModel::open(directory.path()).err().expect("a refusal").to_string();
+        assert!(error.contains("has 20 tensors for 1048576 blocks"), "{error}");
     }
 
     #[test]

@@ -77,15 +77,11 @@ impl Manifest {
         }
         let mut manifest: Self = serde_json::from_slice(bytes).map_err(|error| refused(error.to_string()))?;
         manifest.config = manifest.config.checked().map_err(refused)?;
-        let (tokenizer, blocks) = (manifest.tokenizer_json.bytes, manifest.config.blocks);
+        let tokenizer = manifest.tokenizer_json.bytes;
         if tokenizer > JSON_BYTES_MAX as u64 {
             return Err(refused(format!("gives tokenizer.json {tokenizer} bytes; at most {JSON_BYTES_MAX} are read")));
         }
-        // Before the names of all their tensors are made.
-        if blocks > manifest.tensors.len() {
-            return Err(refused(format!("lists {} tensors for {blocks} blocks", manifest.tensors.len())));
-        }
-        let expected = super::tensors_of(&manifest.config);
+        let expected = super::tensors_among(&manifest.config, manifest.tensors.len()).map_err(refused)?;
         if manifest.tensors.len() != expected.len() {
             return Err(refused(format!("lists {} tensors; expected {}", manifest.tensors.len(), expected.len())));
         }
@@ -189,7 +185,7 @@ mod tests {
         check_refused(|m| m.tensors[1].dtype = "Q9".into(), "unknown type Q9");
         check_refused(|m| drop(m.tensors.pop()), "tensors; expected");
         check_refused(|m| m.config.kv_heads = 0, "kv_heads");
-        check_refused(|m| m.config.blocks = 1 << 20, "lists 20 tensors for 1048576 blocks");
+        check_refused(|m| m.config.blocks = 1 << 20, "has 20 tensors for 1048576 blocks");
         check_refused(
             |m| m.tokenizer_json.bytes = u64::MAX,
             "gives tokenizer.json 18446744073709551615 bytes; at most",

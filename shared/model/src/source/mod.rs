@@ -166,6 +166,14 @@ pub fn tensors_of(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     tensors
 }
 
+/// The same of what has `found` tensors, and may claim any number of blocks: with more than it can have, no name is made.
+fn tensors_among(config: &ModelConfig, found: usize) -> Result<Vec<(String, Vec<usize>)>, String> {
+    match config.blocks <= found {
+        true => Ok(tensors_of(config)),
+        false => Err(format!("has {found} tensors for {} blocks", config.blocks)),
+    }
+}
+
 fn tensors_of_block(config: &ModelConfig, block: usize) -> Vec<(String, Vec<usize>)> {
     let prefix = format!("model.layers.{block}");
     let norm = |name: &str, size: usize| (format!("{prefix}.{name}.weight"), vec![size]);
