@@ -33,8 +33,9 @@ pub use revocations::Revocations;
 /// Where a coordinator listens, and is reached, unless `coordinator init` is told otherwise.
 pub const ADDRESS_DEFAULT: &str = "127.0.0.1:4433";
 
-/// How long before its certificate expires the coordinator makes itself a new one.
-const RENEWAL: Duration = Duration::days(30);
+/// A coordinator that starts with less time left makes itself a new certificate, of 365 days: it presents the one that it has
+/// started with as long as it runs.
+const RENEWAL: Duration = Duration::days(335);
 
 const SETTINGS: &str = "home.toml";
 /// In its place while a home is being made.
@@ -237,7 +238,7 @@ impl Home {
         found.next().ok_or_else(|| unresolved("that name has no address".into()))
     }
 
-    /// The coordinator's own certificate and key: those in the directory, or new ones where these are about to expire
+    /// The coordinator's own certificate and key: those in the directory, or new ones where these are a month old
     /// or their certificate has been deleted.
     pub fn identity(&self, now: OffsetDateTime) -> Result<Identity, HomeError> {
         let _lock = self.lock()?;

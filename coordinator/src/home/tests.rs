@@ -133,7 +133,7 @@ fn an_address_that_does_not_resolve_names_its_key() {
 }
 
 #[test]
-fn the_certificate_is_renewed_in_its_last_month() {
+fn the_certificate_is_renewed_after_a_month() {
     let (_directory, home) = new_home();
     let first = home.identity(now()).unwrap();
     assert_eq!(*first.peer(), PeerIdentity::Coordinator);
