@@ -38,6 +38,8 @@ use resume::{Again, digest_of};
 
 /// Tokens of a pass over several micro-batches at most: more would save nothing and take more memory at once.
 const PASS_TOKENS_MAX: usize = 2048;
+/// Of a snapshot's tensors: what is left of a record takes their names.
+const SNAPSHOT_BYTES_MAX: usize = storage::RECORD_BYTES_MAX - (64 << 20);
 
 /// One attempt of one round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -266,7 +268,8 @@ impl Worker {
 
     async fn snapshot_if_due(&mut self) {
         if self.journaled_bytes > self.journal.snapshot_bytes() {
-            if let Some(snapshot) = self.snapshot() {
+            // Without one that no record holds, this round's journal grows.
+            if let Some(snapshot) = self.snapshot().filter(|snapshot| snapshot.bytes() <= SNAPSHOT_BYTES_MAX) {
                 self.journal.append(snapshot, || {}).await;
             }
             self.journaled_bytes = 0;

@@ -125,6 +125,11 @@ impl Witness {
         self.rounds.iter().any(|given| given.key == key)
     }
 
+    /// Whether an evaluation was asked for with this round, and is not reported yet.
+    pub fn owes_evaluation(&self, key: RoundKey) -> bool {
+        self.rounds.iter().any(|given| given.key == key && given.owes_evaluation)
+    }
+
     /// A micro-batch of the held-out records has gone through the body.
     pub fn evaluated(&mut self, key: RoundKey, tokens: u32) {
         if let Some(given) = self.given(key) {
@@ -367,7 +372,9 @@ mod tests {
         check_refused(witness.check_evaluation(0, 90), "on 90 tokens, of which 50 have come");
         witness.evaluated(FIRST, 40);
         check_refused(witness.check_evaluation(1, 90), "an evaluation after round 1");
+        assert!(witness.owes_evaluation(FIRST) && !witness.owes_evaluation(AGAIN));
         assert_eq!(witness.check_evaluation(0, 90), Ok(()));
+        assert!(!witness.owes_evaluation(FIRST));
         check_refused(witness.check_evaluation(0, 90), "an evaluation after round 0");
         // Who has nothing to evaluate says so.
         witness.gave(RoundKey { round: 2, attempt: 1 }, 2..4, true);

@@ -120,7 +120,9 @@ impl Worker {
                 sum.add_proximal(*mu as f32, own, adapter);
             }
             let norms = sum.squared_norms(adapter);
-            if norms.iter().any(|norm| !norm.is_finite()) {
+            // Squares of moments are kept in f32, where no later step brings back one that is infinite.
+            let most = f64::from(wire::limits::VALUE_MAX).powi(2);
+            if norms.iter().any(|norm| norm.is_nan() || *norm > most) {
                 return Err(BodyError::Misplaced("the gradients it sent make the body's overflow".into()));
             }
             squared_norms = Some(norms);

@@ -189,6 +189,9 @@ impl Stream {
         if !locked(&self.witness).has_given(place.key) {
             return Err(StepError::Stale);
         }
+        if *purpose == Purpose::Evaluate && !locked(&self.witness).owes_evaluation(place.key) {
+            return Err(misbehaved("an evaluation that nobody asked for, or that is reported already".into()).into());
+        }
         let forward = match purpose {
             Purpose::Train => Forward::Train,
             Purpose::Evaluate => Forward::Evaluate,

@@ -21,7 +21,7 @@ pub enum StorageError {
 impl StorageError {
     /// Whether the same may succeed once there is room, or the disk has recovered.
     pub fn may_pass(&self) -> bool {
-        matches!(self, Self::Write { .. })
+        matches!(self, Self::Write { source, .. } if source.kind() != ErrorKind::InvalidInput)
     }
 
     /// Whether the disk is full.
