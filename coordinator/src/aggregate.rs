@@ -36,9 +36,8 @@ pub enum AggregateError {
     #[error("the members trained different blocks")]
     DifferentBlocks,
     #[error(
-        "failed to aggregate: the updates are so large that values of the aggregate are not finite, or above {}. The rounds \
-         before stay as they are. To train this round again, move its journal away; a smaller `training.learning_rate` keeps \
-         updates small, and the strategies `median` and `trimmed_mean` bear single absurd ones",
+        "failed to aggregate: the updates are so large that values of the aggregate are not finite, or above {}; a smaller \
+         `training.learning_rate` keeps updates small, and the strategies `median` and `trimmed_mean` bear single absurd ones",
         wire::limits::VALUE_MAX
     )]
     TooLarge,

@@ -25,7 +25,7 @@ use crate::checkpoint::Checkpoint;
 use crate::home::audit::Event;
 use crate::home::{Home, Keeper};
 use crate::journal::{self, Journal, Recovered};
-use crate::round::{Rounds, Sizes};
+use crate::round::{ParticipantName, Rounds, Sizes};
 use crate::serve::{Blobs, Shared};
 use conductor::Conductor;
 
@@ -67,6 +67,17 @@ pub enum RunError {
     Net(#[from] net::NetError),
     #[error(transparent)]
     Aggregate(#[from] crate::aggregate::AggregateError),
+    /// The rounds before stay as they are; the same command would find the same updates in the journal.
+    #[error(
+        "{source}. The largest value is that of {participant}. To train the round again, move {} away, and revoke that device \
+         if it is to blame", journal.display()
+    )]
+    TooLarge {
+        // Boxed, because it would make every `Result` here large.
+        source: Box<crate::aggregate::AggregateError>,
+        participant: ParticipantName,
+        journal: PathBuf,
+    },
     #[error("failed to {0}")]
     Strategy(#[from] crate::strategy::StrategyError),
     #[error("failed to start a thread: {0}")]
@@ -82,9 +93,19 @@ pub enum RunError {
     )]
     OtherModel { expected: String, found: String },
     #[error(
+        "the model has digest {found}, but this run was trained on one of {trained}: bring that model back, or give the \
+         experiment another name"
+    )]
+    ModelChanged { trained: String, found: String },
+    #[error(
         "round {round} was abandoned {attempts} times; rounds before it are kept. Run the same command again to go on"
     )]
     Abandoned { round: u32, attempts: u32 },
+    #[error(
+        "failed to write the last {rows} rows of {}: there was no room on the disk until the end. Free space there; finished \
+         rounds are kept, and the same command does what is left", path.display()
+    )]
+    RowsLost { rows: usize, path: PathBuf },
 }
 
 impl RunError {
@@ -181,6 +202,7 @@ impl Run {
         let connections = Arrivals(connections);
         let device = ComputeDevice::new(&experiment.device)?;
         experiment.check_blocks(source.config().blocks as u32)?;
+        experiment.check_context(source.config().context)?;
         let manifest = offload::in_place(|| Manifest::of(&*source))?;
         if let Some(expected) = experiment.model.sha256.clone().filter(|sha256| *sha256 != hex(&manifest.digest())) {
             return Err(RunError::OtherModel { expected, found: hex(&manifest.digest()) });
@@ -191,7 +213,7 @@ impl Run {
         let body_blocks = body_blocks(&experiment, source.config().blocks);
         let mut aggregator = Aggregator::new(&experiment);
         // Reads all of the metrics: a broken row is found before anything is changed.
-        let is_completed = is_completed(&directory)?;
+        let is_completed = is_completed(&directory, &hex(&manifest.digest()))?;
         let finished = newest_valid_round(&directory, &mut *watcher)?;
         if is_completed && finished == experiment.federation.rounds {
             watcher.note("the run is completed; to train again, give the experiment another name");
@@ -331,8 +353,22 @@ fn newest_valid_round(directory: &RunDirectory, watcher: &mut dyn Watcher) -> Re
 }
 
 /// Whether the last that was written of the run is its end: the evaluation after the last round included.
-fn is_completed(directory: &RunDirectory) -> Result<bool, experiment::Error> {
-    let last = directory.rows()?.try_fold(None, |_, row| row.map(Some))?;
+///
+/// # Errors
+/// If it was on another model than this one.
+fn is_completed(directory: &RunDirectory, model: &str) -> Result<bool, RunError> {
+    let (mut last, mut begun_on) = (None, None);
+    for row in directory.rows()? {
+        let row = row?;
+        match (&row, &begun_on) {
+            (Row::Run { model_digest, .. }, _) => begun_on = Some(model_digest.clone()),
+            (Row::Step { .. } | Row::Update { .. } | Row::Round { .. }, Some(trained)) if trained != model => {
+                return Err(RunError::ModelChanged { trained: trained.clone(), found: model.to_owned() });
+            }
+            _ => {}
+        }
+        last = Some(row);
+    }
     Ok(matches!(last, Some(Row::Finished { reason, .. }) if reason == COMPLETED))
 }
 

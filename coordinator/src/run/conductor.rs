@@ -65,6 +65,8 @@ pub(super) struct Conductor {
     reported: BTreeMap<ParticipantName, u64>,
     /// Round, attempt and sender of the updates that a coordinator before this one has recorded, where the round is not over.
     delivered: BTreeSet<(u32, u32, String)>,
+    /// Refused updates since a round was last finished: which one, and how many.
+    refused: BTreeMap<ParticipantName, (u32, u32)>,
     /// Rows that a full disk has not taken.
     unwritten: VecDeque<Row>,
     /// How the journal does, and what the conductor's own files have met.
@@ -129,6 +131,7 @@ impl Conductor {
             evaluated: BTreeSet::new(),
             reported: BTreeMap::new(),
             delivered: BTreeSet::new(),
+            refused: BTreeMap::new(),
             unwritten: VecDeque::new(),
             health: shared.journal.health(),
             trouble: None,

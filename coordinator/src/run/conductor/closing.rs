@@ -11,10 +11,10 @@ use wire::{FromCoordinator, Outcome, RefusalReason};
 
 use super::super::{COMPLETED, Ended, RunError};
 use super::{Conductor, STORAGE_RETRY, milliseconds};
-use crate::aggregate::Member;
+use crate::aggregate::{AggregateError, Member};
 use crate::body::Closed;
 use crate::checkpoint::Checkpoint;
-use crate::round::{Contribution, FinishReason};
+use crate::round::{Contribution, FinishReason, ParticipantName};
 
 impl Conductor {
     pub(super) async fn aggregate(&mut self, round: u32, contributions: Vec<Contribution>) -> Result<(), RunError> {
@@ -25,7 +25,7 @@ impl Conductor {
             None => Closed { shared: None, own: BTreeMap::new(), computing: Duration::ZERO, idle: Duration::ZERO },
         };
         let Closed { shared: shared_body, mut own, computing, idle } = closed;
-        let (mut members, mut nats, mut tokens) = (Vec::new(), 0.0, 0);
+        let (mut names, mut members, mut nats, mut tokens) = (Vec::new(), Vec::new(), 0.0, 0);
         for contribution in &contributions {
             let Some(update) = open.updates.remove(&contribution.participant) else { continue };
             nats += update.loss_nats * contribution.tokens as f64;
@@ -34,9 +34,17 @@ impl Conductor {
                 Some(body) => Adapter::join([update.adapter, body])?,
                 None => update.adapter,
             };
+            names.push(&contribution.participant);
             members.push(Member { weight: contribution.tokens as f64, adapter });
         }
-        let aggregated = offload::in_place(|| self.aggregator.aggregate(&self.adapter, &members, shared_body))?;
+        let aggregated = offload::in_place(|| self.aggregator.aggregate(&self.adapter, &members, shared_body));
+        let aggregated = aggregated.map_err(|error| match (error, with_largest_value(&names, &members)) {
+            (source @ AggregateError::TooLarge, Some(participant)) => {
+                let journal = crate::journal::directory(self.directory.path());
+                RunError::TooLarge { source: Box::new(source), participant, journal }
+            }
+            (error, _) => error.into(),
+        })?;
         self.adapter = Arc::new(aggregated.adapter);
         self.keep_until_written(round).await?;
         self.finished = round;
@@ -134,10 +142,25 @@ impl Conductor {
         // Everybody is told; whoever does not answer is not waited for.
         let told = async { while peers.join_next().await.is_some() {} };
         let _ = tokio::time::timeout(Duration::from_secs(10), told).await;
+        // What could not be written before, for want of room.
+        if !self.unwritten.is_empty() {
+            self.directory.release_reserve();
+            self.write_rows()?;
+        }
         let directory = self.directory.path().to_owned();
         match reason {
             FinishReason::Failed { round, attempts } => Err(RunError::Abandoned { round, attempts }),
+            _ if !self.unwritten.is_empty() => {
+                Err(RunError::RowsLost { rows: self.unwritten.len(), path: self.directory.metrics_path() })
+            }
             reason => Ok(Ended { directory, rounds, of, stopped: reason == FinishReason::Stopped }),
         }
     }
+}
+
+/// Whose update has the largest value.
+fn with_largest_value(names: &[&ParticipantName], members: &[Member]) -> Option<ParticipantName> {
+    let largest = |member: &Member| member.adapter.flat().iter().fold(0.0f32, |most, value| most.max(value.abs()));
+    let all = names.iter().zip(members).map(|(name, member)| (*name, largest(member)));
+    all.max_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(name, _)| name.clone())
 }

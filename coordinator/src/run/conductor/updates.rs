@@ -23,6 +23,9 @@ pub(super) struct JudgedUpdate {
     pub(super) answer: oneshot::Sender<UpdateReply>,
 }
 
+/// Of one participant, before a round is finished: who goes on is answered, and fills neither the disk nor the terminal.
+const REFUSALS_RECORDED_MAX: u32 = 16;
+
 impl Conductor {
     /// Whether this very update was accepted before, and its sender may not know.
     pub(super) fn is_accepted(
@@ -70,6 +73,14 @@ impl Conductor {
             Refusal::Content => reason.unwrap_or_else(|| said(RefusalReason::WrongTensors)),
         };
         let _ = answer.send(UpdateReply::Refused { reason, text: text.clone() });
+        let (after, count) = self.refused.entry(participant.clone()).or_default();
+        if *after != self.finished {
+            (*after, *count) = (self.finished, 0);
+        }
+        *count = count.saturating_add(1);
+        if *count > REFUSALS_RECORDED_MAX {
+            return Ok(());
+        }
         self.watcher.note(&format!("an update of {participant} for round {round} is refused: {text}"));
         let (participant, reason) = (participant.to_string(), Some(text));
         self.record(&Row::Update { round, attempt, participant, tokens, accepted: false, reason, energy_j: None })
