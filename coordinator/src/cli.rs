@@ -18,7 +18,7 @@ use serde_json::json;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::export::{Calibration, Checks, ExportError, Exported, Format, Options, export, quantize};
+use crate::export::{Budget, Calibration, Checks, ExportError, Exported, Format, Options, export, quantize};
 use crate::fetch::fetch;
 use crate::home::{ADDRESS_DEFAULT, Home, INVITATION_VALID};
 use crate::report::Report;
@@ -123,7 +123,7 @@ struct BenchBodyArguments {
     #[arg(long, default_value = "native")]
     backend: String,
     /// Threads for tensor work; 0 takes all cores
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=1024))]
     threads: u32,
     /// f32 | bf16 | int8
     #[arg(long, default_value = "f32")]
@@ -146,6 +146,8 @@ struct FetchArguments {
     name: String,
     #[arg(long, default_value = "models")]
     to: PathBuf,
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -269,11 +271,11 @@ struct FileArguments {
     /// hf, peft, or gguf: with f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0, iq4_nl,
     /// q3_k_l, q3_k_m, q3_k_s, q2_k, q2_k_s, tq2_0, tq1_0: llama-quantize's mixes of types
     #[arg(long, value_delimiter = ',', required_unless_present = "budget")]
-    format: Vec<String>,
+    format: Vec<Format>,
     /// Also write model-budget.gguf, of so many bytes at most (60MB, 60MiB, or 25% of its size in f16): types are chosen for
     /// each tensor, by what errors in it cost
     #[arg(long, value_name = "SIZE")]
-    budget: Option<String>,
+    budget: Option<Budget>,
     /// How gguf files choose their codes
     #[arg(long, value_enum, default_value_t = Quantizer::Search)]
     quantizer: Quantizer,
@@ -305,7 +307,7 @@ fn nats(text: &str) -> Result<f64, String> {
 }
 
 impl FileArguments {
-    fn options(&self, imatrix: Vec<PathBuf>) -> Result<Options, ExportError> {
+    fn options(&self, imatrix: Vec<PathBuf>) -> Options {
         let calibration = match self.calibrate.as_str() {
             "self" => Calibration::Own,
             "none" => Calibration::None,
@@ -313,11 +315,10 @@ impl FileArguments {
         };
         let check = match self.no_check {
             true => Checks::Skip,
-            false => Checks::With { text: self.check_text.clone(), limit_nats: self.limit_kl },
+            false => Checks::Compare { text: self.check_text.clone(), limit_nats: self.limit_kl },
         };
         let method = self.quantizer.into();
-        let budget = self.budget.as_deref().map(str::parse).transpose()?;
-        Ok(Options { method, calibration, imatrix, force: self.force, check, budget })
+        Options { method, calibration, imatrix, force: self.force, check, budget: self.budget }
     }
 
     fn write(
@@ -325,9 +326,7 @@ impl FileArguments {
         imatrix: Vec<PathBuf>,
         write: impl FnOnce(&[Format], &Options) -> Result<Vec<Exported>, ExportError>,
     ) -> anyhow::Result<()> {
-        let formats = self.format.iter().map(|format| format.parse()).collect::<Result<Vec<Format>, _>>();
-        let exported = formats.and_then(|formats| write(&formats, &self.options(imatrix)?));
-        let exported = exported.map_err(failed)?;
+        let exported = write(&self.format, &self.options(imatrix)).map_err(failed)?;
         for exported in &exported {
             match self.json {
                 true => print(serde_json::to_string(exported)?)?,
@@ -371,7 +370,7 @@ impl Cli {
         let work = tokio::task::spawn_blocking(move || self.command.perform());
         tokio::select! {
             done = work => done.context("the command failed")?,
-            () = interrupted => bail!("interrupted; run the same command again"),
+            () = interrupted => bail!("interrupted; files are whole under their names, or not there: run the same command again"),
         }
     }
 }
@@ -387,9 +386,16 @@ impl Command {
                 )?;
                 print(format_args!("next: coordinator invite {} NAME", quoted(home.path())))
             }
-            Self::Fetch(FetchArguments { name, to }) => {
-                fetch(&name, &to).map_err(failed)?;
-                Ok(())
+            Self::Fetch(FetchArguments { name, to, json }) => {
+                let mut printed = Ok(());
+                let mut tell = |line: &str| {
+                    if !json && printed.is_ok() {
+                        printed = print(line);
+                    }
+                };
+                let fetched = fetch(&name, &to, &mut tell).map_err(failed)?;
+                printed?;
+                if json { print(serde_json::to_string(&fetched)?) } else { Ok(()) }
             }
             Self::Invite(arguments) => invite(arguments),
             Self::Revoke(RevokeArguments { home, name, json }) => {

@@ -21,7 +21,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use experiment::{Experiment, RunDirectory};
+use experiment::{Experiment, Row, RunDirectory};
 use model::adapter::peft;
 use model::{Adapter, Manifest, ModelConfig, ModelError, Source, tokenizer::TokenizerError};
 use quant::{Imatrix, Method, Mix};
@@ -51,17 +51,36 @@ pub struct Options {
 }
 
 /// What happens once the files are written.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Checks {
     Skip,
-    /// Every file is read back, and its predictions are compared with the merged model's, on our own text.
-    #[default]
-    Own,
-    /// The same, on a text file, or with another limit than the format's.
-    With {
+    /// Every file is read back, and its predictions are compared with the merged model's: on our own text and with the
+    /// format's limit, unless others are given.
+    Compare {
         text: Option<PathBuf>,
         limit_nats: Option<f64>,
     },
+}
+
+impl Default for Checks {
+    fn default() -> Self {
+        Self::Compare { text: None, limit_nats: None }
+    }
+}
+
+impl Options {
+    /// The files that are read beside the model.
+    fn inputs(&self) -> impl Iterator<Item = &Path> {
+        let calibration = match &self.calibration {
+            Calibration::Text(path) => Some(path),
+            Calibration::None | Calibration::Own => None,
+        };
+        let check = match &self.check {
+            Checks::Compare { text, .. } => text.as_ref(),
+            Checks::Skip => None,
+        };
+        self.imatrix.iter().chain(calibration).chain(check).map(PathBuf::as_path)
+    }
 }
 
 impl Default for Options {
@@ -71,7 +90,7 @@ impl Default for Options {
             calibration: Calibration::Own,
             imatrix: Vec::new(),
             force: false,
-            check: Checks::Own,
+            check: Checks::default(),
             budget: None,
         }
     }
@@ -99,7 +118,8 @@ pub fn export(
     if !options.force {
         refuse_existing(formats, &options, out)?;
     }
-    check_digest(experiment, &*base)?;
+    refuse_inputs(formats, &options, out, &[experiment.model.path.as_deref()])?;
+    check_digest(&run, &*base)?;
     run.verify_round(round).map_err(|source| ExportError::DamagedRound { round, source })?;
     let adapter = Adapter::load(&run.round_path(round).join("adapter"), base.config())?;
     let name = format!("{}, round {round}", experiment.name);
@@ -154,25 +174,30 @@ struct Job<'a> {
 impl Job<'_> {
     fn write(&self, formats: &[Format], options: &Options, out: &Path) -> Result<Vec<Exported>, ExportError> {
         let merged = Merged::new(self.base, self.adapter);
-        if let Checks::With { text: Some(path), .. } = &options.check {
-            // Better now than behind all the work.
-            check::read_text(&merged, path)?;
-        }
-        let mut formats: Vec<Format> = formats.to_vec();
-        formats.extend(options.budget.map(|_| Format::Budget));
         let mut wanted: Vec<gguf::Wanted> = Vec::new();
-        for format in &formats {
-            let choice = match (format, options.budget) {
-                (&Format::Gguf(mix), _) => gguf::TypeChoice::Mix(mix),
-                (Format::Budget, Some(budget)) => {
-                    gguf::TypeChoice::Each(budget::choose(&merged, &self.name, budget, self.seed)?)
-                }
-                _ => continue,
-            };
+        for format in formats {
             let path = format.path(out);
-            if wanted.iter().all(|file| file.path != path) {
-                wanted.push(gguf::Wanted { choice, path });
+            if let Format::Gguf(mix) = *format
+                && wanted.iter().all(|file| file.path != path)
+            {
+                wanted.push(gguf::Wanted { choice: gguf::TypeChoice::Mix(mix), path });
             }
+        }
+        let told = !options.imatrix.is_empty();
+        let searched = options.budget.is_some() || gguf::any_searched(merged.config(), &wanted, told);
+        refuse_idle(formats, options, searched)?;
+        // A text that cannot be read is better found now than behind all the work.
+        let check = match &options.check {
+            Checks::Skip => None,
+            Checks::Compare { text: Some(path), limit_nats } => Some((check::read_text(&merged, path)?, *limit_nats)),
+            Checks::Compare { text: None, limit_nats } => Some((check::own_text(&merged)?, *limit_nats)),
+        };
+        let mut formats: Vec<Format> = formats.to_vec();
+        if let Some(budget) = options.budget {
+            let types = budget::choose(&merged, &self.name, budget, options.method, self.seed)?;
+            let path = Format::Budget.path(out);
+            wanted.push(gguf::Wanted { choice: gguf::TypeChoice::Each(types), path });
+            formats.push(Format::Budget);
         }
         let worst_errors = match wanted.is_empty() {
             true => Vec::new(),
@@ -195,17 +220,20 @@ impl Job<'_> {
             Ok(Exported { format, path, bytes: sizes.sum::<Result<u64, _>>()?, worst_error, check: None })
         };
         let mut exported = formats.iter().map(write).collect::<Result<Vec<_>, ExportError>>()?;
-        self.check(&merged, &mut exported, &options.check)?;
+        if let Some((text, limit_nats)) = check {
+            self.check(&merged, &mut exported, &text, limit_nats)?;
+        }
         Ok(exported)
     }
 
-    /// Reads back what was written.
-    fn check(&self, merged: &Merged<'_>, exported: &mut [Exported], checks: &Checks) -> Result<(), ExportError> {
-        let (text, limit_nats) = match checks {
-            Checks::Skip => return Ok(()),
-            Checks::Own => (None, None),
-            Checks::With { text, limit_nats } => (text.as_deref(), *limit_nats),
-        };
+    /// Reads back what was written, and compares its predictions on `text`.
+    fn check(
+        &self,
+        merged: &Merged<'_>,
+        exported: &mut [Exported],
+        text: &[Vec<u32>],
+        limit_nats: Option<f64>,
+    ) -> Result<(), ExportError> {
         for adapter in exported.iter().filter(|exported| exported.format == Format::Peft) {
             if Adapter::load(&adapter.path, self.base.config())? != *self.adapter {
                 return Err(ExportError::NotReadBack { path: adapter.path.clone(), what: "the adapter" });
@@ -348,11 +376,12 @@ impl fmt::Display for Format {
 }
 
 impl FromStr for Format {
-    type Err = ExportError;
+    /// What to give instead.
+    type Err = String;
 
-    fn from_str(text: &str) -> Result<Self, ExportError> {
+    fn from_str(text: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|format| format.to_string() == text);
-        found.ok_or_else(|| ExportError::UnknownFormat { found: text.to_owned() })
+        found.ok_or_else(|| format!("the formats are {}", Self::ALL.map(|format| format.to_string()).join(", ")))
     }
 }
 
@@ -405,8 +434,6 @@ impl fmt::Display for Exported {
 /// Why nothing, or not everything, was exported. Messages finish the sentence "failed to …".
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
-    #[error("export as `{found}`: the known formats are {}", Format::ALL.map(|format| format.to_string()).join(", "))]
-    UnknownFormat { found: String },
     #[error("export from {}: no round has finished yet; let the run finish one", run.display())]
     NoRound { run: PathBuf },
     #[error("export round {round}: the finished rounds are 1 to {finished}")]
@@ -419,7 +446,7 @@ pub enum ExportError {
     Input { path: PathBuf, input: PathBuf },
     /// The adapter would be merged into weights that it was not trained on.
     #[error(
-        "use the model {}: its digest is {found}, but the run was made with model.sha256 = {expected}; \
+        "use the model {}: its digest is {found}, but the run was made with that of digest {expected}; \
          bring back that model", origin.display()
     )]
     OtherModel { origin: PathBuf, expected: String, found: String },
@@ -428,10 +455,6 @@ pub enum ExportError {
     Vocabulary { tokens: usize, rows: usize },
     #[error("export {} as peft: it is a whole model and has no adapter", model.display())]
     NoAdapter { model: PathBuf },
-    #[error(
-        "keep to the budget `{found}`: give a size such as 60MB or 60MiB, or a part of the size in f16 such as 25%"
-    )]
-    Budget { found: String },
     #[error("keep to a budget of {bytes_max} bytes: the smallest choice of types takes {bytes_min}; allow that much")]
     SmallBudget { bytes_max: u64, bytes_min: u64 },
     #[error(
@@ -454,6 +477,9 @@ pub enum ExportError {
          for a run", model.display()
     )]
     NoFederation { model: PathBuf },
+    /// Who gives an option and is not told that nothing came of it, believes that something did.
+    #[error("use {option}: {why}; leave it out, or ask for a format that takes it")]
+    Idle { option: &'static str, why: &'static str },
     #[error("use the importance matrix {}: {what}; collect it on this model", path.display())]
     OtherImatrix { path: PathBuf, what: String },
     #[error("calibrate on {}: {what}; give another text", path.display())]
@@ -518,31 +544,63 @@ fn refuse_existing(formats: &[Format], options: &Options, out: &Path) -> Result<
     Ok(())
 }
 
+/// Refuses what would be given for nothing; `searched` if any file has types whose codes are searched for.
+fn refuse_idle(formats: &[Format], options: &Options, searched: bool) -> Result<(), ExportError> {
+    let idle = |option, why| Err(ExportError::Idle { option, why });
+    let measured = options.method == Method::Search && searched;
+    if matches!(options.calibration, Calibration::Text(_)) && !measured {
+        return idle("--calibrate", "it tells --quantizer search how to round, which none of these files needs");
+    }
+    if !options.imatrix.is_empty() && !searched {
+        return idle("--imatrix", "it tells how to round to few bits, which none of these files needs");
+    }
+    let compared = options.budget.is_some() || formats.iter().any(|format| *format != Format::Peft);
+    match &options.check {
+        Checks::Compare { text: Some(_), .. } if !compared => {
+            idle("--check-text", "an adapter alone is read back and compared value by value")
+        }
+        Checks::Compare { limit_nats: Some(_), .. } if !compared => {
+            idle("--limit-kl", "an adapter alone is read back and compared value by value")
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Not even with --force.
 fn refuse_inputs(
     formats: &[Format],
     options: &Options,
     out: &Path,
-    inputs: &[Option<&Path>],
+    models: &[Option<&Path>],
 ) -> Result<(), ExportError> {
     let budget = options.budget.map(|_| &Format::Budget);
     for path in formats.iter().chain(budget).flat_map(|format| format.files(out)) {
         let Ok(written) = path.canonicalize() else { continue };
-        let is_read = |input: &&&Path| input.canonicalize().is_ok_and(|input| written.starts_with(input));
-        if let Some(input) = inputs.iter().flatten().find(is_read) {
-            return Err(ExportError::Input { path, input: input.to_path_buf() });
+        let is_read = |input: &&Path| input.canonicalize().is_ok_and(|input| written.starts_with(input));
+        if let Some(input) = models.iter().flatten().copied().chain(options.inputs()).find(is_read) {
+            return Err(ExportError::Input { path, input: input.to_owned() });
         }
     }
     Ok(())
 }
 
-fn check_digest(experiment: &Experiment, base: &dyn Source) -> Result<(), ExportError> {
-    let Some(expected) = &experiment.model.sha256 else { return Ok(()) };
-    let found = experiment::hex(&Manifest::of(base)?.digest());
-    if found == *expected {
+/// Refuses another model than that of the experiment and that of the run's last start.
+fn check_digest(run: &RunDirectory, base: &dyn Source) -> Result<(), ExportError> {
+    let mut trained = None;
+    for row in run.rows()? {
+        if let Row::Run { model_digest, .. } = row? {
+            trained = Some(model_digest);
+        }
+    }
+    let expected = run.experiment().model.sha256.clone().into_iter().chain(trained).collect::<Vec<_>>();
+    if expected.is_empty() {
         return Ok(());
     }
-    Err(ExportError::OtherModel { origin: base.origin().to_owned(), expected: expected.clone(), found })
+    let found = experiment::hex(&Manifest::of(base)?.digest());
+    match expected.into_iter().find(|expected| *expected != found) {
+        Some(expected) => Err(ExportError::OtherModel { origin: base.origin().to_owned(), expected, found }),
+        None => Ok(()),
+    }
 }
 
 /// How PEFT's users are told which base the adapter belongs to.

@@ -6,7 +6,7 @@ use std::net::UdpSocket;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use experiment::{Experiment, RunDirectory, Seed};
+use experiment::{Experiment, Row, RunDirectory, Seed};
 use model::{Adapter, AdapterConfig};
 use tempfile::TempDir;
 
@@ -127,6 +127,21 @@ fn a_run_that_cannot_begin_says_what_is_in_its_way() {
     let _writer = RunDirectory::create(&desk.path("busy"), &smoke(SMOKE)).unwrap().metrics_log().unwrap();
     let expected = ["busy/smoke/metrics.jsonl", "another process", "stop that one"];
     desk.check_fails("run smoke.toml --home home --runs busy", &expected);
+    // A run on a model that is no more there.
+    let row = Row::Run {
+        time_unix_ms: 1,
+        experiment_digest: "ab".into(),
+        model_digest: "cd".into(),
+        software: "headwater".into(),
+        energy_j: None,
+    };
+    let mut metrics = RunDirectory::create(&desk.path("moved"), &smoke(SMOKE)).unwrap().metrics_log().unwrap();
+    metrics.append(&row).unwrap();
+    let (participant, reason) = ("press-1".into(), None);
+    let row = Row::Update { round: 1, attempt: 1, participant, tokens: 9, accepted: true, reason, energy_j: None };
+    metrics.append(&row).unwrap();
+    drop(metrics);
+    desk.check_fails("run smoke.toml --home home --runs moved", &["trained on one of cd", "another name"]);
 }
 
 #[test]
@@ -160,8 +175,8 @@ fn what_no_run_holds_is_not_shown_and_not_exported() {
             &["begun/smoke", "no round has finished", "let the run finish one"],
         ),
         ("export runs/smoke --format hf --out out --round 2", &["round 2", "the finished rounds are 1 to 1"]),
-        ("export runs/smoke --format onnx --out out", &["`onnx`", "hf, peft, gguf:f32"]),
-        ("export runs/smoke --format gguf:q4_k --out out", &["`gguf:q4_k`", "gguf:q4_0"]),
+        ("export runs/smoke --format onnx --out out", &["'onnx'", "hf, peft, gguf:f32"]),
+        ("export runs/smoke --format gguf:q4_k --out out", &["'gguf:q4_k'", "gguf:q4_0"]),
         ("export runs/smoke --format hf,peft --out exports", &["exports/peft/", "already there", "--force"]),
     ];
     for (arguments, expected) in cases {
@@ -177,7 +192,13 @@ fn what_cannot_be_quantized_as_asked_is_named() {
     desk.check_works("export runs/smoke --format gguf:q8_0 --out exports");
     desk.write("short.txt", "too short");
     let model = "quantize exports/model-q8_0.gguf --out out";
-    let cases: [(&str, &[&str]); 12] = [
+    let cases: [(&str, &[&str]); 15] = [
+        (&format!("{model} --format gguf:q8_0 --calibrate short.txt"), &["use --calibrate", "leave it out"]),
+        (&format!("{model} --format hf --imatrix none.gguf"), &["use --imatrix", "leave it out"]),
+        (
+            "export runs/smoke --format peft --limit-kl 1 --out out",
+            &["use --limit-kl", "value by value", "leave it out"],
+        ),
         (
             "quantize exports/model-q8_0.gguf --format gguf:q8_0 --out exports --force",
             &["exports/model-q8_0.gguf", "which is read", "--out"],
@@ -186,7 +207,7 @@ fn what_cannot_be_quantized_as_asked_is_named() {
         ("quantize none --format gguf:q4_0 --out out", &["none", "check the path"]),
         (&format!("{model} --format peft"), &["has no adapter"]),
         (&format!("{model} --format gguf:f16 --adapter none"), &["none/adapter_config.json", "check the path"]),
-        (&format!("{model} --budget 60"), &["`60`", "60MB"]),
+        (&format!("{model} --budget 60"), &["'60'", "60MB"]),
         (&format!("{model} --budget 10KB"), &["10000 bytes", "allow that much"]),
         (&format!("{model} --format gguf:q4_0 --calibrate none.txt"), &["none.txt", "check the path"]),
         (&format!("{model} --format gguf:q4_0 --calibrate short.txt"), &["short.txt", "fewer than 16 tokens"]),

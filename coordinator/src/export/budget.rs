@@ -32,10 +32,11 @@ pub enum Budget {
 }
 
 impl FromStr for Budget {
-    type Err = ExportError;
+    /// What to give instead.
+    type Err = String;
 
-    fn from_str(text: &str) -> Result<Self, ExportError> {
-        let refused = || ExportError::Budget { found: text.to_owned() };
+    fn from_str(text: &str) -> Result<Self, String> {
+        let refused = || String::from("give a size such as 60MB or 60MiB, or a part of the size in f16 such as 25%");
         let number = |digits: &str| digits.trim().parse::<f64>().ok().filter(|n| n.is_finite() && *n > 0.0);
         if let Some(percent) = text.strip_suffix('%') {
             return number(percent).map(Self::Percent).ok_or_else(refused);
@@ -60,13 +61,19 @@ const ROWS: usize = 24;
 
 /// # Errors
 /// If no choice is small enough.
-pub(super) fn choose(merged: &Merged<'_>, name: &str, budget: Budget, seed: u64) -> Result<Types, ExportError> {
+pub(super) fn choose(
+    merged: &Merged<'_>,
+    name: &str,
+    budget: Budget,
+    method: Method,
+    seed: u64,
+) -> Result<Types, ExportError> {
     let [metadata, f16] = gguf::sizes(merged, name)?;
     let bytes_max = match budget {
         Budget::Bytes(bytes) => bytes,
         Budget::Percent(percent) => (f16 as f64 * percent / 100.0) as u64,
     };
-    let sensitivities = sensitivities(merged, Seed(seed))?;
+    let sensitivities = sensitivities(merged, method, Seed(seed))?;
     let mut types = Types::new();
     let mut tensors = Vec::new();
     let mut fixed = metadata;
@@ -74,7 +81,7 @@ pub(super) fn choose(merged: &Merged<'_>, name: &str, budget: Budget, seed: u64)
         match sensitivities.get(name) {
             Some(&sensitivity) => {
                 let values = merged.tensor(name, shape)?;
-                tensors.push((name, choices(name, &values, shape, sensitivity)?));
+                tensors.push((name, choices(name, &values, shape, method, sensitivity)?));
             }
             None => {
                 types.insert(name.clone(), BlockType::F32);
@@ -101,7 +108,13 @@ struct Choice {
 }
 
 /// With growing size, each losing less than all smaller ones, and saving less per byte than the step before.
-fn choices(name: &str, values: &[f32], shape: &[usize], sensitivity: f64) -> Result<Vec<Choice>, ExportError> {
+fn choices(
+    name: &str,
+    values: &[f32],
+    shape: &[usize],
+    method: Method,
+    sensitivity: f64,
+) -> Result<Vec<Choice>, ExportError> {
     let columns = shape[shape.len() - 1];
     let rows = values.len() / columns;
     let step = rows.div_ceil(ROWS);
@@ -111,7 +124,7 @@ fn choices(name: &str, values: &[f32], shape: &[usize], sensitivity: f64) -> Res
         let (mut bytes, mut unpacked) = (vec![0; row_bytes], vec![0.0; columns]);
         let (mut error, mut tried) = (0f64, 0);
         for row in values.chunks_exact(columns).step_by(step) {
-            let packed = quantize_row(ty, Method::Search, row, None, &mut bytes);
+            let packed = quantize_row(ty, method, row, None, &mut bytes);
             packed.and_then(|()| dequantize(ty, &bytes, &mut unpacked)).map_err(ExportError::tensor(name))?;
             error += row.iter().zip(&unpacked).map(|(x, y)| f64::from(x - y).powi(2)).sum::<f64>();
             tried += columns;
@@ -162,7 +175,7 @@ fn padded(ty: BlockType, shape: &[usize]) -> u64 {
 
 /// The KL per token that a mean square error of 1 in a matrix costs, times two, by name; for every tensor that may be
 /// quantized.
-fn sensitivities(merged: &Merged<'_>, seed: Seed) -> Result<BTreeMap<String, f64>, ExportError> {
+fn sensitivities(merged: &Merged<'_>, method: Method, seed: Seed) -> Result<BTreeMap<String, f64>, ExportError> {
     let text = own_text(merged, TEXT, seed)?;
     let mut all = fisher(merged, &text, seed)?;
     let reference = Reference::new(merged, &text[..text.len().min(4)])?;
@@ -176,7 +189,7 @@ fn sensitivities(merged: &Merged<'_>, seed: Seed) -> Result<BTreeMap<String, f64
         let mut rounded = vec![0.0; values.len()];
         let mut bytes = vec![0; ty.bytes_of(columns).expect("whole blocks")];
         for (row, rounded) in values.chunks_exact(columns).zip(rounded.chunks_exact_mut(columns)) {
-            let packed = quantize_row(ty, Method::Search, row, None, &mut bytes);
+            let packed = quantize_row(ty, method, row, None, &mut bytes);
             packed.and_then(|()| dequantize(ty, &bytes, rounded)).map_err(ExportError::tensor(name))?;
         }
         let errors = values.iter().zip(&rounded).map(|(x, y)| f64::from(x - y).powi(2));
@@ -262,7 +275,7 @@ mod tests {
         assert_eq!(parsed("1.5 MiB").unwrap(), Budget::Bytes(1_572_864));
         assert_eq!(parsed("25%").unwrap(), Budget::Percent(25.0));
         for bad in ["", "60", "-1MB", "0%", "x%", "nanMB", "infGB", "MB"] {
-            assert!(parsed(bad).unwrap_err().to_string().contains("60MB"), "{bad}");
+            assert!(parsed(bad).unwrap_err().contains("60MB"), "{bad}");
         }
     }
 
@@ -282,7 +295,7 @@ mod tests {
     #[test]
     fn choices_that_cost_more_for_nothing_are_left_out() {
         let values: Vec<f32> = (0..8 * 256).map(|i| ((i * i) as f32 * 0.37).sin()).collect();
-        let choices = choices("w", &values, &[8, 256], 1.0).unwrap();
+        let choices = choices("w", &values, &[8, 256], Method::Search, 1.0).unwrap();
         assert_eq!((choices[0].ty, choices[choices.len() - 1].ty), (BlockType::Q2_K, BlockType::F16));
         for pair in choices.windows(2) {
             assert!(pair[0].bytes < pair[1].bytes && pair[0].kl_nats > pair[1].kl_nats, "{pair:?}");

@@ -79,17 +79,20 @@ impl<'a> Guide<'a> {
         Ok(guide)
     }
 
-    /// Tensors are asked for in model order, each any number of times.
+    /// Tensors are asked for in model order, each any number of times or never.
     pub fn columns(&mut self, name: &str) -> Result<Columns<'_>, ExportError> {
         let told = self.imatrix.and_then(|imatrix| imatrix.columns(&gguf_tensor_name(name)));
         let Some((block, input)) = LayerInput::of_tensor(name) else {
             return Ok(told.map_or(Columns::Nothing, Columns::Importance));
         };
         if let Some(walk) = &mut self.walk {
+            while walk.block() < block {
+                walk.step(|_| {})?;
+            }
             if walk.block() == block {
                 self.feedback = measured(walk, block, self.imatrix)?;
             }
-            debug_assert_eq!(walk.block(), block + 1, "tensors are asked for in model order");
+            assert_eq!(walk.block(), block + 1, "tensors are asked for in model order");
         }
         if let Some(feedback) = &self.feedback[input as usize] {
             return Ok(Columns::Feedback(feedback));

@@ -66,18 +66,19 @@ pub(super) struct Expected {
     pub limit_nats: f64,
 }
 
-/// The text that files are checked on.
+/// A file's text, for files to be checked on.
 pub(super) fn read_text(merged: &Merged<'_>, path: &Path) -> Result<Vec<Vec<u32>>, ExportError> {
     calibration::read_text(merged, path, TOKENS_MAX)
 }
 
-/// Checks each of `files` on `text`, or on our own.
-pub(super) fn check(merged: &Merged<'_>, files: &[Expected], text: Option<&Path>) -> Result<Vec<Check>, ExportError> {
-    let text = match text {
-        Some(path) => read_text(merged, path)?,
-        None => encode(merged, TEXT, TOKENS_MAX)?,
-    };
-    let reference = Reference::new(merged, &text)?;
+/// The same, of our own text.
+pub(super) fn own_text(merged: &Merged<'_>) -> Result<Vec<Vec<u32>>, ExportError> {
+    encode(merged, TEXT, TOKENS_MAX)
+}
+
+/// Checks each of `files` on `text`.
+pub(super) fn check(merged: &Merged<'_>, files: &[Expected], text: &[Vec<u32>]) -> Result<Vec<Check>, ExportError> {
+    let reference = Reference::new(merged, text)?;
     let check_one = |file: &Expected| {
         let found = model::source::open(&file.path)?;
         if found.config() != merged.config() {

@@ -6,6 +6,7 @@ use experiment::{Experiment, Factors, Seed};
 use model::source::TensorInfo;
 use model::source::random::RandomModel;
 use model::{AdapterConfig, Family, Llama3Scaling, ModelConfig, Tokenizer};
+use quant::BlockType;
 use tempfile::TempDir;
 
 use super::*;
@@ -104,8 +105,8 @@ fn formats_are_read_as_they_are_printed() {
     }
     assert_eq!("gguf:q8_0".parse::<Format>().unwrap(), Format::Gguf(Mix::Q8_0));
     for unknown in ["", "gguf", "gguf:q4_k", "gguf:Q4_K_M", "GGUF:F32", "safetensors"] {
-        let error = unknown.parse::<Format>().unwrap_err().to_string();
-        assert!(error.contains(&format!("`{unknown}`")) && error.contains("hf, peft, gguf:f32"), "{error}");
+        let error = unknown.parse::<Format>().unwrap_err();
+        assert!(error.contains("hf, peft, gguf:f32"), "{unknown}: {error}");
     }
 }
 
@@ -393,10 +394,22 @@ fn an_adapter_is_not_merged_into_another_model() {
 
     let other = "0".repeat(64);
     experiment.model.sha256 = Some(other.clone());
-    let run = Run::of(&experiment);
-    match run.export(None, &["peft"], false) {
-        Err(ExportError::OtherModel { expected, found, .. }) => assert_eq!((expected, found), (other, digest)),
-        unexpected => panic!("{unexpected:?}"),
+    let named = Run::of(&experiment);
+    experiment.model.sha256 = None;
+    let trained = Run::of(&experiment);
+    let row = Row::Run {
+        time_unix_ms: 1,
+        experiment_digest: "ab".into(),
+        model_digest: other.clone(),
+        software: "headwater".into(),
+        energy_j: None,
+    };
+    trained.directory.metrics_log().unwrap().append(&row).unwrap();
+    for run in [named, trained] {
+        match run.export(None, &["peft"], false) {
+            Err(ExportError::OtherModel { expected, found, .. }) => assert_eq!((&expected, &found), (&other, &digest)),
+            unexpected => panic!("{unexpected:?}"),
+        }
     }
 }
 
@@ -432,7 +445,7 @@ fn every_export_is_read_back_and_a_limit_that_it_exceeds_is_an_error() {
     q4_0.verdict().unwrap();
 
     let options =
-        Options { force: true, check: Checks::With { text: None, limit_nats: Some(1e-8) }, ..Options::default() };
+        Options { force: true, check: Checks::Compare { text: None, limit_nats: Some(1e-8) }, ..Options::default() };
     let strict = export(run.directory.path(), None, &[Format::Gguf(Mix::Q4_0)], &options, &run.out()).unwrap();
     let error = strict[0].verdict().unwrap_err().to_string();
     assert!(
@@ -449,9 +462,10 @@ fn a_budget_is_kept_to_and_spent_where_it_saves_most() {
     let merged = Merged::new(&base, &adapter);
     let [metadata, f16] = gguf::sizes(&merged, "m").unwrap();
     let directory = tempfile::tempdir().unwrap();
+    let text = check::own_text(&merged).unwrap();
     let mut divergences = Vec::new();
     for percent in [25.0, 40.0, 100.0] {
-        let types = budget::choose(&merged, "m", Budget::Percent(percent), 1).unwrap();
+        let types = budget::choose(&merged, "m", Budget::Percent(percent), Method::Search, 1).unwrap();
         let path = directory.path().join(format!("{percent}.gguf"));
         let wanted = [gguf::Wanted { choice: gguf::TypeChoice::Each(types), path: path.clone() }];
         let mut guide = Guide::new(&merged, &Calibration::None, None, 1).unwrap();
@@ -459,11 +473,59 @@ fn a_budget_is_kept_to_and_spent_where_it_saves_most() {
         let (bytes, most) = (fs::metadata(&path).unwrap().len() as f64, f16 as f64 * percent / 100.0);
         assert!(bytes <= most && bytes > 0.9 * most, "{percent} %: {bytes} of {most}");
         let expected = [check::Expected { path, limit_nats: 1.0 }];
-        divergences.push(check::check(&merged, &expected, None).unwrap()[0].kl_nats);
+        divergences.push(check::check(&merged, &expected, &text).unwrap()[0].kl_nats);
     }
     assert!(divergences.is_sorted_by(|a, b| a > b), "{divergences:?}");
-    let small = budget::choose(&merged, "m", Budget::Bytes(metadata + 1), 1).unwrap_err().to_string();
+    let small = budget::choose(&merged, "m", Budget::Bytes(metadata + 1), Method::Search, 1).unwrap_err().to_string();
     assert!(small.contains("allow that much"), "{small}");
+}
+
+#[test]
+fn what_an_export_reads_it_never_replaces() {
+    let run = Run::new();
+    run.export(None, &["hf", "gguf:q8_0"], false).unwrap();
+    let options = Options { force: true, ..Options::default() };
+    for (file, format) in [("hf", Format::HuggingFace), ("model-q8_0.gguf", Format::Gguf(Mix::Q8_0))] {
+        let mut experiment = Experiment::from_toml(SMOKE, "smoke").unwrap();
+        let base = run.out().join(file);
+        experiment.model = experiment::Model { path: Some(base.clone()), random: None, ..experiment.model };
+        let on_it = Run::of(&experiment);
+        match export(on_it.directory.path(), None, &[format], &options, &run.out()) {
+            Err(ExportError::Input { input, .. }) => assert_eq!(input, base),
+            unexpected => panic!("{unexpected:?}"),
+        }
+        // Elsewhere it is written.
+        export(on_it.directory.path(), None, &[format], &options, &on_it.out()).unwrap();
+    }
+    let text = run.out().join("hf").join("tokenizer.json");
+    let check = Checks::Compare { text: Some(text.clone()), limit_nats: None };
+    let options = Options { check, ..options };
+    match export(run.directory.path(), None, &[Format::HuggingFace], &options, &run.out()) {
+        Err(ExportError::Input { path, .. }) => assert_eq!(path, text),
+        unexpected => panic!("{unexpected:?}"),
+    }
+}
+
+#[test]
+fn a_block_is_rounded_by_its_own_activations_whatever_types_are_before_it() {
+    let base = RandomModel::of_shape(wide_shape(), Tokenizer::bytes(), Seed(5)).unwrap();
+    let adapter = Adapter::none();
+    let merged = Merged::new(&base, &adapter);
+    let directory = tempfile::tempdir().unwrap();
+    let name = "model.layers.1.mlp.up_proj.weight";
+    let shape = &merged.tensors().iter().find(|info| info.name == name).unwrap().shape;
+    // Types that are rounded to the nearest code ask for nobody's activations.
+    let written = [BlockType::Q4_0, BlockType::F16].map(|first| {
+        let layers = merged.tensors().iter().filter(|info| info.shape.len() == 2 && info.name.contains(".layers."));
+        let ty = |name: &str| if name.contains(".layers.0.") { first } else { BlockType::Q4_0 };
+        let types = layers.map(|info| (info.name.clone(), ty(&info.name))).collect();
+        let path = directory.path().join(format!("{first}.gguf"));
+        let wanted = [gguf::Wanted { choice: gguf::TypeChoice::Each(types), path: path.clone() }];
+        let mut guide = Guide::new(&merged, &Calibration::Own, None, 1).unwrap();
+        gguf::write("m", &wanted, Method::Search, &mut guide, false).unwrap();
+        model::source::open(&path).unwrap().tensor(name, shape).unwrap()
+    });
+    assert!(written[0] == written[1]);
 }
 
 /// What `complete` does not vouch for is never shipped.
