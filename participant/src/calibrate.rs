@@ -7,11 +7,10 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use experiment::Columns;
 use model::{Adapter, ChannelSums, Walk};
 
 use crate::ParticipantError;
-use crate::encoder::encode_file;
+use crate::encoder::{columns, encode_file, longest_sequence};
 use crate::output::check_output;
 
 #[derive(Args)]
@@ -27,12 +26,17 @@ pub struct CalibrateArguments {
     /// The importance matrix, as llama-imatrix writes it
     #[arg(long)]
     out: PathBuf,
-    /// Longer records are cut
-    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
-    sequence_tokens_max: u32,
+    /// Names the records' columns: the `[data.columns]` of this experiment [default: text, prompt, completion, messages]
+    #[arg(long)]
+    experiment: Option<PathBuf>,
+    /// Longer records are cut [default: 512, or the model's context where that is less]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    sequence_tokens_max: Option<u32>,
     /// Records behind these tokens are left out; sums hardly change any more
     #[arg(long, default_value = "65536")]
     tokens_max: NonZeroUsize,
+    #[arg(long)]
+    pub json: bool,
 }
 
 impl CalibrateArguments {
@@ -42,14 +46,21 @@ impl CalibrateArguments {
         check_output(
             "--out",
             &self.out,
-            &[("--model", Some(&self.model)), ("--adapter", self.adapter.as_ref()), ("--data", Some(&self.data))],
+            &[
+                ("--model", Some(&self.model)),
+                ("--adapter", self.adapter.as_ref()),
+                ("--data", Some(&self.data)),
+                ("--experiment", self.experiment.as_ref()),
+            ],
         )?;
+        let columns = columns(self.experiment.as_deref())?;
         let source = model::source::open(&self.model)?;
         let adapter = match &self.adapter {
             Some(directory) => Adapter::load(directory, source.config())?,
             None => Adapter::none(),
         };
-        let sequences = encode_file(&self.data, &Columns::default(), source.tokenizer(), self.sequence_tokens_max)?;
+        let longest = longest_sequence(self.sequence_tokens_max, source.config().context)?;
+        let sequences = encode_file(&self.data, &columns, source.tokenizer(), longest)?;
         let mut tokens = 0;
         let sequences = sequences.iter().map(|sequence| sequence.tokens().to_vec()).take_while(|sequence| {
             let room = tokens < self.tokens_max.get();

@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
-use experiment::Columns;
+use experiment::{Columns, Experiment};
 use model::Tokenizer;
 use model::tokenizer::Message as ChatMessage;
 
+use crate::ParticipantError;
 use crate::data::{DataError, Message, Sequence, TextEncoder, encode_records, read_records};
 
 pub struct Encoder<'a>(pub &'a Tokenizer);
@@ -29,6 +30,25 @@ impl TextEncoder for Encoder<'_> {
 
     fn eos(&self) -> Option<u32> {
         self.0.settings().eos.first().copied()
+    }
+}
+
+/// How `--experiment`, where it is given, names the columns of records.
+pub(crate) fn columns(experiment: Option<&Path>) -> Result<Columns, ParticipantError> {
+    match experiment {
+        Some(path) => Ok(Experiment::from_file(path)?.data.columns),
+        None => Ok(Columns::default()),
+    }
+}
+
+/// Tokens of the longest sequence: what `--sequence-tokens-max` asks for, or 512, of which a shorter context is all.
+pub(crate) fn longest_sequence(asked: Option<u32>, context: usize) -> Result<u32, ParticipantError> {
+    match asked {
+        Some(asked) if asked as usize > context => Err(ParticipantError::Usage(format!(
+            "--sequence-tokens-max is {asked}, but the model's context is {context} tokens; give {context} at most"
+        ))),
+        Some(asked) => Ok(asked),
+        None => Ok(context.min(512) as u32),
     }
 }
 

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
-use experiment::Columns;
 use model::tokenizer::Message;
 use quant::inference::CacheType;
 use serde_json::json;
@@ -15,6 +14,7 @@ use serde_json::json;
 use super::bench::positive;
 use super::{DeviceArguments, print};
 use crate::answer::{Finish, Generated, Prompt, Request};
+use crate::encoder::{columns, longest_sequence};
 use crate::grammar::Grammar;
 use crate::integer::Engine;
 use crate::output::check_output;
@@ -152,9 +152,12 @@ pub(super) struct EvaluateArguments {
     model: ModelArguments,
     #[arg(long)]
     data: PathBuf,
-    /// Longer records are cut
-    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
-    sequence_tokens_max: u32,
+    /// Names the records' columns: the `[data.columns]` of this experiment [default: text, prompt, completion, messages]
+    #[arg(long)]
+    experiment: Option<PathBuf>,
+    /// Longer records are cut [default: 512, or the model's context where that is less]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    sequence_tokens_max: Option<u32>,
     #[arg(long)]
     json: bool,
 }
@@ -215,8 +218,11 @@ pub(super) fn generate(arguments: GenerateArguments) -> anyhow::Result<()> {
             writeln!(stdout, "{line}")?;
         } else {
             writeln!(stdout)?;
-            if finish == Finish::Context {
-                eprintln!("prompt and answer have filled the model's context");
+            match finish {
+                Finish::Ended | Finish::Stopped => {}
+                Finish::Length => eprintln!("cut after {} tokens: --max-tokens allows more", tokens.len()),
+                Finish::Context => eprintln!("cut: prompt and answer have filled the model's context"),
+                Finish::Deadline => eprintln!("cut after {} tokens by --deadline", tokens.len()),
             }
         }
     }
@@ -252,11 +258,13 @@ impl SamplingArguments {
 }
 
 pub(super) fn evaluate(arguments: EvaluateArguments) -> anyhow::Result<()> {
-    let EvaluateArguments { model, data, sequence_tokens_max, json } = arguments;
+    let EvaluateArguments { model, data, experiment, sequence_tokens_max, json } = arguments;
+    let columns = columns(experiment.as_deref())?;
     let runner = model.open(None)?;
+    let longest = longest_sequence(sequence_tokens_max, runner.source.config().context)?;
     for adapter in places(&runner) {
         let bar = crate::progress::steps(0);
-        let loss = runner.evaluate(adapter, &data, &Columns::default(), sequence_tokens_max, |done, all| {
+        let loss = runner.evaluate(adapter, &data, &columns, longest, |done, all| {
             bar.set_length(all as u64);
             bar.set_position(done as u64);
         })?;

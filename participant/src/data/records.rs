@@ -215,7 +215,10 @@ fn find_kind<'a>(
         let Columns { text, prompt, completion, messages } = columns;
         let [text, prompt, completion, messages] = [text, prompt, completion, messages].map(|name| quoted(name));
         let expected = format!("{text}, or {prompt} and {completion}, or {messages}");
-        LineError::new(line, format!("found {}; expected {expected} (set [data.columns] for other names)", list(found)))
+        LineError::new(
+            line,
+            format!("found {}; expected {expected} (the experiment's [data.columns] set other names)", list(found)),
+        )
     })
 }
 

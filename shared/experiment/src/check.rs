@@ -32,6 +32,7 @@ impl Experiment {
         check.training(&self.training, &self.data)?;
         check.data(&self.data)?;
         check.federation(&self.federation, self.adapter.factors)?;
+        check.count("device.threads", self.device.threads, 0..=1024)?;
         check.that(
             self.training.warmup_steps <= self.total_steps(),
             "training.warmup_steps",
@@ -64,6 +65,15 @@ impl Experiment {
         match head_blocks.checked_add(tail_blocks) {
             Some(outside) if outside < total_blocks => Ok(()),
             _ => Err(Error::Blocks { head_blocks, tail_blocks, total_blocks }),
+        }
+    }
+
+    /// Whether the model knows the positions of the longest sequence.
+    pub fn check_context(&self, context: usize) -> Result<(), Error> {
+        let sequence_tokens_max = self.data.sequence_tokens_max;
+        match sequence_tokens_max as usize <= context {
+            true => Ok(()),
+            false => Err(Error::Context { sequence_tokens_max, context }),
         }
     }
 }
@@ -358,6 +368,9 @@ mod tests {
 
         let experiment = smoke();
         assert!(experiment.check_blocks(3).is_ok());
+        assert!(experiment.check_context(128).is_ok());
+        let error = experiment.check_context(127).unwrap_err().to_string();
+        assert!(error.contains("data.sequence_tokens_max is 128, but the model's context is 127"), "{error}");
         assert_eq!(
             experiment.check_blocks(2).unwrap_err().to_string(),
             "split the model: split.head_blocks = 1 and split.tail_blocks = 1 leave no body block of the 2 blocks; \
@@ -433,6 +446,10 @@ mod tests {
                 check_refused(line, &format!("{name} = {}", value.to_lowercase()), key, value);
             }
         }
+        let line = "strategy = { name = \"fedavg\" }";
+        let threads = |count: &str| format!("{line}\n[device]\nthreads = {count}");
+        check_refused(line, &threads("1025"), "device.threads", "1025");
+        check_accepted(line, &threads("1024"));
     }
 
     #[test]

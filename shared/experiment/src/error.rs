@@ -22,6 +22,11 @@ pub enum Error {
          of the {total_blocks} blocks; lower them until their sum is less than {total_blocks}"
     )]
     Blocks { head_blocks: u32, tail_blocks: u32, total_blocks: u32 },
+    #[error(
+        "use the model: data.sequence_tokens_max is {sequence_tokens_max}, but the model's context is {context} tokens; \
+         lower it to {context}"
+    )]
+    Context { sequence_tokens_max: u32, context: usize },
     #[error("{action} {}: {source}{}", path.display(), next_step(action, source))]
     File { action: &'static str, path: PathBuf, source: io::Error },
     #[error(
