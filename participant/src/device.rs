@@ -153,7 +153,10 @@ impl Device {
         let path = self.directory.join(name);
         if path.is_file() {
             let pem = std::fs::read_to_string(&path).map_err(ParticipantError::io(&path))?;
-            return Ok(DeviceKey::from_pem(&pem)?);
+            return DeviceKey::from_pem(&pem).map_err(|error| {
+                let what = "move that file away, and join with a new invitation";
+                ParticipantError::Usage(format!("{}: {error}; {what}", path.display()))
+            });
         }
         let key = DeviceKey::generate()?;
         write_secret(&path, key.pem())?;
@@ -161,13 +164,21 @@ impl Device {
     }
 }
 
-/// Readable by the owner alone from the first byte on.
+/// Readable by the owner alone from the first byte on; under its name it is whole, or not there.
 fn write_secret(path: &Path, text: &str) -> Result<(), ParticipantError> {
     use std::io::Write;
     let mut options = std::fs::OpenOptions::new();
     options.write(true).create_new(true);
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    let mut file = options.open(path).map_err(ParticipantError::io(path))?;
-    file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(ParticipantError::io(path))
+    let mut unfinished = path.as_os_str().to_owned();
+    unfinished.push(".unfinished");
+    let unfinished = Path::new(&unfinished);
+    // What a full disk or a cut has left of an earlier attempt.
+    let _ = std::fs::remove_file(unfinished);
+    let mut file = options.open(unfinished).map_err(ParticipantError::io(unfinished))?;
+    file.write_all(text.as_bytes())
+        .and_then(|()| file.sync_all())
+        .and_then(|()| std::fs::rename(unfinished, path))
+        .map_err(ParticipantError::io(path))
 }

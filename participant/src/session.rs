@@ -271,9 +271,10 @@ impl Participant {
                 check_welcome(&experiment, (head_blocks, tail_blocks), dtype)?;
                 let cut = (experiment.split.mode != SplitMode::Whole)
                     .then_some(Cut { head_blocks: head_blocks as usize, tail_blocks: tail_blocks as usize });
+                let (mode, imatrix_tokens) = (experiment.split.mode, experiment.federation.imatrix_tokens);
                 self.prepare(connection, experiment, cut, manifest).await?;
                 send.message(&FromParticipant::Ready { experiment_digest }).await?;
-                tracing::info!("joined the run; a round begins once enough devices are there");
+                tracing::info!(?mode, imatrix_tokens, "joined the run; a round begins once enough devices are there");
                 Ok(Session { id: session, dtype })
             }
             FromCoordinator::Refused { reason, .. } => Err(ParticipantError::Refused(reason)),
@@ -295,6 +296,11 @@ impl Participant {
             && prepared.cut == cut
         {
             return Ok(());
+        }
+        // Who has agreed to one experiment has not agreed to whatever may follow it.
+        if self.prepared.as_ref().is_some_and(|prepared| prepared.experiment.digest() != experiment.digest()) {
+            let what = "it has another experiment than before: join again to take part in that one";
+            return Err(ParticipantError::Coordinator(what.into()));
         }
         let experiment = Arc::new(experiment);
         let manifest = parts::manifest(connection, &self.store, reference).await?;
