@@ -55,6 +55,10 @@ pub enum ParticipantError {
     Panicked,
     #[error("the loss is {loss_nats} at step {step}: lower training.learning_rate; nothing of it is kept")]
     Diverged { step: u64, loss_nats: f64 },
+    #[error(
+        "values of the adapter are not finite after {steps} steps: lower training.learning_rate; nothing of it is kept"
+    )]
+    DivergedAdapter { steps: u64 },
     /// The owner asked for something that does not go.
     #[error("{0}")]
     Usage(String),

@@ -12,7 +12,7 @@ use crate::ParticipantError;
 use crate::data::read_records;
 use crate::dataset::Dataset;
 use crate::device_choice::DeviceChoice;
-use crate::output::{check_directory, check_output};
+use crate::output::{check_adapter_output, check_directory, check_output};
 use crate::stages::Stages;
 use crate::trainer::{StepReport, Trainer};
 
@@ -22,6 +22,8 @@ pub struct LocalTraining {
     /// Names the generators of data order and dropout, as a participant's name does.
     pub name: String,
     pub out: Option<PathBuf>,
+    /// Replace an adapter that is there.
+    pub force: bool,
     pub init_adapter: Option<PathBuf>,
     pub dump_batches: Option<PathBuf>,
     /// Stop after this many steps; the learning rate's schedule stays the experiment's.
@@ -45,17 +47,19 @@ impl LocalTraining {
     pub async fn run(&self, mut tell: impl FnMut(Happened) + Send) -> Result<(), ParticipantError> {
         let experiment = Arc::new(Experiment::from_file(&self.experiment)?);
         let out = self.out.clone().unwrap_or_else(|| Path::new("runs").join(format!("{}-local", experiment.name)));
+        let inputs = [
+            ("--data", Some(&self.data)),
+            ("EXPERIMENT", Some(&self.experiment)),
+            ("--init-adapter", self.init_adapter.as_ref()),
+        ];
+        check_adapter_output(&out, self.force, &inputs)?;
         if let Some(path) = &self.dump_batches {
-            let inputs = [("--data", Some(&self.data)), ("EXPERIMENT", Some(&self.experiment))];
-            check_output(
-                "--dump-batches",
-                path,
-                &[inputs[0], inputs[1], ("--init-adapter", self.init_adapter.as_ref())],
-            )?;
+            check_output("--dump-batches", path, &inputs)?;
         }
         let device = ComputeDevice::new(&self.device.over(&experiment.device))?;
         let source = model::source::of_experiment(&experiment)?;
         check_digest(&experiment, &*source)?;
+        experiment.check_context(source.config().context)?;
         let records = read_records(&self.data, &experiment.data.columns)?;
         let mut data = Dataset::new(records, &experiment, &self.name, source.tokenizer())?;
         let steps = self.steps.unwrap_or(u64::MAX).min(experiment.total_steps());
@@ -91,8 +95,13 @@ impl LocalTraining {
             }
             tell(Happened::Stepped(report));
         }
+        let adapter = trainer.adapter();
+        // What the last step made of it, no loss has told.
+        if !adapter.flat().iter().all(|value| value.is_finite()) {
+            return Err(ParticipantError::DivergedAdapter { steps });
+        }
         evaluate(&trainer, steps, &mut tell).await?;
-        trainer.adapter().save(&out, &origin)?;
+        adapter.save(&out, &origin)?;
         tell(Happened::Saved(out));
         Ok(())
     }

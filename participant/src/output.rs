@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use model::adapter::peft;
+
 use crate::ParticipantError;
 
 /// Whether `out`, of `option`, can be written, before there is anything to write; `inputs` are options and what they name.
@@ -21,6 +23,28 @@ pub(crate) fn check_output(
             let out = out.display();
             return Err(ParticipantError::Usage(format!(
                 "{option} {out} would replace what {input} names; choose another path"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Whether an adapter can be put into the directory `out`: into one that has none, unless `force` says that it may be
+/// replaced. One that is read never is.
+pub(crate) fn check_adapter_output(
+    out: &Path,
+    force: bool,
+    inputs: &[(&str, Option<&PathBuf>)],
+) -> Result<(), ParticipantError> {
+    for file in [peft::CONFIG_FILE, peft::WEIGHTS_FILE].map(|file| out.join(file)) {
+        if !file.exists() {
+            continue;
+        }
+        check_output("--out", &file, inputs)?;
+        if !force {
+            return Err(ParticipantError::Usage(format!(
+                "{} is already there; replace it with --force, or choose another --out",
+                file.display()
             )));
         }
     }

@@ -69,7 +69,7 @@ smol=$keep/smollm2.gguf
 if [ -z "$quick" ] && [ ! -e "$smol" ]; then
     say "== training an adapter on all linear layers of SmolLM2"
     participant device-log --out "$keep/data" >&2
-    participant train configs/quality-lora.toml --data "$keep/data/all.jsonl" --out "$keep/adapter" >&2
+    participant train configs/quality-lora.toml --data "$keep/data/all.jsonl" --out "$keep/adapter" --force >&2
     coordinator quantize "$model" --adapter "$keep/adapter" --format gguf:f32 --no-check --out "$keep/merged" >&2
     mv "$keep/merged/model-f32.gguf" "$smol"
 fi

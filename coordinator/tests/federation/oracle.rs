@@ -6,6 +6,7 @@ use experiment::{Backend, Seed};
 use model::adapter::gradients::clip_factor;
 use model::stage::{Dropout, Input};
 use model::{AdamW, Adapter, AdapterConfig, ComputeDevice, Gradients, Part, Segments, Stage};
+use participant::ParticipantError;
 use participant::dataset::Dataset;
 use participant::local::{Happened, LocalTraining};
 use participant::trainer::StepReport;
@@ -45,25 +46,29 @@ fn on_backend(backend: Backend) -> impl Fn(&str) -> String {
     }
 }
 
-async fn train_locally(world: &World, name: &str) -> (Vec<StepReport>, Adapter) {
+fn local_training(world: &World, name: &str) -> LocalTraining {
     let _ = world.participant(name);
-    let training = LocalTraining {
+    LocalTraining {
         experiment: world.path("test.toml"),
         data: world.path(&format!("{name}.jsonl")),
         name: name.into(),
         out: Some(world.path("local")),
+        force: false,
         init_adapter: None,
         dump_batches: None,
         steps: None,
         device: Default::default(),
-    };
+    }
+}
+
+async fn train_locally(world: &World, name: &str) -> (Vec<StepReport>, Adapter) {
     let steps = Mutex::new(Vec::new());
     let tell = |happened| {
         if let Happened::Stepped(report) = happened {
             steps.lock().unwrap().push(report);
         }
     };
-    training.run(tell).await.unwrap();
+    local_training(world, name).run(tell).await.unwrap();
     let adapter = Adapter::load(&world.path("local"), world.source.config()).unwrap();
     (steps.into_inner().unwrap(), adapter)
 }
@@ -92,6 +97,15 @@ async fn one_participant_with_its_own_body_equals_local_training() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_participant_with_the_whole_model_equals_local_training() {
     check_one_participant_equals_local_training(|text| whole(&demanding(text))).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_adapter_that_the_last_step_ruined_is_not_saved() {
+    let world = World::new(|text| alone(text).replace("learning_rate = 0.01", "learning_rate = 1e300"));
+    let training = LocalTraining { steps: Some(1), ..local_training(&world, "press-1") };
+    let error = training.run(|_| {}).await.unwrap_err();
+    assert!(matches!(error, ParticipantError::DivergedAdapter { steps: 1 }), "{error}");
+    assert!(!world.path("local").join("adapter_config.json").exists());
 }
 
 const THREE: [&str; 3] = ["chiller-1", "mill-1", "press-1"];

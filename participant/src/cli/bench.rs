@@ -9,7 +9,7 @@ use model::bench::{self, Shape};
 use quant::inference::CacheType;
 
 use super::infer::{CacheName, duration};
-use super::{DeviceArguments, print};
+use super::{TrainingDeviceArguments, print};
 use crate::bench_adapters;
 use crate::bench_deadline::{self, Requests};
 use crate::bench_infer::{self, Workload};
@@ -128,7 +128,7 @@ pub(super) struct BenchTrainArguments {
     #[arg(long, default_value_t = 5, value_parser = positive)]
     steps: usize,
     #[command(flatten)]
-    device: DeviceArguments,
+    device: TrainingDeviceArguments,
     #[arg(long)]
     json: bool,
 }

@@ -14,6 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use experiment::{Backend, Experiment, Seed, WeightType};
+use serde_json::json;
 use tokio::sync::watch;
 
 use self::bench::{BenchCommand, bench_adapters, bench_infer, bench_train};
@@ -25,6 +26,7 @@ use crate::calibrate::CalibrateArguments;
 use crate::device_choice::DeviceChoice;
 use crate::device_log::{Canary, FactoryDevice, write_files};
 use crate::local::{check_digest, initial_adapter};
+use crate::output::check_adapter_output;
 
 /// A device of a federated split-learning run: it keeps its data and trains the ends of the model on it.
 #[derive(Parser)]
@@ -101,7 +103,14 @@ struct DeviceArguments {
     /// How the native backend keeps frozen weights; otherwise the experiment's `[device] weights`, if there is one
     #[arg(long, value_enum)]
     weights: Option<WeightName>,
-    /// In training, keep each block's input alone for the backward pass, and few logits: slower, in less memory
+}
+
+/// The same, where there is a backward pass.
+#[derive(Args)]
+struct TrainingDeviceArguments {
+    #[command(flatten)]
+    device: DeviceArguments,
+    /// Keep each block's input alone for the backward pass, and few logits: slower, in less memory
     #[arg(long)]
     recompute: bool,
 }
@@ -127,6 +136,9 @@ struct InitAdapterArguments {
     experiment: PathBuf,
     #[arg(long)]
     out: PathBuf,
+    /// Replace an adapter that is there
+    #[arg(long)]
+    force: bool,
 }
 
 #[derive(Args)]
@@ -191,13 +203,13 @@ impl Command {
                 "the coordinator goes on at quorum; run the same command again to rejoin".into()
             }
             Self::Train(TrainArguments { dump_batches: Some(path), .. }) => format!(
-                "{} may hold token ids of the data, and nothing else was written; run the same command again to start over",
+                "{} may hold token ids of the data, and nothing else was kept; run the same command again to start over",
                 path.display()
             ),
             Self::DeviceLog(DeviceLogArguments { out, .. }) => {
                 format!("{} may hold some of the files; run the same command again to write all of them", out.display())
             }
-            _ => "nothing was written; run the same command again to start over".into(),
+            _ => "nothing was kept; run the same command again to start over".into(),
         }
     }
 
@@ -211,10 +223,14 @@ impl Command {
             Self::Evaluate(arguments) => off_the_runtime(|| evaluate(arguments)),
             Self::Calibrate(arguments) => {
                 let (out, tokens) = off_the_runtime(|| arguments.run())?;
-                print(format_args!("{}: measured on {tokens} tokens", out.display()))
+                match arguments.json {
+                    true => print(json!({"imatrix": out, "tokens": tokens})),
+                    false => print(format_args!("{}: measured on {tokens} tokens", out.display())),
+                }
             }
             Self::Logits(arguments) => off_the_runtime(|| logits(arguments)),
-            Self::InitAdapter(InitAdapterArguments { experiment, out }) => {
+            Self::InitAdapter(InitAdapterArguments { experiment, out, force }) => {
+                check_adapter_output(&out, force, &[])?;
                 let experiment = Experiment::from_file(&experiment).map_err(ParticipantError::from)?;
                 let source = model::source::of_experiment(&experiment)?;
                 check_digest(&experiment, &*source)?;
@@ -272,7 +288,13 @@ impl DeviceArguments {
             WeightName::Bf16 => WeightType::Bf16,
             WeightName::Int8 => WeightType::Int8,
         });
-        DeviceChoice { backend, threads: self.threads, weights, recompute: self.recompute.then_some(true) }
+        DeviceChoice { backend, threads: self.threads, weights, recompute: None }
+    }
+}
+
+impl TrainingDeviceArguments {
+    fn choice(&self) -> DeviceChoice {
+        DeviceChoice { recompute: self.recompute.then_some(true), ..self.device.choice() }
     }
 }
 
@@ -313,7 +335,7 @@ mod tests {
                 .after_an_interruption()
         };
         let train = "participant train a.toml --data b.jsonl";
-        assert!(told(train).starts_with("nothing was written"));
+        assert!(told(train).starts_with("nothing was kept"));
         assert!(told(&format!("{train} --dump-batches c.jsonl")).starts_with("c.jsonl may hold token ids of the data"));
         assert!(told("participant device-log --out logs").starts_with("logs may hold some of the files"));
         assert!(told("participant join a.invite --data b.jsonl").contains("to rejoin"));

@@ -13,7 +13,7 @@ use net::Invitation;
 use serde_json::json;
 use tokio::sync::watch;
 
-use super::{DeviceArguments, default_cache, print, tell};
+use super::{TrainingDeviceArguments, default_cache, print, tell};
 use crate::ParticipantError;
 use crate::data::read_records;
 use crate::join::{Join, default_state};
@@ -46,7 +46,7 @@ pub(super) struct JoinArguments {
     #[arg(long, default_value_t = 600)]
     patience_s: u64,
     #[command(flatten)]
-    device: DeviceArguments,
+    device: TrainingDeviceArguments,
     /// Print steps, evaluations and rounds as JSON lines
     #[arg(long)]
     json: bool,
@@ -63,6 +63,9 @@ pub(super) struct TrainArguments {
     /// Where the adapter is written [default: runs/EXPERIMENT-local]
     #[arg(long)]
     out: Option<PathBuf>,
+    /// Replace an adapter that is there
+    #[arg(long)]
+    force: bool,
     /// Start from this PEFT adapter
     #[arg(long)]
     init_adapter: Option<PathBuf>,
@@ -73,7 +76,7 @@ pub(super) struct TrainArguments {
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     steps: Option<u64>,
     #[command(flatten)]
-    device: DeviceArguments,
+    device: TrainingDeviceArguments,
     #[arg(long)]
     json: bool,
 }
@@ -134,9 +137,10 @@ pub(super) async fn join(arguments: JoinArguments, stop: watch::Receiver<bool>) 
 }
 
 pub(super) async fn train(arguments: TrainArguments) -> anyhow::Result<()> {
-    let TrainArguments { experiment, data, name, out, init_adapter, dump_batches, steps, device, json } = arguments;
+    let TrainArguments { experiment, data, name, out, force, init_adapter, dump_batches, steps, device, json } =
+        arguments;
     let device = device.choice();
-    let training = LocalTraining { experiment, data, name, out, init_adapter, dump_batches, steps, device };
+    let training = LocalTraining { experiment, data, name, out, force, init_adapter, dump_batches, steps, device };
     let mut last = None;
     training
         .run(|happened| match happened {

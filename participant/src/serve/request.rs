@@ -45,21 +45,30 @@ const DEADLINE_MS_MAX: f64 = 3_600_000.0;
 
 /// Fields of OpenAI's interface, and of llama.cpp's, that change an answer and are not supported, with the values that ask
 /// for nothing.
-const UNSUPPORTED: [(&str, AsksNothing); 13] = [
+const UNSUPPORTED: [(&str, AsksNothing); 21] = [
     ("n", |value| value == 1),
     ("best_of", |value| value == 1),
     ("echo", |value| value == false),
     ("suffix", |value| value == ""),
     ("logprobs", |value| value == false),
+    ("top_logprobs", is_zero),
     ("frequency_penalty", is_zero),
     ("presence_penalty", is_zero),
     ("logit_bias", |value| value.as_object().is_some_and(Map::is_empty)),
     ("tools", is_empty_list),
+    // Without tools there is nothing to choose from.
+    ("tool_choice", |value| value == "none" || value == "auto"),
     ("functions", is_empty_list),
     ("function_call", |value| value == "none"),
     ("grammar", |value| value == ""),
     // An empty schema asks for JSON.
     ("json_schema", |_| false),
+    ("ignore_eos", |value| value == false),
+    ("mirostat", is_zero),
+    ("typical_p", |value| value.as_f64() == Some(1.0)),
+    ("dynatemp_range", is_zero),
+    ("dry_multiplier", is_zero),
+    ("xtc_probability", is_zero),
 ];
 
 type AsksNothing = fn(&Value) -> bool;
@@ -96,16 +105,18 @@ impl Asked {
             Kind::Chat => Prompt::Chat(fields.messages()?),
             Kind::Text => Prompt::Text(fields.prompt()?),
         };
-        let tokens_max = match fields.whole("max_completion_tokens", TOKENS_MAX)? {
-            Some(tokens) => Some(tokens),
-            None => fields.whole("max_tokens", TOKENS_MAX)?,
-        };
+        // The last is llama.cpp's name.
+        let mut tokens_max = None;
+        for name in ["max_completion_tokens", "max_tokens", "n_predict"] {
+            tokens_max = tokens_max.or(fields.whole(name, TOKENS_MAX)?);
+        }
+        let repetition_penalty = fields.number("repetition_penalty")?.or(fields.number("repeat_penalty")?);
         let sampling = Sampling {
             temperature: fields.number("temperature")?.unwrap_or(1.0),
             top_k: fields.whole("top_k", TOKENS_MAX)?.unwrap_or(0) as usize,
             top_p: fields.number("top_p")?.unwrap_or(1.0),
             min_p: fields.number("min_p")?.unwrap_or(0.0),
-            repetition_penalty: fields.number("repetition_penalty")?.unwrap_or(1.0),
+            repetition_penalty: repetition_penalty.unwrap_or(1.0),
             seed: fields.seed()?.unwrap_or(defaults.seed),
         };
         let field = |message: &str| message.split(' ').next().unwrap_or_default().to_owned();

@@ -340,7 +340,21 @@ fn an_argument_that_makes_no_sense_is_named() {
     desk.write("real/press-1.jsonl", "{\"text\": \"what really happened\"}\n");
     desk.weights("base.gguf");
     desk.write("long.jsonl", format!("{{\"text\": \"{}\"}}\n", "a".repeat(5000)));
-    let cases: [(&str, &[&str]); 25] = [
+    fs::create_dir(desk.path("trained")).unwrap();
+    desk.write("trained/adapter_config.json", "{}");
+    desk.write("named.toml", SMOKE.replace("held_out = 0.2", "held_out = 0.2\ncolumns = { text = \"words\" }"));
+    let cases: [(&str, &[&str]); 30] = [
+        (
+            "evaluate --model hf --data data.jsonl --sequence-tokens-max 100000",
+            &["--sequence-tokens-max is 100000", "the model's context is"],
+        ),
+        ("evaluate --model hf --data data.jsonl --experiment none.toml", &["none.toml", "check the path"]),
+        ("evaluate --model hf --data data.jsonl --experiment named.toml", &["expected `words`", "[data.columns]"]),
+        (
+            "train smoke.toml --data data.jsonl --out trained",
+            &["trained/adapter_config.json", "already there", "--force"],
+        ),
+        ("init-adapter smoke.toml --out trained", &["trained/adapter_config.json", "already there", "--force"]),
         (
             "logits --model base.gguf --engine integer --out l --prompts long.jsonl",
             &["line 1", "5000 tokens", "context of", "cut it"],

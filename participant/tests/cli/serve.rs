@@ -216,6 +216,11 @@ fn wrong_requests_are_told_what_is_wrong() {
         (ask("grammar", json!("root ::= \"a\"")), 400, "`grammar` is not supported; say it as `response_format`"),
         (ask("functions", json!([{"name": "x"}])), 400, "`functions` is not supported"),
         (ask("function_call", json!("auto")), 400, "`function_call` is not supported"),
+        (ask("tool_choice", json!("required")), 400, "`tool_choice` is not supported"),
+        (ask("mirostat", json!(2)), 400, "`mirostat` is not supported"),
+        (ask("ignore_eos", json!(true)), 400, "`ignore_eos` is not supported"),
+        (ask("repeat_penalty", json!(0)), 400, "repetition_penalty is 0"),
+        (ask("n_predict", json!(-1)), 400, "`n_predict` is not a whole number"),
         (ask("response_format", json!({"type": "xml"})), 400, "json_object or json_schema"),
         (ask("response_format", json!({"type": "json_schema"})), 400, "is no schema"),
         (
@@ -250,9 +255,12 @@ fn wrong_requests_are_told_what_is_wrong() {
     }
     let asks_nothing = json!({
         "model": "base", "prompt": "x", "max_tokens": 1, "n": 1, "tools": [], "functions": [], "function_call": "none",
-        "grammar": "", "json_schema": null,
+        "grammar": "", "json_schema": null, "tool_choice": "auto", "ignore_eos": false, "mirostat": 0, "typical_p": 1.0,
+        "dynatemp_range": 0, "dry_multiplier": 0.0, "xtc_probability": 0, "top_logprobs": 0, "repeat_penalty": 1.0,
     });
     assert_eq!(served.post(TEXT, &asks_nothing).status, 200);
+    let by_llama_cpps_name = json!({"model": "base", "prompt": "x", "n_predict": 2, "temperature": 0});
+    assert_eq!(served.post(TEXT, &by_llama_cpps_name).json()["usage"]["completion_tokens"], 2);
 }
 
 #[test]
