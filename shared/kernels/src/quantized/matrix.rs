@@ -384,7 +384,8 @@ impl BatchProduct<'_> {
                     let both = [each(0), each(1)];
                     let mut first = 0;
                     while first < self.x.rows {
-                        let to = self.to.add(first * self.stride + group * GROUP + row);
+                        // Behind the matrix's last row there is nothing, and nothing is stored.
+                        let to = self.to.wrapping_add(first * self.stride + group * GROUP + row);
                         let strip = Strip {
                             blocks,
                             codes: both.map(|((i, at), _)| codes(i).add(at * 4).cast_const()),

@@ -116,7 +116,7 @@ pub(crate) unsafe fn strip<S: Simd, F: Format, const MR: usize, const R: usize, 
         for (r, acc) in acc.iter().enumerate() {
             if r < s.rows {
                 for (v, &acc) in acc.iter().enumerate() {
-                    let to = s.to[v].add(r * s.stride);
+                    let to = s.to[v].wrapping_add(r * s.stride);
                     let lanes = s.lanes[v];
                     let acc = if s.accumulate { S::add(S::load_n(to, lanes), acc) } else { acc };
                     S::store_n(to, acc, lanes);
