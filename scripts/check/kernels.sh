@@ -71,9 +71,10 @@ if wanted 4; then
     elif ! { cargo +nightly miri --version || rustup component add --toolchain nightly miri rust-src; } > /dev/null 2>&1; then
         say "SKIPPED  4: no nightly with Miri is installed"
     else
-        # Few and small shapes of its own; logarithms that are the same each time. The tests of fixed sizes would take hours.
+        # Few and small shapes of its own; logarithms that are the same each time. The tests of fixed sizes, and of whole
+        # models, would take hours.
         unset HEADWATER_SHAPES
-        filter=(--skip blocks:: --skip heads::)
+        filter=(--skip blocks:: --skip heads:: --skip inference::tests::)
         MIRIFLAGS=-Zmiri-deterministic-floats check "4 Miri" 1 cargo +nightly miri test
     fi
 fi
