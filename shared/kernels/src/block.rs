@@ -557,6 +557,12 @@ impl Stream {
         Self(engine.copy_of(values))
     }
 
+    pub fn zeros(engine: &Engine, numbers: usize) -> Self {
+        let mut all = Self::room(engine, numbers);
+        all.fill(0.0);
+        all
+    }
+
     /// Contents are left from earlier use: to be filled.
     pub fn room(engine: &Engine, numbers: usize) -> Self {
         Self(engine.take(numbers))

@@ -34,6 +34,12 @@ impl Matrix {
         &self.values[row * self.columns..(row + 1) * self.columns]
     }
 
+    /// The rows of both, in as many columns.
+    pub(crate) fn on_top_of(mut self, below: Self) -> Self {
+        self.values.extend(below.values);
+        Self::new(self.rows + below.rows, self.columns, self.values)
+    }
+
     pub fn into_values(self) -> Vec<f32> {
         self.values
     }

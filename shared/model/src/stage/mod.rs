@@ -11,6 +11,8 @@ mod dropout;
 mod native;
 mod tensor;
 
+use std::ops::Range;
+
 use crate::{Adapter, Gradients, Matrix, ModelConfig, ModelError, Part, Segments, Source};
 pub use device::ComputeDevice;
 use device::Place;
@@ -69,6 +71,18 @@ struct Trained {
     targets: Vec<u32>,
 }
 
+impl Trained {
+    /// Those of some rows, counted from the first of these.
+    fn of(&self, rows: Range<usize>) -> Self {
+        let place = |row: usize| self.rows.partition_point(|&trained| (trained as usize) < row);
+        let places = place(rows.start)..place(rows.end);
+        Self {
+            rows: self.rows[places.clone()].iter().map(|row| row - rows.start as u32).collect(),
+            targets: self.targets[places].to_vec(),
+        }
+    }
+}
+
 /// Summed over the trained tokens of a micro-batch, so that micro-batches of different size add up.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Loss {
@@ -97,6 +111,19 @@ pub struct Backward {
     /// Gradient of the stage's input, `[tokens, width]`, where it was asked for.
     pub input: Option<Matrix>,
     pub adapter: Gradients,
+}
+
+impl Backward {
+    /// What the parts of one micro-batch add up to, in their order.
+    fn joined(parts: impl IntoIterator<Item = Self>) -> Self {
+        let mut parts = parts.into_iter();
+        let mut all = parts.next().expect("a micro-batch has at least one part");
+        for Self { input, adapter } in parts {
+            all.adapter.add(&adapter);
+            all.input = all.input.zip(input).map(|(above, below)| above.on_top_of(below));
+        }
+        all
+    }
 }
 
 impl Stage {

@@ -101,6 +101,53 @@ proptest! {
     }
 }
 
+/// Long micro-batches are gone through in groups of sequences: one is longer than a group, and one has no target.
+#[test]
+fn a_long_micro_batch_equals_its_sequences_and_splits_bit_for_bit() {
+    let source = tiny_model(BLOCKS);
+    let lengths = [300, 200, 40, 700, 30, 500];
+    for dropout in [0.0, 0.3] {
+        let adapter = random_adapter(&source, &["q_proj", "down_proj"], dropout, Factors::Both, 8);
+        let mut batch = random_batch(&lengths, 8);
+        batch.targets[1_270..].fill(None);
+        let mut first_device = None;
+        for device in ComputeDevice::compiled() {
+            let (loss, gradients) = unsplit(&source, &device, &adapter, &batch);
+            let (split_loss, split_gradients) =
+                split(&source, &device, &adapter, &batch, Cut { head_blocks: 1, tail_blocks: 1 });
+            assert_eq!(loss.nats.to_bits(), split_loss.nats.to_bits(), "{device:?}");
+            assert_eq!(bits(&gradients), bits(&split_gradients), "{device:?}");
+            if dropout > 0.0 {
+                // Other backends go through all sequences at once.
+                let gradients = gradients.tensors().concat();
+                check_close(&gradients, first_device.get_or_insert_with(|| gradients.clone()), 1e-4);
+                continue;
+            }
+            let (mut nats, mut sum, mut tokens) = (0.0, vec![0.0; gradients.tensors().concat().len()], 0);
+            for (start, length) in batch.segments.spans().filter(|(start, _)| *start < 1_270) {
+                let lone = Batch {
+                    tokens: batch.tokens[start..start + length].to_vec(),
+                    targets: batch.targets[start..start + length].to_vec(),
+                    segments: Segments::one(length),
+                };
+                let (loss, gradients) = unsplit(&source, &device, &adapter, &lone);
+                nats += loss.nats;
+                tokens += loss.tokens;
+                sum.iter_mut().zip(gradients.tensors().concat()).for_each(|(sum, one)| *sum += one);
+            }
+            assert_eq!(loss.tokens, tokens);
+            assert!((loss.nats - nats).abs() < 1e-4 * nats, "{device:?}: {} {nats}", loss.nats);
+            let stage = Stage::load(&source, Part::whole(BLOCKS), &device, None).unwrap();
+            let lora = stage.attach(&adapter).unwrap();
+            let Batch { tokens, targets, segments } = &batch;
+            let evaluated = stage.loss(Input::Tokens(tokens), segments, targets, &lora).unwrap();
+            assert_eq!(evaluated.tokens, loss.tokens);
+            assert!((evaluated.nats - nats).abs() < 1e-4 * nats, "{device:?}: {} {nats}", evaluated.nats);
+            check_close(&gradients.tensors().concat(), &sum, 1e-4);
+        }
+    }
+}
+
 #[test]
 fn gradients_equal_finite_differences() {
     let source = tiny_model(BLOCKS);

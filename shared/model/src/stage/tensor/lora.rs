@@ -105,7 +105,7 @@ impl Pair {
         let x = match dropout {
             Some(dropout) if self.dropout > 0.0 => {
                 let [tokens, channels] = x.dims();
-                let mask = dropout.mask(&self.name, tokens * channels, self.dropout);
+                let mask = dropout.mask(&self.name, 0..tokens * channels, self.dropout);
                 x * Tensor::from_data(TensorData::new(mask, [tokens, channels]), device)
             }
             _ => x,
