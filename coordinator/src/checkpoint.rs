@@ -1,10 +1,12 @@
 //! What a finished round leaves in its directory, so that the run continues from it: the global adapter in PEFT's format,
-//! and `state.safetensors` with the body's optimizer moments and what the strategy remembers.
+//! `state.safetensors` with the body's optimizer moments and what the strategy remembers, and the round's row in
+//! `row.json`, in case the coordinator ends before that is in the metrics.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::Path;
 
-use experiment::RunDirectory;
+use experiment::{Row, RunDirectory};
 use model::{AdamW, Adapter, AdapterConfig, ModelConfig, ModelError};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
@@ -19,6 +21,7 @@ pub struct Checkpoint {
 }
 
 const STATE_FILE: &str = "state.safetensors";
+const ROW_FILE: &str = "row.json";
 
 impl Checkpoint {
     /// Writes it into `directory`, which is a round's of `run`.
@@ -94,5 +97,66 @@ impl Checkpoint {
         optimizers.sort_by(|a, b| a.0.cmp(&b.0));
         strategy.sort_by(|a, b| a.0.cmp(&b.0));
         Ok(Self { adapter, optimizers, strategy })
+    }
+}
+
+/// Writes the row of a round into `directory`, which is the round's of `run`.
+pub fn save_row(run: &RunDirectory, directory: &Path, row: &Row) -> Result<(), experiment::Error> {
+    let json = serde_json::to_vec(row).expect("a row has only string keys, so it can be written as JSON");
+    run.write(&directory.join(ROW_FILE), &json)
+}
+
+/// Reads what [`save_row`] wrote; None where an earlier version of this program has finished the round.
+pub fn load_row(run: &RunDirectory, round: u32) -> Result<Option<Row>, experiment::Error> {
+    let path = run.round_path(round).join(ROW_FILE);
+    let bytes = match std::fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(experiment::Error::File { action: "read", path, source }),
+    };
+    let what = match serde_json::from_slice::<Row>(&bytes) {
+        Ok(row) if matches!(row, Row::Round { round: of, .. } if of == round) => return Ok(Some(row)),
+        Ok(_) => format!("it is another row than that of round {round}"),
+        Err(error) => format!("it is no row of this version: {error}"),
+    };
+    let next_step = "bring back what was written, or use the program that wrote it";
+    Err(experiment::Error::Damaged { path, what: format!("{what}; {next_step}") })
+}
+
+#[cfg(test)]
+mod tests {
+    use experiment::Experiment;
+
+    use super::*;
+
+    #[test]
+    fn what_is_not_the_row_of_its_round_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        let experiment = Experiment::from_toml(include_str!("../../configs/smoke.toml"), "smoke.toml").unwrap();
+        let run = RunDirectory::create(root.path(), &experiment).unwrap();
+        let directory = run.begin_round(1).unwrap();
+        assert_eq!(load_row(&run, 1).unwrap(), None);
+        let row = |round| Row::Round {
+            round,
+            members: vec!["press-1".into()],
+            loss_nats: 2.0,
+            tokens: 9,
+            duration_ms: 4.0,
+            aggregation_error: None,
+            body_compute_ms: 1.0,
+            body_idle_ms: 3.0,
+            energy_j: None,
+        };
+        save_row(&run, &directory, &row(1)).unwrap();
+        assert_eq!(load_row(&run, 1).unwrap(), Some(row(1)));
+
+        let check_refused = |expected: &str| {
+            let error = load_row(&run, 1).unwrap_err().to_string();
+            assert!(error.contains("rounds/0001/row.json: ") && error.contains(expected), "{error}");
+        };
+        save_row(&run, &directory, &row(2)).unwrap();
+        check_refused("another row than that of round 1");
+        std::fs::write(directory.join(ROW_FILE), "{\"row\":\"round\"").unwrap();
+        check_refused("no row of this version");
     }
 }

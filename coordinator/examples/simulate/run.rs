@@ -268,9 +268,14 @@ impl Sim {
     fn check(&self, calm: Option<&Calm>) {
         self.check_kept();
         let run = RunDirectory::open(&self.directory.join("runs/simulated"));
-        let finished = run.and_then(|run| (1..=ROUNDS).try_for_each(|round| run.verify_round(round)));
-        if let Err(error) = finished {
-            self.trace.violated(format_args!("it has ended, but its rounds are not whole: {error}"));
+        let recorded = run.and_then(|run| {
+            (1..=ROUNDS).try_for_each(|round| run.verify_round(round))?;
+            recorded_rounds(&run)
+        });
+        match recorded {
+            Ok(rounds) if rounds.iter().copied().eq(1..=ROUNDS) => {}
+            Ok(rounds) => self.trace.violated(format_args!("it has ended, with rows of the rounds {rounds:?}")),
+            Err(error) => self.trace.violated(format_args!("it has ended, but its rounds are not whole: {error}")),
         }
         let adapter = std::fs::read(self.adapter_path()).unwrap_or_default();
         if calm.is_some_and(|calm| calm.adapter != adapter) {
@@ -336,6 +341,17 @@ impl Sim {
     pub fn seen(&self) -> MutexGuard<'_, Seen> {
         self.seen.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
+}
+
+/// Those that have a row.
+fn recorded_rounds(run: &RunDirectory) -> Result<Vec<u32>, experiment::Error> {
+    let mut rounds = Vec::new();
+    for row in run.rows()? {
+        if let Row::Round { round, .. } = row? {
+            rounds.push(round);
+        }
+    }
+    Ok(rounds)
 }
 
 struct Observer(Arc<Sim>);

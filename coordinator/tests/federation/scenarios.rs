@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use experiment::Row;
+use experiment::{Row, RunDirectory};
 use model::Adapter;
 use net::NetError;
 use participant::ParticipantError;
@@ -98,6 +98,57 @@ async fn a_run_that_was_stopped_goes_on_as_if_it_never_had_been() {
         }
         assert_eq!(world.adapter(8), calm.adapter(8), "{adapters}");
     }
+}
+
+/// The rows of finished rounds on the disk, in brief: a number that is read may be the neighbour of what was written.
+fn recorded_rounds(run: &RunDirectory) -> Vec<String> {
+    let mut recorded = Vec::new();
+    for row in run.rows().unwrap() {
+        if let Row::Round { round, members, loss_nats, tokens, .. } = row.unwrap() {
+            recorded.push(format!("round {round} of {members:?}: {loss_nats:.6} over {tokens} tokens"));
+        }
+    }
+    recorded
+}
+
+/// As after a kill between the end of a round and its row; a power loss may take the rows before it, too.
+fn lose_rounds(run: &RunDirectory) {
+    let metrics = std::fs::read_to_string(run.metrics_path()).unwrap();
+    let kept: String = metrics.split_inclusive('\n').filter(|line| !line.contains("\"row\":\"round\"")).collect();
+    std::fs::write(run.metrics_path(), kept).unwrap();
+    assert!(recorded_rounds(run).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_of_finished_rounds_that_were_lost_are_recorded_again() {
+    let world = World::new(long);
+    let mut coordinator = world.coordinator();
+    let mut joined = Vec::new();
+    for name in TWO {
+        joined.push(coordinator.join(world.participant(name).0).await);
+    }
+    // The second step of the third round.
+    coordinator.until(|row| is_step(row, "press-1", 11)).await;
+    let stopped = coordinator.stop().await.unwrap();
+    for joined in joined {
+        drop(joined.await.unwrap());
+    }
+    let run = RunDirectory::open(&stopped.directory).unwrap();
+    let recorded = recorded_rounds(&run);
+    assert!((2..8).contains(&recorded.len()) && recorded.len() == stopped.rounds as usize, "{recorded:?}");
+
+    lose_rounds(&run);
+    // Once is enough.
+    for _ in 0..2 {
+        world.coordinator().stop().await.unwrap();
+        assert_eq!(recorded_rounds(&run), recorded);
+    }
+
+    // As an earlier version left its rounds.
+    std::fs::remove_file(run.round_path(1).join("row.json")).unwrap();
+    lose_rounds(&run);
+    world.coordinator().stop().await.unwrap();
+    assert_eq!(recorded_rounds(&run), recorded[1..]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

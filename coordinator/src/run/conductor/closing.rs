@@ -13,7 +13,7 @@ use super::super::{COMPLETED, Ended, RunError};
 use super::{Conductor, STORAGE_RETRY, milliseconds};
 use crate::aggregate::{AggregateError, Member};
 use crate::body::Closed;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, save_row};
 use crate::round::{Contribution, FinishReason, ParticipantName};
 
 impl Conductor {
@@ -46,9 +46,8 @@ impl Conductor {
             (error, _) => error.into(),
         })?;
         self.adapter = Arc::new(aggregated.adapter);
-        self.keep_until_written(round).await?;
-        self.finished = round;
 
+        // Before the round is kept, so that the two are finished together.
         let row = Row::Round {
             round,
             members: contributions.iter().map(|contribution| contribution.participant.to_string()).collect(),
@@ -60,6 +59,8 @@ impl Conductor {
             body_idle_ms: milliseconds(idle),
             energy_j: None,
         };
+        self.keep_until_written(round, &row).await?;
+        self.finished = round;
         self.record(&row)?;
         for participant in self.connections.keys().cloned().collect::<Vec<_>>() {
             self.record_bytes(&participant)?;
@@ -80,9 +81,9 @@ impl Conductor {
     }
 
     /// Keeps the round, as soon as the disk takes it.
-    async fn keep_until_written(&mut self, round: u32) -> Result<(), RunError> {
+    async fn keep_until_written(&mut self, round: u32, row: &Row) -> Result<(), RunError> {
         loop {
-            match self.keep(round).await {
+            match self.keep(round, row).await {
                 // Nothing is lost where the run is stopped: the journal has what the round is made of.
                 Err(error) if error.may_pass() => self.wait_for_disk(error).await?,
                 kept => {
@@ -107,8 +108,8 @@ impl Conductor {
         }
     }
 
-    /// Writes the finished round; its marker comes last.
-    async fn keep(&mut self, round: u32) -> Result<(), RunError> {
+    /// Writes the finished round, its row included; its marker comes last.
+    async fn keep(&mut self, round: u32, row: &Row) -> Result<(), RunError> {
         let optimizers = match &self.shared.body {
             Some(body) => body.optimizers().await,
             None => Vec::new(),
@@ -119,6 +120,7 @@ impl Conductor {
         let base = self.shared.source.origin().display().to_string();
         let directory = self.directory.begin_round(round)?;
         offload::in_place(|| checkpoint.save(&self.directory, &directory, &base))?;
+        save_row(&self.directory, &directory, row)?;
         Ok(self.directory.finish_round(round)?)
     }
 

@@ -1,6 +1,6 @@
-//! How what was interrupted goes on: a run's open round behind a restart, and a member that is back.
+//! How what was interrupted goes on: behind a restart the metrics and a run's open round, and a member that is back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use experiment::Row;
 use tokio::time::Instant;
@@ -9,6 +9,7 @@ use wire::FromCoordinator;
 use super::super::RunError;
 use super::{Conductor, OpenRound, ToParticipant, Update};
 use crate::body::{RoundKey, Standing};
+use crate::checkpoint::load_row;
 use crate::journal::{self, OpenAttempt};
 use crate::round::ParticipantName;
 
@@ -17,9 +18,10 @@ const RESUMING_MINOR: u16 = 1;
 
 impl Conductor {
     /// Remembers what is on record already: of evaluations those that may still come, of steps those of the attempt that is
-    /// open or comes next.
-    pub(in crate::run) fn remember(&mut self, open_attempt: u32) -> Result<(), experiment::Error> {
+    /// open or comes next. Rows of finished rounds that are not on record are taken from the rounds' directories.
+    pub(in crate::run) fn remember(&mut self, open_attempt: u32) -> Result<(), RunError> {
         let open = (self.finished + 1, open_attempt);
+        let mut missing: BTreeSet<u32> = (1..=self.finished).collect();
         for row in self.directory.rows()? {
             match row? {
                 Row::Evaluation { round, participant, .. } if round >= self.finished => {
@@ -32,10 +34,17 @@ impl Conductor {
                 Row::Update { round, attempt, participant, accepted: true, .. } if (round, attempt) == open => {
                     self.delivered.insert((round, attempt, participant));
                 }
+                Row::Round { round, .. } => {
+                    missing.remove(&round);
+                }
                 _ => {}
             }
         }
-        Ok(())
+        // The watcher is not told again: it may have seen a row that was lost on its way to the disk.
+        for round in missing {
+            self.unwritten.extend(load_row(&self.directory, round)?);
+        }
+        self.write_rows()
     }
 
     /// Takes up a round that was open when the coordinator ended.
