@@ -66,6 +66,8 @@ struct Given {
     /// Whether an evaluation is still to be reported.
     owes_evaluation: bool,
     evaluated_tokens: u64,
+    /// Whether its member was asked to go on with it, and has not said that it cannot.
+    may_give_up: bool,
     work: BTreeMap<u64, Step>,
 }
 
@@ -100,7 +102,8 @@ impl Witness {
     pub fn gave(&mut self, key: RoundKey, steps: Range<u64>, evaluate: bool) {
         let oldest = key.round.saturating_sub(LAG_ROUNDS_MAX).max(self.reported.min(key.round.saturating_sub(1)));
         self.rounds.retain(|given| given.key.round >= oldest);
-        self.rounds.push(Given { key, steps, owes_evaluation: evaluate, evaluated_tokens: 0, work: BTreeMap::new() });
+        let (evaluated_tokens, work) = (0, BTreeMap::new());
+        self.rounds.push(Given { key, steps, owes_evaluation: evaluate, evaluated_tokens, may_give_up: false, work });
     }
 
     /// As [`gave`](Self::gave), to a member that is back: `committed` are the trained tokens of the steps it has committed,
@@ -115,6 +118,7 @@ impl Witness {
     ) {
         self.gave(key, steps, evaluate);
         let Some(given) = self.given(key) else { return };
+        given.may_give_up = true;
         for (step, step_tokens) in committed {
             let work = Step { step_tokens, complete: true, before: true, reported: step < reported, ..Step::default() };
             given.work.insert(step, work);
@@ -137,8 +141,9 @@ impl Witness {
         }
     }
 
-    /// A micro-batch of a step has gone forward through the body. With the last of them their tokens must add up.
-    pub fn trained(&mut self, key: RoundKey, micro: Micro) -> Result<(), String> {
+    /// A micro-batch of a step has gone forward through the body. True of the last to do so, whichever it is: by then their
+    /// tokens must add up.
+    pub fn trained(&mut self, key: RoundKey, micro: Micro) -> Result<bool, String> {
         let Micro { step, micro, micros, trained_tokens, step_tokens } = micro;
         let Some(given) = self.given(key).filter(|given| given.steps.contains(&step)) else {
             return Err(format!("step {step} in round {}", key.round));
@@ -161,7 +166,7 @@ impl Witness {
             let (found, expected) = (work.trained_tokens, work.step_tokens);
             return Err(format!("micro-batches of {found} trained tokens in step {step}, which has {expected}"));
         }
-        Ok(())
+        Ok(is_last)
     }
 
     /// The participant is about to learn that its part of the step is done: with the step's last micro-batch the step is.
@@ -224,6 +229,15 @@ impl Witness {
         Err(complaint)
     }
 
+    /// That a member cannot go on with a round is said once, where it was asked to.
+    pub fn check_giving_up(&mut self, key: RoundKey) -> Result<(), String> {
+        if self.given(key).is_some_and(|given| std::mem::take(&mut given.may_give_up)) {
+            return Ok(());
+        }
+        let RoundKey { round, attempt } = key;
+        Err(format!("giving up round {round}, attempt {attempt}, which was not resumed or is given up already"))
+    }
+
     /// What an update for this attempt may rest on.
     pub fn work_of(&self, key: RoundKey) -> Work {
         match self.rounds.iter().find(|given| given.key == key) {
@@ -265,7 +279,7 @@ mod tests {
     /// A whole step of 30 and 40 trained tokens.
     fn train(witness: &mut Witness, key: RoundKey, step: u64) {
         for micro in [micro(step, 0, 30, 70), micro(step, 1, 40, 70)] {
-            assert_eq!(witness.trained(key, micro), Ok(()));
+            assert!(witness.trained(key, micro).is_ok());
             witness.finished(key, micro);
         }
     }
@@ -280,10 +294,10 @@ mod tests {
     fn a_step_is_reported_once_it_is_complete_with_its_tokens_and_once() {
         let mut witness = witness(true);
         check_refused(witness.check_step(1, 0, 70), "step 0, which is not complete");
-        assert_eq!(witness.trained(FIRST, micro(0, 0, 30, 70)), Ok(()));
+        assert_eq!(witness.trained(FIRST, micro(0, 0, 30, 70)), Ok(false));
         witness.finished(FIRST, micro(0, 0, 30, 70));
         check_refused(witness.check_step(1, 0, 70), "step 0, which is not complete");
-        assert_eq!(witness.trained(FIRST, micro(0, 1, 40, 70)), Ok(()));
+        assert_eq!(witness.trained(FIRST, micro(0, 1, 40, 70)), Ok(true));
         check_refused(witness.check_step(1, 0, 70), "step 0, which is not complete");
         witness.finished(FIRST, micro(0, 1, 40, 70));
         check_refused(witness.check_step(1, 0, 71), "71 trained tokens in step 0, which had 70");
@@ -319,7 +333,7 @@ mod tests {
     fn micro_batches_add_up_to_their_step_in_any_order() {
         let check = |micros: [Micro; 2], complaint: &str| {
             let mut witness = witness(true);
-            assert_eq!(witness.trained(FIRST, micros[0]), Ok(()));
+            assert_eq!(witness.trained(FIRST, micros[0]), Ok(false));
             check_refused(witness.trained(FIRST, micros[1]), complaint);
         };
         check([micro(0, 0, 30, 70), micro(0, 1, 41, 70)], "71 trained tokens in step 0, which has 70");
@@ -332,6 +346,28 @@ mod tests {
         let mut done = witness(true);
         train(&mut done, FIRST, 0);
         check_refused(done.trained(FIRST, micro(0, 0, 30, 70)), "which came before");
+    }
+
+    #[test]
+    fn a_step_is_whole_with_whichever_micro_batch_comes_last() {
+        let mut witness = witness(true);
+        assert_eq!(witness.trained(FIRST, micro(0, 1, 40, 70)), Ok(false));
+        assert_eq!(witness.trained(FIRST, micro(0, 0, 30, 70)), Ok(true));
+        // What an earlier session has committed is repeated as a whole, too.
+        witness.gave_again(AGAIN, 0..2, false, [(0, 70)].into(), 0);
+        assert_eq!(witness.trained(AGAIN, micro(0, 1, 40, 70)), Ok(false));
+        check_refused(witness.check_step(1, 0, 70), "step 0, which is not complete");
+        assert_eq!(witness.trained(AGAIN, micro(0, 0, 30, 70)), Ok(true));
+    }
+
+    #[test]
+    fn a_round_is_given_up_once_and_only_where_it_was_given_again() {
+        let mut witness = witness(true);
+        check_refused(witness.check_giving_up(FIRST), "giving up round 1, attempt 1");
+        witness.gave_again(AGAIN, 0..2, false, BTreeMap::new(), 0);
+        check_refused(witness.check_giving_up(FIRST), "giving up round 1, attempt 1");
+        assert_eq!(witness.check_giving_up(AGAIN), Ok(()));
+        check_refused(witness.check_giving_up(AGAIN), "giving up round 1, attempt 2");
     }
 
     #[test]

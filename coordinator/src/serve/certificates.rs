@@ -1,13 +1,21 @@
 //! Certificates over the wire: the first one for an invitation, and the next one for a participant that holds one.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use net::{Connection, PeerIdentity};
 use time::OffsetDateTime;
+use tokio::time::Instant;
 use wire::{CloseCode, Enrolled, Request};
 
-use super::{Control, HELLO_DEADLINE, ServeError, Shared, Stream, misbehaved, within};
+use super::{Control, HELLO_DEADLINE, ServeError, Shared, Stream, locked, misbehaved, within};
 use crate::home::RedeemError;
+
+/// When a session last asked for a certificate.
+pub(super) type LastRenewal = Mutex<Option<Instant>>;
+
+/// Between two renewals of a session. A device that gets none, or cannot keep what it got, asks again a minute later.
+const RENEWAL_INTERVAL: Duration = Duration::from_secs(30);
 
 pub(super) async fn enrol(
     connection: &Connection,
@@ -33,6 +41,10 @@ pub(super) async fn enrol(
 
 impl Stream {
     pub(super) async fn renew(mut self, csr_der: Vec<u8>) -> Result<(), ServeError> {
+        if !may_renew(&mut locked(&self.renewed), Instant::now()) {
+            let what = format!("a renewal less than {} s after the one before", RENEWAL_INTERVAL.as_secs());
+            return Err(ServeError::Close(CloseCode::OverLimit, what));
+        }
         self.receive.end().await?;
         let PeerIdentity::Participant { name } = self.connection.peer().clone() else {
             return Err(misbehaved("a renewal by somebody who is no participant".into()));
@@ -56,6 +68,11 @@ impl Stream {
     }
 }
 
+/// Whether a session may ask for a certificate now; that it has is noted.
+fn may_renew(last: &mut Option<Instant>, now: Instant) -> bool {
+    last.replace(now).is_none_or(|before| now.duration_since(before) >= RENEWAL_INTERVAL)
+}
+
 /// A certificate chain, if the home issues one.
 async fn issued(issue: impl FnOnce() -> Result<String, RedeemError> + Send + 'static) -> Result<String, ServeError> {
     match offload::beside(issue).await {
@@ -67,5 +84,21 @@ async fn issued(issue: impl FnOnce() -> Result<String, RedeemError> + Send + 'st
         }
         Ok(Err(error)) => Err(ServeError::Close(CloseCode::NotAuthorized, error.to_string())),
         Err(error) => Err(ServeError::Close(CloseCode::Internal, error.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_session_renews_once_in_a_while() {
+        let (begun, mut last) = (Instant::now(), None);
+        let mut asks = |seconds| may_renew(&mut last, begun + Duration::from_secs(seconds));
+        assert!(asks(0));
+        assert!(asks(30));
+        assert!(!asks(59));
+        // Two at once, the later of which has the lock first.
+        assert!(!asks(58));
     }
 }

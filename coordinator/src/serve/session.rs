@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use wire::{CODEC_PLAIN, CloseCode, FromCoordinator, FromParticipant};
 
+use super::certificates::LastRenewal;
 use super::stream::Answering;
 use super::{
     Control, Departure, HELLO_DEADLINE, Incoming, ServeError, Shared, Stream, ToParticipant, locked, misbehaved, within,
@@ -39,6 +40,7 @@ pub(super) struct Session<'a> {
     minor: u16,
     witness: Arc<Mutex<Witness>>,
     answering: Arc<Answering>,
+    renewed: Arc<LastRenewal>,
 }
 
 impl Session<'_> {
@@ -50,7 +52,8 @@ impl Session<'_> {
     ) -> Result<(), ServeError> {
         let id = shared.sessions.fetch_add(1, Ordering::Relaxed);
         let witness = Arc::new(Mutex::new(Witness::new(&shared.experiment)));
-        let mut session = Session { id, participant, connection, shared, minor: 0, witness, answering: Arc::default() };
+        let (answering, renewed) = (Arc::default(), Arc::default());
+        let mut session = Session { id, participant, connection, shared, minor: 0, witness, answering, renewed };
         let PeerIdentity::Participant { name } = connection.peer() else {
             return Err(ServeError::Close(CloseCode::NotAuthorized, "no participant".into()));
         };
@@ -204,6 +207,7 @@ impl Session<'_> {
                         shared: self.shared.clone(),
                         witness: self.witness.clone(),
                         answering: self.answering.clone(),
+                        renewed: self.renewed.clone(),
                         send: stream_send,
                         receive: stream_receive,
                         finished: false,
@@ -265,6 +269,9 @@ impl Session<'_> {
                 witness.check_step(round, step, tokens).map(Some)
             }
             FromParticipant::Evaluated { round, tokens, .. } => witness.check_evaluation(round, tokens).map(|()| None),
+            FromParticipant::CannotResume { round, attempt } => {
+                witness.check_giving_up(RoundKey { round, attempt }).map(|()| None)
+            }
             _ => Ok(None),
         };
         judged.map_err(misbehaved)

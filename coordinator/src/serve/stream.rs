@@ -14,6 +14,7 @@ use wire::{
     Shape, SquaredNorms, TensorHeader, TensorInfo, UpdateReply,
 };
 
+use super::certificates::LastRenewal;
 use super::{Incoming, ServeError, Shared, locked, misbehaved};
 use crate::body::{self, BodyError, Forward, Place, RoundKey};
 use crate::round::ParticipantName;
@@ -33,6 +34,7 @@ pub(super) struct Stream {
     pub(super) shared: Arc<Shared>,
     pub(super) witness: Arc<Mutex<Witness>>,
     pub(super) answering: Arc<Answering>,
+    pub(super) renewed: Arc<LastRenewal>,
     pub(super) send: SendStream,
     pub(super) receive: RecvStream,
     pub(super) finished: bool,
@@ -198,21 +200,23 @@ impl Stream {
             Purpose::Measure => Forward::Measure,
         };
         let y = body.forward(place.clone(), forward, segments.clone(), x).await?;
-        match purpose {
+        let is_whole = match purpose {
             Purpose::Train => locked(&self.witness).trained(place.key, step.micro()).map_err(misbehaved)?,
-            Purpose::Evaluate => locked(&self.witness).evaluated(place.key, step.trained_tokens),
+            Purpose::Evaluate => {
+                locked(&self.witness).evaluated(place.key, step.trained_tokens);
+                false
+            }
             // The body counts these itself.
-            Purpose::Measure => {}
-        }
+            Purpose::Measure => false,
+        };
         self.send.tensor(&header, y.values()).await.map_err(overflowed)?;
         if *purpose != Purpose::Train || self.shared.experiment.split.mode != SplitMode::U {
             self.receive.end().await?;
-            if *purpose == Purpose::Train {
-                if place.micro + 1 == place.micros {
-                    let (squared_norms_head, squared_norms_tail) = (Vec::new(), Vec::new());
-                    let tokens = u64::from(*step_tokens);
-                    body.commit(place.clone(), body::Commit { squared_norms_head, squared_norms_tail, tokens }).await?;
-                }
+            // Once for every step, by whichever of its streams was the last to go through the body.
+            if is_whole {
+                let (squared_norms_head, squared_norms_tail) = (Vec::new(), Vec::new());
+                let tokens = u64::from(*step_tokens);
+                body.commit(place.clone(), body::Commit { squared_norms_head, squared_norms_tail, tokens }).await?;
                 locked(&self.witness).finished(place.key, step.micro());
             }
             self.finish();

@@ -6,13 +6,15 @@ use std::sync::Arc;
 use coordinator::home::audit::Event;
 use coordinator::home::{Home, INVITATION_VALID};
 use experiment::{Row, hex};
-use net::{DeviceKey, Invitation, PeerName};
+use net::{DeviceKey, Dialer, Invitation, PeerName, StreamKind};
 use participant::device::Device;
 use participant::join::transport;
 use time::{Duration, OffsetDateTime};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
+use wire::{CODEC_PLAIN, CloseCode, DType, Enrolled, FromCoordinator, FromParticipant, Request};
 
+use crate::hostile::check_closed;
 use crate::identities::{Site, check_refused, within_a_minute};
 use crate::world::Holding;
 
@@ -88,6 +90,42 @@ async fn a_renewal_that_fails_by_the_coordinators_trouble_costs_no_step() {
         assert_eq!(identity(&site, "device").not_after(), before.not_after());
         fs::remove_file(&revoked).unwrap();
         running.end().await.unwrap();
+    })
+    .await;
+}
+
+/// Every one of them is signed, and a line in the audit log.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_renews_twice_in_a_row_is_sent_away() {
+    within_a_minute(async {
+        let site = Site::new(str::to_owned);
+        enrolled_at(&site, "device", now());
+        let running = site.start().await;
+        let device = identity(&site, "device");
+        let dialer = Dialer::new(&device, &transport()).unwrap();
+        let connection = dialer.connect(&site.address).await.unwrap();
+        let (mut send, mut receive) = connection.open(StreamKind::Control).await.unwrap();
+        let (dtypes, codecs) = (vec![DType::F32], vec![CODEC_PLAIN]);
+        let hello = FromParticipant::Hello { minor: wire::MINOR, dtypes, codecs, software: "by hand".into() };
+        send.message(&hello).await.unwrap();
+        let welcome: FromCoordinator = receive.message().await.unwrap();
+        assert!(matches!(welcome, FromCoordinator::Welcome { .. }), "{welcome:?}");
+        let csr_der = DeviceKey::from_pem(device.key_pem()).unwrap().request_der().unwrap();
+        let request = Request::Renew { csr_der };
+        let renew = async || {
+            let (mut send, mut receive) = connection.open(StreamKind::Control).await.unwrap();
+            send.message(&request).await.unwrap();
+            send.finish();
+            receive.message::<Enrolled>().await
+        };
+        renew().await.unwrap();
+        assert!(renew().await.is_err());
+        let complaint = "a renewal less than 30 s after the one before";
+        check_closed(&connection.closed().await, CloseCode::OverLimit, complaint);
+        dialer.close().await;
+        running.stop().await;
+        let events = audited(&site);
+        assert_eq!(events.iter().filter(|(event, _)| *event == Event::Renewed).count(), 1, "{events:?}");
     })
     .await;
 }

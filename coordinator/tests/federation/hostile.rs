@@ -4,6 +4,7 @@
 mod coordinator;
 mod measuring;
 mod participant;
+mod resumed;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,7 +40,7 @@ async fn within_a_minute<T>(what: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(600), what).await.expect("somebody waits for ever")
 }
 
-fn check_closed(error: &NetError, expected: CloseCode, complaint: &str) {
+pub fn check_closed(error: &NetError, expected: CloseCode, complaint: &str) {
     let NetError::Closed { code, reason, .. } = error else { panic!("{error}") };
     assert_eq!(*code, Some(expected), "{reason}");
     assert!(reason.contains(complaint), "{reason}");
