@@ -2,9 +2,10 @@
 //! participant's own parts, each by its content.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use indicatif::ProgressBar;
-use model::source::{Blob, BlobStore, Manifest, StoredModel};
+use model::source::{Blob, BlobStore, BlobWriter, Manifest, Resumed, StoredModel};
 use model::{Part, Source};
 use net::{Connection, StreamKind};
 use wire::{BlobHeader, BlobRef, MessageKind, Request};
@@ -62,7 +63,7 @@ async fn fetch(
     blob: &Blob,
     bar: &ProgressBar,
 ) -> Result<(), ParticipantError> {
-    let Some(mut writer) = offload::in_place(|| store.resume(blob))? else {
+    let Some(mut writer) = writer(store, blob).await? else {
         bar.inc(blob.bytes);
         return Ok(());
     };
@@ -86,4 +87,42 @@ async fn fetch(
     }
     receive.end().await?;
     Ok(offload::in_place(|| writer.finish())?)
+}
+
+/// From one look at a store that another participant writes to until the next. Nobody tells when a file lock of another
+/// process is free, so it is asked for again and again; and so is one of this process, which is no different.
+const BUSY: Duration = Duration::from_millis(100);
+
+/// A writer of the blob; none, if it has come. While another participant writes to the store, the task waits, and no
+/// thread does: a process may have more participants than threads that can wait, and who writes needs one to go on.
+async fn writer(store: &BlobStore, blob: &Blob) -> Result<Option<BlobWriter>, ParticipantError> {
+    loop {
+        match offload::in_place(|| store.resume(blob))? {
+            Resumed::Writer(writer) => return Ok(Some(writer)),
+            Resumed::Whole => return Ok(None),
+            Resumed::Busy => tokio::time::sleep(BUSY).await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// On the only thread there is: if it waited for the lock, it would wait for ever.
+    #[tokio::test(start_paused = true)]
+    async fn a_blob_that_another_fetches_is_waited_for_without_a_thread() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = BlobStore::open(directory.path()).unwrap();
+        let blob = Blob::of(b"headwater");
+        let mut other = writer(&store, &blob).await.unwrap().expect("nobody else writes");
+        let fetched = async move {
+            tokio::time::sleep(5 * BUSY).await;
+            other.write(b"headwater").unwrap();
+            other.finish().unwrap();
+        };
+        let (mine, ()) = tokio::join!(writer(&store, &blob), fetched);
+        assert!(mine.unwrap().is_none());
+        assert!(store.holds(&blob));
+    }
 }

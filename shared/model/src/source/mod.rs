@@ -20,7 +20,7 @@ use crate::{ModelConfig, ModelError, Tokenizer};
 pub use gguf::{gguf_metadata, gguf_tensor_name, rope_divisors, rotary_heads};
 pub(crate) use huggingface::floats;
 pub use manifest::{Blob, MANIFEST_BYTES_MAX, Manifest, TensorEntry, digest_of};
-pub use store::{BlobStore, StoredModel};
+pub use store::{BlobStore, BlobWriter, Resumed, StoredModel};
 
 /// A tensor of a source. Shapes are row-major; `[out, in]` for linear layers.
 #[derive(Debug, Clone, PartialEq)]

@@ -1,6 +1,6 @@
 //! Parts of models received from a coordinator, kept by content and shared between experiments.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
@@ -24,6 +24,16 @@ pub struct BlobWriter {
     written: u64,
     partial: PathBuf,
     complete: PathBuf,
+}
+
+/// What [`BlobStore::resume`] finds.
+pub enum Resumed {
+    Writer(BlobWriter),
+    /// The blob is there.
+    Whole,
+    /// Another participant of this machine, in this process or another, writes to the store. Ask again: what it fetches
+    /// need not be fetched again.
+    Busy,
 }
 
 impl BlobStore {
@@ -68,17 +78,24 @@ impl BlobStore {
         if found == blob.sha256 { Ok(()) } else { Err(other_content(&path)) }
     }
 
-    /// Opens a blob for writing behind the bytes that an earlier attempt left; nothing, if it has come meanwhile.
+    /// Opens a blob for writing behind the bytes that an earlier attempt left.
     ///
-    /// Waits while another participant of this machine, in this process or another, writes to the store: what it fetches
-    /// need not be fetched again.
-    pub fn resume(&self, blob: &Blob) -> Result<Option<BlobWriter>, ModelError> {
+    /// Never waits: a thread that did could be the one that the other writer needs to go on.
+    pub fn resume(&self, blob: &Blob) -> Result<Resumed, ModelError> {
+        if self.holds(blob) {
+            return Ok(Resumed::Whole);
+        }
         let path = self.directory.join("lock");
         let lock =
             OpenOptions::new().write(true).create(true).truncate(false).open(&path).map_err(ModelError::io(&path))?;
-        lock.lock().map_err(ModelError::io(&path))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Ok(Resumed::Busy),
+            Err(TryLockError::Error(source)) => return Err(ModelError::Io { path, source }),
+        }
+        // It may have come just before the lock was free.
         if self.holds(blob) {
-            return Ok(None);
+            return Ok(Resumed::Whole);
         }
         let complete = self.path(blob);
         let partial = complete.with_extension("part");
@@ -89,7 +106,7 @@ impl BlobStore {
             file = OpenOptions::new().append(true).open(&partial).map_err(ModelError::io(&partial))?;
             written = 0;
         }
-        Ok(Some(BlobWriter { _lock: lock, blob: *blob, file, written, partial, complete }))
+        Ok(Resumed::Writer(BlobWriter { _lock: lock, blob: *blob, file, written, partial, complete }))
     }
 }
 
@@ -194,23 +211,48 @@ impl Source for StoredModel {
 mod tests {
     use super::*;
 
+    fn resumed(store: &BlobStore, blob: &Blob) -> BlobWriter {
+        match store.resume(blob).unwrap() {
+            Resumed::Writer(writer) => writer,
+            Resumed::Whole => panic!("the blob is there"),
+            Resumed::Busy => panic!("somebody else writes to the store"),
+        }
+    }
+
     #[test]
     fn a_blob_resumes_where_it_broke_off() {
         let directory = tempfile::tempdir().unwrap();
         let store = BlobStore::open(directory.path()).unwrap();
         let bytes = b"headwater".repeat(1000);
         let blob = Blob::of(&bytes);
-        let mut writer = store.resume(&blob).unwrap().unwrap();
+        let mut writer = resumed(&store, &blob);
         writer.write(&bytes[..4000]).unwrap();
         drop(writer);
         assert!(!store.holds(&blob));
-        let mut writer = store.resume(&blob).unwrap().unwrap();
+        let mut writer = resumed(&store, &blob);
         assert_eq!(writer.written(), 4000);
         writer.write(&bytes[4000..]).unwrap();
         writer.finish().unwrap();
         assert!(store.holds(&blob));
-        assert!(store.resume(&blob).unwrap().is_none());
+        assert!(matches!(store.resume(&blob).unwrap(), Resumed::Whole));
         assert_eq!(store.read(&blob).unwrap(), bytes);
+    }
+
+    #[test]
+    fn who_asks_while_another_writes_is_told_so_and_does_not_wait() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = BlobStore::open(directory.path()).unwrap();
+        let [first, second] = [Blob::of(b"first"), Blob::of(b"second")];
+        let mut writer = resumed(&store, &first);
+        for blob in [first, second] {
+            assert!(matches!(store.resume(&blob).unwrap(), Resumed::Busy));
+        }
+        writer.write(b"first").unwrap();
+        writer.finish().unwrap();
+        // What is there can be had whoever writes.
+        let _writer = resumed(&store, &second);
+        assert!(matches!(store.resume(&first).unwrap(), Resumed::Whole));
+        assert!(matches!(store.resume(&second).unwrap(), Resumed::Busy));
     }
 
     #[test]
@@ -219,7 +261,7 @@ mod tests {
         let store = BlobStore::open(directory.path()).unwrap();
         let bytes = b"headwater".repeat(1000);
         let blob = Blob::of(&bytes);
-        let mut writer = store.resume(&blob).unwrap().unwrap();
+        let mut writer = resumed(&store, &blob);
         writer.write(&bytes).unwrap();
         writer.finish().unwrap();
         let pieces = |bytes: usize| {
@@ -247,10 +289,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let store = BlobStore::open(directory.path()).unwrap();
         let blob = Blob::of(b"expected");
-        let mut writer = store.resume(&blob).unwrap().unwrap();
+        let mut writer = resumed(&store, &blob);
         writer.write(b"received").unwrap();
         assert!(writer.finish().unwrap_err().to_string().contains("SHA-256"));
-        let mut writer = store.resume(&blob).unwrap().unwrap();
+        let mut writer = resumed(&store, &blob);
         assert_eq!(writer.written(), 0);
         assert!(writer.write(b"far too long").is_err());
     }
