@@ -292,8 +292,11 @@ fn refused(refusal: &Refusal) -> Answer {
 fn failed(error: &ParticipantError) -> Refusal {
     match error {
         ParticipantError::Usage(what) => Refusal::invalid(None, what.clone()),
-        // A text that is too long, or messages that the model's template does not take.
-        ParticipantError::Tokenizer(error @ (TextTooLong { .. } | NoChatTemplate | ChatTemplate(_))) => {
+        // Messages that the model's template does not take. Which file of this machine it is in, is not for who asks.
+        ParticipantError::Tokenizer(ChatTemplate { reason, .. }) => {
+            Refusal::invalid(None, format!("chat template: {reason}"))
+        }
+        ParticipantError::Tokenizer(error @ (TextTooLong { .. } | NoChatTemplate)) => {
             Refusal::invalid(None, error.to_string())
         }
         _ => {
@@ -329,7 +332,7 @@ mod tests {
             let refusal = failed(&ParticipantError::Tokenizer(error));
             (refusal.status.as_u16(), refusal.to_json()["error"]["message"].as_str().unwrap().to_owned())
         };
-        let template = told(ChatTemplate("roles must alternate".into()));
+        let template = told(ChatTemplate { place: "models/m.gguf".into(), reason: "roles must alternate".into() });
         assert_eq!(template, (400, "chat template: roles must alternate".into()));
         assert_eq!(told(TextTooLong { found: 9, limit: 8 }).0, 400);
         for error in [UnknownId { id: 7, vocabulary: 5 }, Engine("a word".into())] {

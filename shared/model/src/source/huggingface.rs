@@ -132,7 +132,8 @@ fn read_tokenizer(directory: &Path) -> Result<Tokenizer, ModelError> {
         generation_config: generation.as_deref(),
         config: config.as_deref(),
     };
-    Tokenizer::from_huggingface_files(&files).map_err(|error| ModelError::file(directory, error))
+    let tokenizer = Tokenizer::from_huggingface_files(&files).map_err(|error| ModelError::file(directory, error))?;
+    Ok(tokenizer.with_template_in(&directory.join(files.template_file())))
 }
 
 fn read_json(path: &Path) -> Result<Value, ModelError> {
@@ -263,6 +264,16 @@ mod tests {
         std::fs::write(&path, config.to_string()).unwrap();
         let error = HuggingFaceModel::open(directory.path()).err().expect("a refusal").to_string();
         assert!(error.contains("has 20 tensors for 1048576 blocks"), "{error}");
+    }
+
+    #[test]
+    fn a_chat_template_that_fails_is_named_with_its_file() {
+        let directory = written(|_| {});
+        let path = directory.path().join("tokenizer_config.json");
+        std::fs::write(&path, r#"{"chat_template": "{{ raise_exception('no turns') }}"}"#).unwrap();
+        let model = HuggingFaceModel::open(directory.path()).unwrap();
+        let error = model.tokenizer().chat(&[], true).unwrap_err().to_string();
+        assert!(error.contains(path.to_str().unwrap()) && error.contains("no turns"), "{error}");
     }
 
     #[test]

@@ -7,7 +7,6 @@ use minijinja::{Environment, Error, ErrorKind, context};
 use minijinja_contrib::pycompat::unknown_method_callback;
 
 use super::TokenizerError;
-use super::vocabulary::check_limit;
 
 const TEMPLATE_BYTES_MAX: usize = 64 << 10;
 /// Real templates use 30 to 150 instructions per message.
@@ -25,13 +24,18 @@ pub struct Message {
 
 pub(super) struct ChatTemplate {
     environment: Environment<'static>,
+    /// Where it is from, for errors.
+    pub place: String,
     bos: Option<String>,
     eos: Option<String>,
 }
 
 impl ChatTemplate {
-    pub fn new(source: &str, bos: Option<String>, eos: Option<String>) -> Result<Self, TokenizerError> {
-        check_limit("chat template", source.len(), TEMPLATE_BYTES_MAX)?;
+    pub fn new(source: &str, place: &str, bos: Option<String>, eos: Option<String>) -> Result<Self, TokenizerError> {
+        if source.len() > TEMPLATE_BYTES_MAX {
+            let reason = format!("it has {} bytes, more than the limit of {TEMPLATE_BYTES_MAX}", source.len());
+            return Err(TokenizerError::ChatTemplate { place: place.to_owned(), reason });
+        }
         let mut environment = Environment::new();
         // As transformers sets up its own engine.
         environment.set_trim_blocks(true);
@@ -40,8 +44,8 @@ impl ChatTemplate {
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
-        environment.add_template_owned(NAME, source.to_owned()).map_err(template_error)?;
-        Ok(Self { environment, bos, eos })
+        environment.add_template_owned(NAME, source.to_owned()).map_err(failed(place))?;
+        Ok(Self { environment, place: place.to_owned(), bos, eos })
     }
 
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, TokenizerError> {
@@ -58,7 +62,8 @@ impl ChatTemplate {
             documents => (),
             ..self.special_tokens()
         };
-        environment.get_template(NAME).and_then(|template| template.render(variables)).map_err(template_error)
+        let rendered = environment.get_template(NAME).and_then(|template| template.render(variables));
+        rendered.map_err(failed(&self.place))
     }
 
     /// A token the model does not have stays undefined rather than being none, as templates expect.
@@ -68,6 +73,6 @@ impl ChatTemplate {
     }
 }
 
-fn template_error(error: Error) -> TokenizerError {
-    TokenizerError::ChatTemplate(error.to_string())
+fn failed(place: &str) -> impl FnOnce(Error) -> TokenizerError {
+    move |error| TokenizerError::ChatTemplate { place: place.to_owned(), reason: error.to_string() }
 }

@@ -21,6 +21,11 @@ pub struct HuggingFaceFiles<'a> {
 }
 
 impl HuggingFaceFiles<'_> {
+    /// The one that the chat template is read from, if there is one.
+    pub fn template_file(&self) -> &'static str {
+        if self.chat_template.is_some() { "chat_template.jinja" } else { "tokenizer_config.json" }
+    }
+
     pub(super) fn read(&self) -> Result<(Vocabulary, TokenizerSettings), TokenizerError> {
         let vocabulary = json::read(self.tokenizer)?;
         let tokenizer_config: TokenizerConfig = parse_optional("tokenizer_config.json", self.tokenizer_config)?;

@@ -17,6 +17,7 @@ mod vocabulary;
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::path::Path;
 use std::sync::OnceLock;
 
 use serde::{Deserialize, Serialize};
@@ -81,8 +82,8 @@ pub enum TokenizerError {
     NotAToken { what: &'static str, text: String },
     #[error("{field} has {found} entries for {expected} tokens")]
     WrongCount { field: &'static str, found: usize, expected: usize },
-    #[error("chat template: {0}")]
-    ChatTemplate(String),
+    #[error("chat template in {place}: {reason}")]
+    ChatTemplate { place: String, reason: String },
     #[error("this model has no chat template: train on plain text, or use a model tuned for chat")]
     NoChatTemplate,
     #[error("token id {id} is not below {vocabulary}, the size of the vocabulary")]
@@ -96,28 +97,38 @@ pub enum TokenizerError {
 impl Tokenizer {
     /// Reads a tokenizer.json, as found in a model's folder or as written by [`Tokenizer::json`].
     pub fn from_json(tokenizer_json: &[u8], settings: &TokenizerSettings) -> Result<Self, TokenizerError> {
-        Self::new(json::read(tokenizer_json)?, settings.clone())
+        Self::new(json::read(tokenizer_json)?, settings.clone(), "the model's manifest")
     }
 
     /// Reads the files that Hugging Face keeps beside a model's weights.
     pub fn from_huggingface_files(files: &HuggingFaceFiles) -> Result<Self, TokenizerError> {
         let (vocabulary, settings) = files.read()?;
-        Self::new(vocabulary, settings)
+        Self::new(vocabulary, settings, files.template_file())
     }
 
     /// Takes the tokenizer out of the metadata of a GGUF file.
     pub fn from_gguf(metadata: GgufTokenizer) -> Result<Self, TokenizerError> {
         let (vocabulary, settings) = metadata.read()?;
-        Self::new(vocabulary, settings)
+        Self::new(vocabulary, settings, "tokenizer.chat_template")
     }
 
     /// The tokenizer of a model made from a seed: one token per byte, three special tokens, ChatML.
     pub fn bytes() -> Self {
         let (vocabulary, settings) = bytes::byte_vocabulary();
-        Self::new(vocabulary, settings).expect("the byte vocabulary is fixed, and a test builds it")
+        let made = Self::new(vocabulary, settings, "the byte tokenizer");
+        made.expect("the byte vocabulary is fixed, and a test builds it")
     }
 
-    fn new(vocabulary: Vocabulary, mut settings: TokenizerSettings) -> Result<Self, TokenizerError> {
+    /// The tokenizer, whose chat template is in `file`: an error of it names that file, which is never opened here.
+    pub fn with_template_in(mut self, file: &Path) -> Self {
+        if let Some(template) = &mut self.template {
+            template.place = file.display().to_string();
+        }
+        self
+    }
+
+    /// `place` is where the chat template is from.
+    fn new(vocabulary: Vocabulary, mut settings: TokenizerSettings, place: &str) -> Result<Self, TokenizerError> {
         let size = vocabulary.size();
         let named = settings.bos.iter().map(|&id| ("bos", id)).chain(settings.eos.iter().map(|&id| ("eos", id)));
         for (what, id) in named {
@@ -137,7 +148,10 @@ impl Tokenizer {
         let text = |id: Option<u32>| id.and_then(|id| vocabulary.text(id)).map(str::to_owned);
         let bos_text = text(settings.bos);
         let template = match &settings.chat_template {
-            Some(source) => Some(ChatTemplate::new(source, bos_text.clone(), text(settings.eos.first().copied()))?),
+            Some(source) => {
+                let eos_text = text(settings.eos.first().copied());
+                Some(ChatTemplate::new(source, place, bos_text.clone(), eos_text)?)
+            }
             None => None,
         };
         let engine = engine::build(&vocabulary, bos_text.as_deref().filter(|_| settings.add_bos))?;

@@ -320,10 +320,28 @@ fn templates_cannot_run_for_ever() {
     check("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion limit");
     check("{{ raise_exception('roles must alternate') }}", "roles must alternate");
     check("{% include 'other' %}", "non-existing template");
-    check_refused(with("{% if %}"), "chat template: syntax error");
+    check_refused(with("{% if %}"), "chat template in the model's manifest: syntax error");
     check_refused(with(&"x".repeat(70_000)), "more than the limit of 65536");
     let silent = Tokenizer::from_json(&Tokenizer::bytes().json(), &TokenizerSettings::default()).unwrap();
     assert!(matches!(silent.chat(&[], true), Err(TokenizerError::NoChatTemplate)));
+}
+
+#[test]
+fn a_template_s_error_names_the_file_that_it_is_in() {
+    let document = Tokenizer::bytes().json();
+    let mut files = HuggingFaceFiles {
+        tokenizer: &document,
+        tokenizer_config: Some(br#"{"chat_template": "{% if %}"}"#),
+        ..HuggingFaceFiles::default()
+    };
+    check_refused(Tokenizer::from_huggingface_files(&files), "chat template in tokenizer_config.json: syntax error");
+    files.chat_template = Some(b"{% if %}");
+    check_refused(Tokenizer::from_huggingface_files(&files), "chat template in chat_template.jinja: syntax error");
+    let template = Some("{{ raise_exception('no turns') }}".to_owned());
+    let gguf = GgufTokenizer { chat_template: template, ..byte_level("gpt-2", &[], &[]) };
+    let tokenizer = Tokenizer::from_gguf(gguf).unwrap().with_template_in(Path::new("models/m.gguf"));
+    let error = tokenizer.chat(&[], true).unwrap_err().to_string();
+    assert!(error.starts_with("chat template in models/m.gguf: ") && error.contains("no turns"), "{error}");
 }
 
 #[test]
