@@ -121,7 +121,11 @@ pub fn export(
     }
     refuse_inputs(formats, &options, out, &[experiment.model.path.as_deref()])?;
     check_digest(&run, &*base)?;
-    run.verify_round(round).map_err(|source| ExportError::DamagedRound { round, source })?;
+    run.verify_round(round).map_err(|error| match error {
+        experiment::Error::Damaged { .. } => ExportError::DamagedRound { round, source: error },
+        // A file that cannot be read, which says itself what to do.
+        error => ExportError::Run(error),
+    })?;
     let adapter = Adapter::load(&run.round_path(round).join("adapter"), base.config())?;
     let name = format!("{}, round {round}", experiment.name);
     let job = Job { base: &*base, base_name: base_name(experiment), adapter: &adapter, name, seed: experiment.seed };

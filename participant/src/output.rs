@@ -93,4 +93,14 @@ mod tests {
             check(out).unwrap();
         }
     }
+
+    #[test]
+    fn who_is_told_what_to_do_is_told_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let told = check_output("--out", directory.path(), &[]).unwrap_err().to_string();
+        assert!(told.ends_with("it is a directory; name a file in it, or another path"), "{told}");
+        fs::write(directory.path().join("file"), "").unwrap();
+        let told = check_directory(&directory.path().join("file")).unwrap_err().to_string();
+        assert!(told.ends_with("; check the path and the disk"), "{told}");
+    }
 }

@@ -546,3 +546,16 @@ fn a_damaged_round_is_not_exported() {
         "{error}"
     );
 }
+
+#[test]
+fn who_is_told_what_to_do_is_told_once() {
+    let run = Run::new();
+    let marker = run.directory.round_path(2).join("complete");
+    fs::remove_file(&marker).unwrap();
+    fs::create_dir(&marker).unwrap();
+    let unread = run.export(Some(2), &["peft"], false).unwrap_err();
+    let unwritten = ExportError::io(&marker)(storage::replaceable(&marker).unwrap_err());
+    for error in [unread.to_string(), unwritten.to_string()] {
+        assert_eq!(error.matches("; ").count(), 1, "{error}");
+    }
+}

@@ -10,7 +10,7 @@ pub enum Error {
     #[error("use {}: {source}", .path.display())]
     Io { path: PathBuf, source: io::Error },
 
-    #[error("write {}: {source}{}", .path.display(), next_step(source))]
+    #[error("write {}: {source}{}", .path.display(), storage::next_step(source))]
     Write { path: PathBuf, source: io::Error },
 
     /// The file ends early: copy or download it again.
@@ -56,9 +56,4 @@ pub enum Error {
     /// The caller asked the writer for a file that no reader would accept, or wrote its tensors in another order.
     #[error("write a gguf file: {reason}")]
     Refused { reason: String },
-}
-
-/// Nothing where the error is one of ours, which says so itself.
-fn next_step(error: &io::Error) -> &'static str {
-    if error.get_ref().is_some() { "" } else { "; check the path and the disk" }
 }

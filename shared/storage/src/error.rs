@@ -42,3 +42,21 @@ impl StorageError {
         |source| Self::Read { path: path.to_owned(), source }
     }
 }
+
+/// What to do about a file's error, behind a semicolon; nothing where the error is one of ours, which says so itself.
+pub fn next_step(error: &io::Error) -> &'static str {
+    if error.get_ref().is_some() { "" } else { "; check the path and the disk" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_says_what_to_do_is_not_corrected() {
+        let directory = tempfile::tempdir().unwrap();
+        assert_eq!(next_step(&crate::replaceable(directory.path()).unwrap_err()), "");
+        let missing = std::fs::read(directory.path().join("missing")).unwrap_err();
+        assert_eq!(next_step(&missing), "; check the path and the disk");
+    }
+}
