@@ -40,8 +40,12 @@ if [ -z "${LLAMA_BIN:-}" ]; then
     if [ ! -x "$LLAMA_BIN/llama-perplexity" ]; then
         say "== building llama.cpp"
         version=$(sed -n 's/^llama-cpp-python==//p' scripts/check/requirements.txt)
-        .venv-check/bin/pip download --quiet --no-deps --no-binary :all: --no-build-isolation \
+        .venv-check/bin/pip download --quiet --no-deps --no-binary llama-cpp-python \
             --dest "$keep" "llama-cpp-python==$version" >&2
+        if ! command -v cmake > /dev/null; then
+            .venv-check/bin/pip install --quiet "$(grep '^cmake==' scripts/check/requirements.txt)" >&2
+            PATH=$PATH:$PWD/.venv-check/bin
+        fi
         mkdir -p "$keep/llama"
         tar -xzf "$keep"/llama_cpp_python-"$version".tar.gz -C "$keep/llama" --strip-components 1
         cmake -S "$keep/llama/vendor/llama.cpp" -B "$keep/llama/build" -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF \
