@@ -11,7 +11,7 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use model::Cut;
-use model::bench::{self, Shape};
+use model::bench::{self, Batch, Layers, Shape};
 use net::{InvitationFile, PeerName};
 use quant::Method;
 use serde_json::json;
@@ -110,14 +110,14 @@ struct BenchBodyArguments {
     tail_blocks: usize,
     /// Sequences, and tokens of each
     #[arg(long, default_value = "4x128")]
-    batch: String,
+    batch: Batch,
     /// Layers with an adapter: their names, or `all`
     #[arg(long, default_value = "all")]
-    lora: String,
-    #[arg(long, default_value_t = 8)]
+    lora: Layers,
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024))]
     rank: u32,
     /// Timed steps, behind one that is not
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 5, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
     steps: usize,
     /// native | flex | ndarray | cuda | wgpu
     #[arg(long, default_value = "native")]
@@ -546,7 +546,7 @@ fn bench_body(arguments: BenchBodyArguments) -> anyhow::Result<()> {
     // The words are those of TOML, and so are their errors.
     let device = format!("backend = {backend:?}\nthreads = {threads}\nweights = {weights:?}");
     let device: experiment::Device = toml::from_str(&device).context("--backend or --weights")?;
-    let shape = Shape::parse(&batch, &lora, rank)?;
+    let shape = Shape::new(batch, lora, rank);
     let body = |blocks| Cut { head_blocks, tail_blocks }.parts(blocks).map(|[_, body, _]| body);
     let begun = Instant::now();
     let measured = bench::measure(model.as_deref(), body, &device, shape, steps, || begun.elapsed())?;

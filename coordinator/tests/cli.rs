@@ -232,6 +232,22 @@ fn what_cannot_be_quantized_as_asked_is_named() {
 }
 
 #[test]
+fn a_step_that_cannot_be_measured_is_a_mistake_of_usage() {
+    let desk = Desk::new();
+    for (option, expected) in [
+        ("--batch 4x0", "give SEQUENCESxTOKENS, such as 4x128"),
+        ("--lora q_prj", "no layer is called `q_prj`"),
+        ("--rank 0", "0 is not in 1..=1024"),
+        ("--steps 0", "0 is not in 1.."),
+    ] {
+        let arguments = format!("bench body {option}");
+        let output = desk.command(&arguments).output().unwrap();
+        check_failure(&output, &arguments, &[expected]);
+        assert_eq!(output.status.code(), Some(2), "{arguments}");
+    }
+}
+
+#[test]
 fn an_unknown_model_lists_the_catalogue() {
     let expected = ["the model \"gpt-5\"", "the catalogue has", "smollm2-135m-instruct", "Apache-2.0"];
     Desk::new().check_fails("fetch gpt-5", &expected);

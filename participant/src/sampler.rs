@@ -36,8 +36,21 @@ impl Default for Sampling {
 
 impl Sampling {
     /// # Errors
-    /// If a number is none that it can be. `name` turns a field's name into the one that whoever set it knows.
-    pub fn check(&self, name: impl Fn(&str) -> String) -> Result<(), ParticipantError> {
+    /// If a number is none that it can be.
+    pub fn check(&self) -> Result<(), ParticipantError> {
+        match self.out_of_range() {
+            Some((field, value, range)) => {
+                // Large and small ones with a power of ten, and not with hundreds of digits.
+                let value = format!("{value:?}");
+                let value = value.trim_end_matches(".0");
+                Err(ParticipantError::Usage(format!("{field} is {value}; give {range}")))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The first field whose number is none that it can be, that number, and those that it can be.
+    pub(crate) fn out_of_range(&self) -> Option<(&'static str, f64, &'static str)> {
         let Self { temperature, top_k: _, top_p, min_p, repetition_penalty, seed: _ } = *self;
         let checks = [
             ("temperature", temperature, temperature >= 0.0 && temperature.is_finite(), "0 or more"),
@@ -50,15 +63,8 @@ impl Sampling {
                 "more than 0; 1 is none",
             ),
         ];
-        match checks.into_iter().find(|&(_, _, holds, _)| !holds) {
-            Some((field, value, _, range)) => {
-                // Large and small ones with a power of ten, and not with hundreds of digits.
-                let value = format!("{value:?}");
-                let value = value.trim_end_matches(".0");
-                Err(ParticipantError::Usage(format!("{} is {value}; give {range}", name(field))))
-            }
-            None => Ok(()),
-        }
+        let wrong = checks.into_iter().find(|&(_, _, holds, _)| !holds);
+        wrong.map(|(field, value, _, range)| (field, value, range))
     }
 }
 
@@ -231,10 +237,10 @@ mod tests {
             (Sampling { min_p: -0.1, ..default.clone() }, "min_p"),
             (Sampling { repetition_penalty: 0.0, ..default.clone() }, "repetition_penalty"),
         ] {
-            let error = sampling.check(str::to_owned).unwrap_err().to_string();
+            let error = sampling.check().unwrap_err().to_string();
             assert!(error.starts_with(&format!("{name} is ")), "{error}");
         }
-        assert!(default.check(str::to_owned).is_ok());
+        assert!(default.check().is_ok());
     }
 
     proptest! {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
 use model::Part;
-use model::bench::{self, Shape};
+use model::bench::{self, Batch, Layers, Shape};
 use quant::inference::CacheType;
 
 use super::infer::{CacheName, duration};
@@ -118,11 +118,11 @@ pub(super) struct BenchTrainArguments {
     random: bool,
     /// Sequences, and tokens of each
     #[arg(long, default_value = "4x128")]
-    batch: String,
+    batch: Batch,
     /// Layers with an adapter: their names, or `all`
     #[arg(long, default_value = "all")]
-    lora: String,
-    #[arg(long, default_value_t = 8)]
+    lora: Layers,
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024))]
     rank: u32,
     /// Timed steps, behind one that is not
     #[arg(long, default_value_t = 5, value_parser = positive)]
@@ -135,7 +135,7 @@ pub(super) struct BenchTrainArguments {
 
 pub(super) fn bench_train(arguments: BenchTrainArguments) -> anyhow::Result<()> {
     let BenchTrainArguments { model, random: _, batch, lora, rank, steps, device, json } = arguments;
-    let shape = Shape::parse(&batch, &lora, rank)?;
+    let shape = Shape::new(batch, lora, rank);
     let device = device.choice().over(&Default::default());
     let begun = Instant::now();
     let whole = |blocks| Ok(Part::whole(blocks));

@@ -99,23 +99,57 @@ pub(super) struct GenerateArguments {
 #[derive(Args)]
 struct SamplingArguments {
     /// 0 always takes the likeliest token
-    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true, value_parser = temperature)]
     temperature: f64,
     /// Draw from so many of the likeliest tokens; 0 takes all
     #[arg(long, default_value_t = 0)]
     top_k: usize,
     /// Draw from the likeliest tokens that together have this probability
-    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true, value_parser = top_p)]
     top_p: f64,
     /// Draw from tokens at least so likely, as a share of the likeliest
-    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true, value_parser = min_p)]
     min_p: f64,
     /// Above 1, tokens that occurred become less likely
-    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true, value_parser = repetition_penalty)]
     repetition_penalty: f64,
     /// The same seed draws the same answer
     #[arg(long, default_value_t = 0)]
     seed: u64,
+}
+
+impl From<SamplingArguments> for Sampling {
+    fn from(arguments: SamplingArguments) -> Self {
+        let SamplingArguments { temperature, top_k, top_p, min_p, repetition_penalty, seed } = arguments;
+        Self { temperature, top_k, top_p, min_p, repetition_penalty, seed }
+    }
+}
+
+fn temperature(text: &str) -> Result<f64, String> {
+    in_range(text, |sampling| &mut sampling.temperature)
+}
+
+fn top_p(text: &str) -> Result<f64, String> {
+    in_range(text, |sampling| &mut sampling.top_p)
+}
+
+fn min_p(text: &str) -> Result<f64, String> {
+    in_range(text, |sampling| &mut sampling.min_p)
+}
+
+fn repetition_penalty(text: &str) -> Result<f64, String> {
+    in_range(text, |sampling| &mut sampling.repetition_penalty)
+}
+
+/// A number that the field can be.
+fn in_range(text: &str, field: fn(&mut Sampling) -> &mut f64) -> Result<f64, String> {
+    let number = text.parse::<f64>().map_err(|error| error.to_string())?;
+    let mut sampling = Sampling::default();
+    *field(&mut sampling) = number;
+    match sampling.out_of_range() {
+        Some((_, _, range)) => Err(format!("give {range}")),
+        None => Ok(number),
+    }
 }
 
 /// `NAME=DIR`, or a directory alone.
@@ -177,7 +211,7 @@ pub(super) fn generate(arguments: GenerateArguments) -> anyhow::Result<()> {
     let GenerateArguments { model, prompt, raw, system, max_tokens, sampling, stop, grammar, deadline, json } =
         arguments;
     let grammar = grammar.as_deref().map(read_grammar).transpose()?;
-    let sampling = sampling.checked()?;
+    let sampling = Sampling::from(sampling);
     let runner = model.open(None)?;
     let message = |role: &str, content: String| Message { role: role.into(), content };
     let prompt = match raw {
@@ -245,15 +279,6 @@ fn places(runner: &Runner) -> Vec<Option<usize>> {
     match runner.adapters().len() {
         0 => vec![None],
         count => (0..count).map(Some).collect(),
-    }
-}
-
-impl SamplingArguments {
-    fn checked(&self) -> anyhow::Result<Sampling> {
-        let &Self { temperature, top_k, top_p, min_p, repetition_penalty, seed } = self;
-        let sampling = Sampling { temperature, top_k, top_p, min_p, repetition_penalty, seed };
-        sampling.check(|field| format!("--{}", field.replace('_', "-")))?;
-        Ok(sampling)
     }
 }
 

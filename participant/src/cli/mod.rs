@@ -327,6 +327,24 @@ mod tests {
     }
 
     #[test]
+    fn values_that_no_command_takes_are_mistakes_of_usage() {
+        for line in [
+            "participant generate --model m --prompt p --temperature -1",
+            "participant generate --model m --prompt p --temperature nan",
+            "participant generate --model m --prompt p --top-p 0",
+            "participant generate --model m --prompt p --top-p 1.5",
+            "participant generate --model m --prompt p --min-p 2",
+            "participant generate --model m --prompt p --repetition-penalty 0",
+            "participant bench train --batch 4x0",
+            "participant bench train --lora q_prj",
+            "participant bench train --rank 0",
+        ] {
+            let error = Cli::try_parse_from(line.split(' ')).map(drop).unwrap_err();
+            assert_eq!((error.kind(), error.exit_code()), (clap::error::ErrorKind::ValueValidation, 2), "{line}");
+        }
+    }
+
+    #[test]
     fn an_interrupted_command_names_what_it_may_have_written() {
         let told = |line: &str| {
             Cli::try_parse_from(line.split(' '))

@@ -120,7 +120,7 @@ impl Asked {
             seed: fields.seed()?.unwrap_or(defaults.seed),
         };
         let field = |message: &str| message.split(' ').next().unwrap_or_default().to_owned();
-        sampling.check(str::to_owned).map_err(|error| {
+        sampling.check().map_err(|error| {
             let message = error.to_string();
             Refusal::invalid(Some(&field(&message)), message)
         })?;
@@ -201,8 +201,11 @@ impl Fields {
             }
             Some(_) => return Err(wrong("stop", "a string or a list of strings")),
         };
-        if stops.len() > STOPS_MAX || stops.iter().any(|stop| stop.len() > STOP_BYTES_MAX) {
-            return Err(wrong("stop", &format!("at most {STOPS_MAX} strings of at most {STOP_BYTES_MAX} bytes")));
+        // An empty one would end every answer before it begins.
+        let fit = stops.iter().all(|stop| (1..=STOP_BYTES_MAX).contains(&stop.len()));
+        if stops.len() > STOPS_MAX || !fit {
+            let expected = format!("a string of 1 to {STOP_BYTES_MAX} bytes, or a list of at most {STOPS_MAX} of them");
+            return Err(wrong("stop", &expected));
         }
         Ok(stops.into_iter().map(str::to_owned).collect())
     }

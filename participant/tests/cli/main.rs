@@ -140,6 +140,20 @@ fn a_damaged_model_is_named_with_what_is_wrong() {
 }
 
 #[test]
+fn a_chat_template_that_fails_is_named_with_its_file() {
+    let desk = Desk::new();
+    desk.write("hf/tokenizer_config.json", r#"{"chat_template": "{{ raise_exception('no turns') }}"}"#);
+    let turns = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#;
+    desk.write("turns.jsonl", turns);
+    let expected = ["chat template in hf/tokenizer_config.json", "no turns"];
+    desk.check_fails("generate --model hf --prompt hi", &expected);
+    desk.check_fails("evaluate --model hf --data turns.jsonl", &expected);
+    desk.write("hf/chat_template.jinja", "{% if %}");
+    let expected = ["hf: chat template in chat_template.jinja", "syntax error"];
+    desk.check_fails("generate --model hf --prompt hi", &expected);
+}
+
+#[test]
 fn the_integer_engine_measures_a_quantized_file_and_refuses_what_it_cannot_run() {
     let desk = Desk::new();
     desk.weights("weights.gguf");
@@ -193,12 +207,12 @@ fn the_integer_engine_measures_a_quantized_file_and_refuses_what_it_cannot_run()
 fn an_answer_s_numbers_and_ends_are_checked() {
     let desk = Desk::new();
     for (arguments, expected) in [
-        ("--temperature -1", "--temperature is -1; give 0 or more"),
-        ("--temperature nan", "--temperature is NaN"),
-        ("--top-p 0", "--top-p is 0; give more than 0"),
-        ("--top-p 1e300", "--top-p is 1e300; give"),
-        ("--min-p 2", "--min-p is 2; give 0 to 1"),
-        ("--repetition-penalty 0", "--repetition-penalty is 0"),
+        ("--temperature -1", "value '-1' for '--temperature <TEMPERATURE>': give 0 or more"),
+        ("--temperature nan", "value 'nan' for '--temperature <TEMPERATURE>'"),
+        ("--top-p 0", "'--top-p <TOP_P>': give more than 0"),
+        ("--top-p 1e300", "value '1e300' for '--top-p <TOP_P>': give"),
+        ("--min-p 2", "'--min-p <MIN_P>': give 0 to 1"),
+        ("--repetition-penalty 0", "'--repetition-penalty <REPETITION_PENALTY>': give more than 0"),
         ("--raw --deadline 5ms", "deadline needs the integer engine"),
     ] {
         desk.check_fails(&format!("generate --model hf --prompt hi {arguments}"), &[expected]);
@@ -377,8 +391,8 @@ fn an_argument_that_makes_no_sense_is_named() {
         ("logits --model hf --out l --prompts words.jsonl", &["words.jsonl, line 1", "no list of token ids"]),
         ("logits --model hf --out l --prompts empty.jsonl", &["empty.jsonl", "holds no prompt"]),
         ("generate --model hf --prompt hi", &["no chat template", "--raw"]),
-        ("generate --model hf --prompt hi --temperature nan", &["--temperature is NaN", "0 or more"]),
-        ("generate --model hf --prompt hi --temperature -1", &["--temperature is -1", "0 or more"]),
+        ("generate --model hf --prompt hi --temperature nan", &["value 'nan'", "--temperature", "0 or more"]),
+        ("generate --model hf --prompt hi --temperature -1", &["value '-1'", "--temperature", "0 or more"]),
         ("generate --model hf --prompt hi --backend cuda", &["`cuda` is not compiled in", "--features cuda"]),
         ("evaluate --model hf --data data.jsonl --sequence-tokens-max 1", &["sequence_tokens_max = 1", "at least 2"]),
         ("device-log --out logs --records 0", &["invalid value '0'", "--records"]),

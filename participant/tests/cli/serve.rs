@@ -208,6 +208,8 @@ fn wrong_requests_are_told_what_is_wrong() {
         (ask("temperature", json!(-1)), 400, "temperature is -1; give 0 or more"),
         (ask("top_p", json!(0)), 400, "top_p is 0"),
         (ask("stop", json!([1])), 400, "`stop` is not"),
+        (ask("stop", json!("")), 400, "`stop` is not a string of 1 to 256 bytes"),
+        (ask("stop", json!(["a", ""])), 400, "`stop` is not a string of 1 to 256 bytes"),
         (ask("stream", json!("yes")), 400, "`stream` is not true or false"),
         (ask("deadline_ms", json!(0)), 400, "deadline_ms is 0"),
         (ask("deadline_ms", json!(1e300)), 400, "deadline_ms is 1e+300; give"),

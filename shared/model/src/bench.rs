@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -62,30 +63,49 @@ pub struct Measured {
 }
 
 impl Shape {
-    /// From `SEQUENCESxTOKENS`, and names of layers or `all`.
-    pub fn parse(batch: &str, layers: &str, rank: u32) -> Result<Self, ModelError> {
-        let refused = |what: String| Err(ModelError::Mismatch(what));
-        let numbers = batch.split_once('x').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+    pub fn new(batch: Batch, layers: Layers, rank: u32) -> Self {
+        Self { sequences: batch.sequences, tokens: batch.tokens, rank, targets: layers.0 }
+    }
+}
+
+/// `SEQUENCESxTOKENS`.
+#[derive(Debug, Clone, Copy)]
+pub struct Batch {
+    sequences: usize,
+    tokens: usize,
+}
+
+impl FromStr for Batch {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let numbers = text.split_once('x').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
         let fits = |&(sequences, tokens): &(usize, usize)| {
             sequences.checked_mul(tokens).is_some_and(|all| (1..=BATCH_TOKENS_MAX).contains(&all))
         };
-        let Some((sequences, tokens)) = numbers.filter(fits) else {
-            let what = format!(
-                "the batch is `{batch}`; give SEQUENCESxTOKENS, such as 4x128, of at most {BATCH_TOKENS_MAX} tokens"
-            );
-            return refused(what);
-        };
-        let targets: Vec<String> = match layers {
+        match numbers.filter(fits) {
+            Some((sequences, tokens)) => Ok(Self { sequences, tokens }),
+            None => Err(format!("give SEQUENCESxTOKENS, such as 4x128, of at most {BATCH_TOKENS_MAX} tokens")),
+        }
+    }
+}
+
+/// Names of layers, separated by commas, or `all`.
+#[derive(Debug, Clone)]
+pub struct Layers(Vec<String>);
+
+impl FromStr for Layers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let layers: Vec<String> = match text {
             "all" => TARGETS.map(str::to_owned).to_vec(),
             names => names.split(',').map(str::to_owned).collect(),
         };
-        if let Some(strange) = targets.iter().find(|target| !TARGETS.contains(&target.as_str())) {
-            return refused(format!("no layer is called `{strange}`; give `all` or some of {}", TARGETS.join(",")));
+        if let Some(strange) = layers.iter().find(|layer| !TARGETS.contains(&layer.as_str())) {
+            return Err(format!("no layer is called `{strange}`; give `all` or some of {}", TARGETS.join(",")));
         }
-        if !(1..=1024).contains(&rank) {
-            return refused(format!("the rank is {rank}; it goes from 1 to 1024"));
-        }
-        Ok(Self { sequences, tokens, rank, targets })
+        Ok(Self(layers))
     }
 }
 
@@ -285,9 +305,17 @@ mod tests {
     #[test]
     fn a_batch_that_no_memory_holds_is_refused() {
         for batch in ["0x128", "4x0", "4", "9999999999999x1", "4294967296x4294967296", "1024x1025"] {
-            let error = Shape::parse(batch, "all", 8).unwrap_err().to_string();
-            assert!(error.contains(batch) && error.contains("of at most 1048576 tokens"), "{error}");
+            let error = batch.parse::<Batch>().unwrap_err();
+            assert!(error.contains("of at most 1048576 tokens"), "{batch}: {error}");
         }
-        assert_eq!(Shape::parse("1024x1024", "all", 8).unwrap().tokens, 1024);
+        assert_eq!("1024x1024".parse::<Batch>().unwrap().tokens, 1024);
+    }
+
+    #[test]
+    fn a_layer_that_no_block_has_is_named() {
+        let error = "q_proj,q_prj".parse::<Layers>().unwrap_err();
+        assert!(error.contains("`q_prj`") && error.contains("q_proj,k_proj"), "{error}");
+        assert_eq!("all".parse::<Layers>().unwrap().0, TARGETS);
+        assert_eq!("q_proj,v_proj".parse::<Layers>().unwrap().0, ["q_proj", "v_proj"]);
     }
 }
