@@ -50,7 +50,7 @@ if [ -z "${LLAMA_BIN:-}" ]; then
         tar -xzf "$keep"/llama_cpp_python-"$version".tar.gz -C "$keep/llama" --strip-components 1
         cmake -S "$keep/llama/vendor/llama.cpp" -B "$keep/llama/build" -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF \
             -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_EXAMPLES=OFF >&2
-        cmake --build "$keep/llama/build" --target llama-quantize llama-perplexity --parallel >&2
+        cmake --build "$keep/llama/build" --target llama-quantize llama-perplexity --parallel "$(nproc)" >&2
     fi
 fi
 
