@@ -34,7 +34,7 @@ impl Matrix {
         &self.values[row * self.columns..(row + 1) * self.columns]
     }
 
-    /// The rows of both, in as many columns.
+    /// Appends the rows of `below`, which has as many columns.
     pub(crate) fn on_top_of(mut self, below: Self) -> Self {
         self.values.extend(below.values);
         Self::new(self.rows + below.rows, self.columns, self.values)

@@ -7,8 +7,8 @@ use rand_chacha::ChaCha20Rng;
 use rand_chacha::rand_core::SeedableRng;
 use sha2::{Digest, Sha256};
 
-/// Of 32 bits, in each number that is drawn.
-const WORDS: u128 = 2;
+/// A draw of f64 takes so many of the generator's words of 32 bits.
+const WORDS_PER_DRAW: u128 = 2;
 
 /// Which inputs of the low-rank paths are zeroed in one micro-batch: a function of this seed and the layer's name
 /// alone, so that both sides of a cut and the unsplit model draw the same masks.
@@ -23,7 +23,7 @@ impl Dropout {
     pub(super) fn mask(&self, name: &str, range: Range<usize>, probability: f64) -> Vec<f32> {
         let seed: [u8; 32] = Sha256::new().chain_update(self.seed).chain_update(name).finalize().into();
         let mut generator = ChaCha20Rng::from_seed(seed);
-        generator.set_word_pos(range.start as u128 * WORDS);
+        generator.set_word_pos(range.start as u128 * WORDS_PER_DRAW);
         let kept = (1.0 / (1.0 - probability)) as f32;
         range.map(|_| if generator.random::<f64>() < probability { 0.0 } else { kept }).collect()
     }

@@ -72,7 +72,7 @@ struct Trained {
 }
 
 impl Trained {
-    /// Those of some rows, counted from the first of these.
+    /// Those within `rows`, counted from its start.
     fn of(&self, rows: Range<usize>) -> Self {
         let place = |row: usize| self.rows.partition_point(|&trained| (trained as usize) < row);
         let places = place(rows.start)..place(rows.end);
@@ -114,15 +114,11 @@ pub struct Backward {
 }
 
 impl Backward {
-    /// What the parts of one micro-batch add up to, in their order.
-    fn joined(parts: impl IntoIterator<Item = Self>) -> Self {
-        let mut parts = parts.into_iter();
-        let mut all = parts.next().expect("a micro-batch has at least one part");
-        for Self { input, adapter } in parts {
-            all.adapter.add(&adapter);
-            all.input = all.input.zip(input).map(|(above, below)| above.on_top_of(below));
-        }
-        all
+    /// What two parts of one micro-batch add up to.
+    fn joined(mut above: Self, below: Self) -> Self {
+        above.adapter.add(&below.adapter);
+        let input = above.input.zip(below.input).map(|(above, below)| above.on_top_of(below));
+        Self { input, adapter: above.adapter }
     }
 }
 

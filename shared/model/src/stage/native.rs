@@ -4,15 +4,22 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use kernels::{
-    Block, BlockAdapter, BlockWeights, Cache, Engine, Frozen, FrozenBuilder, GroupSaved, HEAD_MAX, Head, Inputs, Keep,
-    LAYERS, Masks, Pair, PairGradients, Pass, Rotation, Saved, Stream,
+    Block, BlockAdapter, BlockWeights, Cache, Engine, Frozen, FrozenBuilder, HEAD_MAX, Head, Inputs, Keep, LAYERS,
+    Masks, Pair, Pass, Rotation, Saved, Stream,
 };
 use rayon::prelude::*;
+
+use group::Group;
+pub(super) use recorded::Pending;
+use recorded::Recorded;
 
 use super::device::Native;
 use super::{Backward, Dropout, Loss, Rows, Trained};
 use crate::adapter::{TARGETS, module_path, target_index};
 use crate::{Adapter, Family, Gradients, Matrix, ModelConfig, ModelError, Part, Segments, Source};
+
+mod group;
+mod recorded;
 
 #[derive(Clone)]
 pub(super) struct NativeStage(Arc<Inner>);
@@ -42,38 +49,6 @@ struct LoraInner {
     /// Of A, for every block and layer: names the dropout mask.
     names: Vec<[String; LAYERS]>,
 }
-
-/// What a forward pass has left of one micro-batch.
-pub(super) struct Pending {
-    recorded: Arc<Recorded>,
-    groups: Range<usize>,
-    /// The input is a residual stream, whose gradient somebody waits for.
-    input_gradient: bool,
-}
-
-/// A forward pass over one or several groups of rows, each with its adapter.
-struct Recorded {
-    stage: NativeStage,
-    pass: Pass,
-    groups: Vec<Group>,
-    saved: Vec<Saved>,
-}
-
-/// Sequences of one micro-batch, of which they may be a part.
-#[derive(Clone)]
-struct Group {
-    /// The first of its rows among the micro-batch's.
-    first_row: usize,
-    lengths: Vec<usize>,
-    lora: Lora,
-    dropout: Option<Dropout>,
-}
-
-/// Rows of a group at most, unless a sequence alone has more. Its gradients are summed by themselves, so that the whole
-/// model can go forwards and back over one group after the other, and has memory for one; with fewer rows products become
-/// slower (SmolLM2 on 8 × 256 tokens in bf16: 3.18 s and 1,105 MB at once, 3.14 s and 556 MB in groups of 512, 3.27 s and
-/// 460 MB in groups of 256).
-const GROUP_ROWS: usize = 512;
 
 const _: () = assert!(TARGETS.len() == LAYERS);
 
@@ -172,7 +147,7 @@ impl NativeStage {
             |some| {
                 let rows = some.iter().map(|(x, ..)| x.values()).collect::<Vec<_>>().concat();
                 let groups: Vec<Group> =
-                    some.iter().map(|(_, segments, lora)| Group::new(segments, lora, None)).collect();
+                    some.iter().map(|(_, segments, lora)| Group::whole(segments, lora, None)).collect();
                 let y = self.run(Stream::new(&self.0.engine, &rows), &groups, Keep::Nothing).0;
                 self.matrices(&y, groups.iter().map(Group::rows))
             },
@@ -193,7 +168,7 @@ impl NativeStage {
                 for (one, segments, lora, dropout) in some {
                     rows.push(one);
                     let first = groups.len();
-                    groups.extend(Group::several(segments, lora, Some(dropout)));
+                    groups.extend(Group::within_limit(segments, lora, Some(dropout)));
                     places.push(first..groups.len());
                 }
                 let (y, recorded) = self.record(self.entries(rows), groups);
@@ -228,12 +203,15 @@ impl NativeStage {
     }
 
     pub(super) fn loss(&self, rows: Rows<'_>, segments: &Segments, trained: &Trained, lora: &Lora) -> Loss {
-        let nats = Group::several(segments, lora, None).into_iter().map(|group| {
+        let mut nats = 0.0;
+        for group in Group::within_limit(segments, lora, None) {
             let trained = trained.of(group.range());
-            let x = self.entry_of(&rows, group.range());
-            self.loss_of(&self.run(x, &[group], Keep::Nothing).0, &trained, None).0
-        });
-        Loss { nats: nats.sum(), tokens: trained.targets.len() }
+            if !trained.rows.is_empty() {
+                let x = self.entry_of(&rows, group.range());
+                nats += self.loss_of(&self.run(x, &[group], Keep::Nothing).0, &trained, None).0;
+            }
+        }
+        Loss { nats, tokens: trained.targets.len() }
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -248,16 +226,20 @@ impl NativeStage {
         input_gradient: bool,
     ) -> (Loss, Backward) {
         let input_gradient = input_gradient && matches!(rows, Rows::Activations(_));
-        let mut nats = 0.0;
-        let one = |group: Group| {
+        let (mut nats, mut all) = (0.0, None);
+        for group in Group::within_limit(segments, lora, Some(dropout)) {
             let trained = trained.of(group.range());
             let (residual, recorded) = self.record(self.entry_of(&rows, group.range()), vec![group]);
-            let (nats_of, gradient) = self.loss_of(&residual, &trained, Some(1.0 / step_tokens as f64));
-            nats += nats_of;
+            let (group_nats, gradient) = self.loss_of(&residual, &trained, Some(1.0 / step_tokens as f64));
             drop(residual);
-            recorded.backward(gradient.expect("asked for"), input_gradient)
-        };
-        let backward = Backward::joined(Group::several(segments, lora, Some(dropout)).into_iter().flat_map(one));
+            nats += group_nats;
+            let backward = recorded.backward(&[1], gradient.expect("asked for"), input_gradient).remove(0);
+            all = Some(match all {
+                None => backward,
+                Some(above) => Backward::joined(above, backward),
+            });
+        }
+        let backward = all.expect("a micro-batch has at least one sequence");
         (Loss { nats, tokens: trained.targets.len() }, backward)
     }
 
@@ -342,7 +324,7 @@ impl NativeStage {
     }
 
     fn residual(&self, rows: Rows<'_>, segments: &Segments, lora: &Lora) -> Stream {
-        self.run(self.entry(rows), &[Group::new(segments, lora, None)], Keep::Nothing).0
+        self.run(self.entry(rows), &[Group::whole(segments, lora, None)], Keep::Nothing).0
     }
 
     /// The inputs of several groups, one after the other.
@@ -389,8 +371,7 @@ impl NativeStage {
         let Inner { engine, config, .. } = &*self.0;
         let width = config.width;
         if trained.rows.is_empty() {
-            let no_gradient = || Stream::zeros(engine, residual.len());
-            return (0.0, scale.map(|_| no_gradient()));
+            return (0.0, scale.map(|_| Stream::zeros(engine, residual.len())));
         }
         let (head, weights) = self.head();
         let mut rows = Stream::room(engine, trained.rows.len() * width);
@@ -413,7 +394,7 @@ impl NativeStage {
         Matrix::new(x.len() / width, width, x.to_vec())
     }
 
-    /// So many rows each, one behind the other.
+    /// Cuts `x` into matrices of these many rows.
     fn matrices(&self, x: &[f32], rows: impl Iterator<Item = usize>) -> Vec<Matrix> {
         let mut rest = x;
         let mut next = |rows: usize| {
@@ -434,40 +415,6 @@ fn joined(engine: &Engine, streams: &[Stream]) -> Stream {
         at += stream.len();
     }
     all
-}
-
-impl Group {
-    /// A whole micro-batch.
-    fn new(segments: &Segments, lora: &Lora, dropout: Option<&Dropout>) -> Self {
-        Self { first_row: 0, lengths: segments.lengths().to_vec(), lora: lora.clone(), dropout: dropout.cloned() }
-    }
-
-    /// A micro-batch in groups of at most [`GROUP_ROWS`].
-    fn several(segments: &Segments, lora: &Lora, dropout: Option<&Dropout>) -> Vec<Self> {
-        let mut groups: Vec<Self> = Vec::new();
-        for (first_row, length) in segments.spans() {
-            match groups.last_mut() {
-                Some(group) if group.rows() + length <= GROUP_ROWS => group.lengths.push(length),
-                _ => {
-                    let (lora, dropout) = (lora.clone(), dropout.cloned());
-                    groups.push(Self { first_row, lengths: vec![length], lora, dropout });
-                }
-            }
-        }
-        groups
-    }
-
-    fn rows(&self) -> usize {
-        self.lengths.iter().sum()
-    }
-
-    fn range(&self) -> Range<usize> {
-        self.first_row..self.first_row + self.rows()
-    }
-
-    fn drops(&self) -> bool {
-        self.dropout.is_some() && self.lora.0.dropout > 0.0
-    }
 }
 
 impl Lora {
@@ -492,117 +439,6 @@ impl Lora {
         };
         Arc::ptr_eq(&self.0, &other.0)
             || (self.0.trains == other.0.trains && self.0.dropout == other.0.dropout && ranks(self) == ranks(other))
-    }
-}
-
-impl Pending {
-    /// `[rows, columns]` of the output.
-    pub(super) fn shape(&self) -> [usize; 2] {
-        [self.recorded.rows(&self.groups), self.recorded.stage.0.config.width]
-    }
-
-    fn lora(&self) -> &Lora {
-        &self.recorded.groups[self.groups.start].lora
-    }
-
-    /// For the gradients of several outputs, in as few passes as the adapters' ranks allow.
-    pub(super) fn backward_together(all: Vec<(Self, Matrix)>) -> Vec<Backward> {
-        let Some((first, _)) = all.first() else { return Vec::new() };
-        let stage = first.recorded.stage.clone();
-        let loras: Vec<Lora> = all.iter().map(|(pending, _)| pending.lora().clone()).collect();
-        let all: Vec<_> = all.into_iter().zip(&loras).collect();
-        stage.together(
-            all,
-            |(_, lora)| lora,
-            |some| {
-                let gradients: Vec<&[f32]> = some.iter().map(|((_, gradient), _)| gradient.values()).collect();
-                let gradient = Stream::new(&stage.0.engine, &gradients.concat());
-                Self::backward_alike(some.into_iter().map(|((pending, _), _)| pending).collect(), gradient)
-            },
-        )
-    }
-
-    fn backward_alike(all: Vec<Self>, gradient: Stream) -> Vec<Backward> {
-        let (stage, input_gradient) = (all[0].recorded.stage.clone(), all[0].input_gradient);
-        let counts: Vec<usize> = all.iter().map(|pending| pending.groups.len()).collect();
-        let mut of_groups = Self::backward_groups(all, &stage, gradient, input_gradient).into_iter();
-        counts.into_iter().map(|count| Backward::joined(of_groups.by_ref().take(count))).collect()
-    }
-
-    fn backward_groups(all: Vec<Self>, stage: &NativeStage, gradient: Stream, input_gradient: bool) -> Vec<Backward> {
-        let first = &all[0].recorded;
-        let of_one_pass = all.iter().all(|pending| Arc::ptr_eq(&pending.recorded, first));
-        if of_one_pass && all.iter().flat_map(|pending| pending.groups.clone()).eq(0..first.groups.len()) {
-            // Nobody else has a share in the pass, so that its memory is given back on the way.
-            let last = all.into_iter().next_back().expect("there is a first one");
-            if let Some(recorded) = Arc::into_inner(last.recorded) {
-                return recorded.backward(gradient, input_gradient);
-            }
-            unreachable!("every group of the pass was here, and each once");
-        }
-        let each: Vec<(&Recorded, usize)> =
-            all.iter().flat_map(|pending| pending.groups.clone().map(|group| (&*pending.recorded, group))).collect();
-        let groups: Vec<Group> = each.iter().map(|&(recorded, group)| recorded.groups[group].clone()).collect();
-        let gathered = |block: usize| {
-            let each = each.iter().map(|&(recorded, group)| GroupSaved {
-                saved: &recorded.saved[block],
-                pass: &recorded.pass,
-                group,
-            });
-            Saved::gathered(&stage.0.engine, &each.collect::<Vec<_>>())
-        };
-        let pass = stage.pass(&groups);
-        stage.backward(&pass, &groups, gathered, gradient, input_gradient)
-    }
-}
-
-impl Recorded {
-    fn rows(&self, groups: &Range<usize>) -> usize {
-        self.groups[groups.clone()].iter().map(Group::rows).sum()
-    }
-
-    fn backward(self, gradient: Stream, input_gradient: bool) -> Vec<Backward> {
-        let Self { stage, pass, groups, mut saved } = self;
-        stage.backward(&pass, &groups, |_| saved.pop().expect("one for every block"), gradient, input_gradient)
-    }
-}
-
-impl NativeStage {
-    /// All blocks backwards, what each group gets; `saved` is asked for each block, from the last one on.
-    fn backward(
-        &self,
-        pass: &Pass,
-        groups: &[Group],
-        mut saved: impl FnMut(usize) -> Saved,
-        gradient: Stream,
-        input_gradient: bool,
-    ) -> Vec<Backward> {
-        let Inner { engine, blocks, .. } = &*self.0;
-        let trains = groups[0].lora.0.trains;
-        // By group, from the last block on.
-        let mut of_blocks: Vec<Vec<_>> = groups.iter().map(|_| Vec::with_capacity(blocks.len())).collect();
-        let mut stream = Some(gradient);
-        for (i, block) in blocks.iter().enumerate().rev() {
-            let mask = self.masks(groups, i);
-            let masks: Option<Masks<'_>> = if groups.iter().any(Group::drops) { Some(&mask) } else { None };
-            let adapters: Vec<&BlockAdapter> = groups.iter().map(|group| &group.lora.0.blocks[i]).collect();
-            let gradient = stream.take().expect("every block but the first yields one");
-            let wanted = i > 0 || input_gradient;
-            let (input, gradients) = block.backward(engine, pass, saved(i), gradient, &adapters, trains, masks, wanted);
-            for (of_blocks, of_block) in of_blocks.iter_mut().zip(gradients) {
-                of_blocks.push(of_block);
-            }
-            stream = input;
-        }
-        let sizes = groups.iter().map(Group::rows);
-        let inputs = stream.filter(|_| input_gradient).map(|stream| self.matrices(&stream, sizes));
-        let mut inputs = inputs.into_iter().flatten();
-        let of_group = |of_blocks: Vec<[_; LAYERS]>| {
-            let pairs = of_blocks.into_iter().rev().flatten().flatten();
-            let adapter = Gradients::new(pairs.flat_map(|pair: PairGradients| [pair.a, pair.b]).collect());
-            Backward { input: inputs.next(), adapter }
-        };
-        of_blocks.into_iter().map(of_group).collect()
     }
 }
 
