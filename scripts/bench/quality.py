@@ -112,14 +112,14 @@ class Bench:
 
     def loss(self, model, path, base, chunks):
         """KL in nats and the ratio of perplexities."""
-        told = run(*self.perplexity(model, path, base, chunks), "--kl-divergence")
-        found = {}
-        for name, pattern in {"kl": r"Mean +KLD: +(\S+)", "ratio": r"Mean PPL\(Q\)/PPL\(base\) +: +(\S+)", "ppl": r"Mean PPL\(Q\) +: +(\S+)"}.items():
-            match = re.search(pattern, told.stdout + told.stderr)
-            if not match:
-                sys.exit(f"llama-perplexity did not measure {path}:\n{(told.stdout + told.stderr)[-2000:]}")
-            found[name] = float(match[1])
-        return found
+        patterns = {"kl": r"Mean +KLD: +(\S+)", "ratio": r"Mean PPL\(Q\)/PPL\(base\) +: +(\S+)", "ppl": r"Mean PPL\(Q\) +: +(\S+)"}
+        # On a busy machine llama.cpp may end before its logger has written the last lines.
+        for _ in range(3):
+            told = run(*self.perplexity(model, path, base, chunks), "--kl-divergence")
+            found = {name: re.search(pattern, told.stdout + told.stderr) for name, pattern in patterns.items()}
+            if all(found.values()):
+                return {name: float(match[1]) for name, match in found.items()}
+        sys.exit(f"llama-perplexity did not measure {path}:\n{(told.stdout + told.stderr)[-2000:]}")
 
 
 def loses_less(bench, model, mixes, quick):
