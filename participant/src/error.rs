@@ -30,7 +30,7 @@ pub enum ParticipantError {
     DeviceLog(#[from] DeviceLogError),
     #[error(transparent)]
     Tokenizer(#[from] model::tokenizer::TokenizerError),
-    #[error("{}: {source}{}", path.display(), storage::next_step(source))]
+    #[error("{}: {source}{}", path.display(), storage::remedy(source))]
     Io { path: PathBuf, source: std::io::Error },
     /// This device's state cannot be kept.
     #[error("failed to {0}")]

@@ -101,6 +101,6 @@ mod tests {
         assert!(told.ends_with("it is a directory; name a file in it, or another path"), "{told}");
         fs::write(directory.path().join("file"), "").unwrap();
         let told = check_directory(&directory.path().join("file")).unwrap_err().to_string();
-        assert!(told.ends_with("; check the path and the disk"), "{told}");
+        assert!(told.ends_with("; something else has that name: name another path, or move it away"), "{told}");
     }
 }

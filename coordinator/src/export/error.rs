@@ -71,7 +71,7 @@ pub enum ExportError {
     Tensor { tensor: String, source: quant::Error },
     #[error("read {}: {source}; check the path", path.display())]
     Read { path: PathBuf, source: io::Error },
-    #[error("write {}: {source}{}", path.display(), storage::next_step(source))]
+    #[error("write {}: {source}{}", path.display(), storage::remedy(source))]
     Io { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Run(#[from] experiment::Error),

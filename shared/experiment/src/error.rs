@@ -27,7 +27,7 @@ pub enum Error {
          lower it to {context}"
     )]
     Context { sequence_tokens_max: u32, context: usize },
-    #[error("{action} {}: {source}{}", path.display(), next_step(action, source))]
+    #[error("{action} {}: {source}{}", path.display(), storage::remedy(source))]
     File { action: &'static str, path: PathBuf, source: io::Error },
     #[error(
         "look at a run in {}: it holds an experiment, as a coordinator's home does, but no {}/; name the directory of a \
@@ -72,25 +72,4 @@ impl Error {
         let path = path.to_path_buf();
         move |source| Self::File { action, path, source }
     }
-}
-
-/// Behind a semicolon; nothing where the error is one of ours, which says so itself.
-fn next_step(action: &str, error: &io::Error) -> String {
-    if error.get_ref().is_some() {
-        return String::new();
-    }
-    let step = match error.kind() {
-        ErrorKind::IsADirectory if action.starts_with("read") => "name a file in it",
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "free space on that disk, then start again",
-        ErrorKind::NotFound => "check the path and the directory this program was started in",
-        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
-            "check who may use it, or start as the user it belongs to"
-        }
-        ErrorKind::NotADirectory | ErrorKind::IsADirectory | ErrorKind::AlreadyExists => {
-            "something else has that name: move it away"
-        }
-        ErrorKind::InvalidData => "check that it is a text file in UTF-8",
-        _ => "check the path and the disk",
-    };
-    format!("; {step}")
 }

@@ -87,7 +87,7 @@ pub enum Row {
         #[serde(deserialize_with = "number")]
         loss_nats: f64,
         tokens: u64,
-        /// From its start until it is aggregated, without what the disk takes for it then.
+        /// From its start until its aggregation; writing it to disk is not counted.
         #[serde(deserialize_with = "number")]
         duration_ms: f64,
         /// How far the aggregate is from the exact mean of the products B·A, where the strategy knows it.

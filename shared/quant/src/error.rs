@@ -10,7 +10,7 @@ pub enum Error {
     #[error("use {}: {source}", .path.display())]
     Io { path: PathBuf, source: io::Error },
 
-    #[error("write {}: {source}{}", .path.display(), storage::next_step(source))]
+    #[error("write {}: {source}{}", .path.display(), storage::remedy(source))]
     Write { path: PathBuf, source: io::Error },
 
     /// The file ends early: copy or download it again.

@@ -44,8 +44,23 @@ impl StorageError {
 }
 
 /// What to do about a file's error, behind a semicolon; nothing where the error is one of ours, which says so itself.
-pub fn next_step(error: &io::Error) -> &'static str {
-    if error.get_ref().is_some() { "" } else { "; check the path and the disk" }
+pub fn remedy(error: &io::Error) -> &'static str {
+    if error.get_ref().is_some() {
+        return "";
+    }
+    match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "; free space on that disk, then start again",
+        ErrorKind::NotFound => "; check the path and the directory this program was started in",
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            "; check who may use it, or start as the user it belongs to"
+        }
+        ErrorKind::IsADirectory => "; name a file in it, or move it away",
+        ErrorKind::NotADirectory | ErrorKind::AlreadyExists => {
+            "; something else has that name: name another path, or move it away"
+        }
+        ErrorKind::InvalidData => "; check that it is a text file in UTF-8",
+        _ => "; check the path and the disk",
+    }
 }
 
 #[cfg(test)]
@@ -55,8 +70,8 @@ mod tests {
     #[test]
     fn who_says_what_to_do_is_not_corrected() {
         let directory = tempfile::tempdir().unwrap();
-        assert_eq!(next_step(&crate::replaceable(directory.path()).unwrap_err()), "");
+        assert_eq!(remedy(&crate::replaceable(directory.path()).unwrap_err()), "");
         let missing = std::fs::read(directory.path().join("missing")).unwrap_err();
-        assert_eq!(next_step(&missing), "; check the path and the disk");
+        assert_eq!(remedy(&missing), "; check the path and the directory this program was started in");
     }
 }

@@ -14,7 +14,7 @@ mod replacement;
 mod target;
 
 pub use disk::{Disk, Fault, Operation};
-pub use error::{StorageError, next_step};
+pub use error::{StorageError, remedy};
 pub use generations::{Generation, Generations};
 pub use journal::{Journal, Opened, RECORD_BYTES_MAX};
 pub use pack::{pack, unpack};
