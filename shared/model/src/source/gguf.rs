@@ -22,8 +22,8 @@ impl GgufModel {
         let reader = Reader::open(path)?;
         let config = read_config(&reader)?;
         let vocabulary = reader.vocabulary()?;
-        let tokenizer = Tokenizer::from_gguf(tokenizer_metadata(vocabulary));
-        let tokenizer = tokenizer.map_err(|error| refused(error.to_string()))?.with_template_in(path);
+        let tokenizer = Tokenizer::from_gguf(tokenizer_metadata(vocabulary), path);
+        let tokenizer = tokenizer.map_err(|error| refused(error.to_string()))?;
         let tensors = tensors_among(&config, reader.tensors().len()).map_err(refused)?;
         let tensors = tensors.into_iter().map(|(name, shape)| {
             let stored = gguf_tensor_name(&name);

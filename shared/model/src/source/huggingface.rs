@@ -132,8 +132,7 @@ fn read_tokenizer(directory: &Path) -> Result<Tokenizer, ModelError> {
         generation_config: generation.as_deref(),
         config: config.as_deref(),
     };
-    let tokenizer = Tokenizer::from_huggingface_files(&files).map_err(|error| ModelError::file(directory, error))?;
-    Ok(tokenizer.with_template_in(&directory.join(files.template_file())))
+    Tokenizer::from_huggingface_files(&files, directory).map_err(|error| ModelError::file(directory, error))
 }
 
 fn read_json(path: &Path) -> Result<Value, ModelError> {

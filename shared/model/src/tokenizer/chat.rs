@@ -25,7 +25,7 @@ pub struct Message {
 pub(super) struct ChatTemplate {
     environment: Environment<'static>,
     /// Where it is from, for errors.
-    pub place: String,
+    place: String,
     bos: Option<String>,
     eos: Option<String>,
 }

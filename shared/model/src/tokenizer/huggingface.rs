@@ -22,7 +22,7 @@ pub struct HuggingFaceFiles<'a> {
 
 impl HuggingFaceFiles<'_> {
     /// The one that the chat template is read from, if there is one.
-    pub fn template_file(&self) -> &'static str {
+    pub(super) fn template_file(&self) -> &'static str {
         if self.chat_template.is_some() { "chat_template.jinja" } else { "tokenizer_config.json" }
     }
 

@@ -100,16 +100,17 @@ impl Tokenizer {
         Self::new(json::read(tokenizer_json)?, settings.clone(), "the model's manifest")
     }
 
-    /// Reads the files that Hugging Face keeps beside a model's weights.
-    pub fn from_huggingface_files(files: &HuggingFaceFiles) -> Result<Self, TokenizerError> {
+    /// Reads the files that Hugging Face keeps beside a model's weights. `directory` is only named in errors.
+    pub fn from_huggingface_files(files: &HuggingFaceFiles, directory: &Path) -> Result<Self, TokenizerError> {
         let (vocabulary, settings) = files.read()?;
-        Self::new(vocabulary, settings, files.template_file())
+        let place = directory.join(files.template_file());
+        Self::new(vocabulary, settings, &place.display().to_string())
     }
 
-    /// Takes the tokenizer out of the metadata of a GGUF file.
-    pub fn from_gguf(metadata: GgufTokenizer) -> Result<Self, TokenizerError> {
+    /// Takes the tokenizer out of the metadata of a GGUF file. `file` is only named in errors.
+    pub fn from_gguf(metadata: GgufTokenizer, file: &Path) -> Result<Self, TokenizerError> {
         let (vocabulary, settings) = metadata.read()?;
-        Self::new(vocabulary, settings, "tokenizer.chat_template")
+        Self::new(vocabulary, settings, &file.display().to_string())
     }
 
     /// The tokenizer of a model made from a seed: one token per byte, three special tokens, ChatML.
@@ -117,14 +118,6 @@ impl Tokenizer {
         let (vocabulary, settings) = bytes::byte_vocabulary();
         let made = Self::new(vocabulary, settings, "the byte tokenizer");
         made.expect("the byte vocabulary is fixed, and a test builds it")
-    }
-
-    /// The tokenizer, whose chat template is in `file`: an error of it names that file, which is never opened here.
-    pub fn with_template_in(mut self, file: &Path) -> Self {
-        if let Some(template) = &mut self.template {
-            template.place = file.display().to_string();
-        }
-        self
     }
 
     /// `place` is where the chat template is from.

@@ -47,6 +47,14 @@ fn sentence_piece(pieces: &[(&str, f32)]) -> GgufTokenizer {
     gguf
 }
 
+fn from_gguf(metadata: GgufTokenizer) -> Result<Tokenizer, TokenizerError> {
+    Tokenizer::from_gguf(metadata, Path::new("models/m.gguf"))
+}
+
+fn from_huggingface_files(files: &HuggingFaceFiles) -> Result<Tokenizer, TokenizerError> {
+    Tokenizer::from_huggingface_files(files, Path::new("models/m"))
+}
+
 fn check_words(tokenizer: &Tokenizer, text: &str, expected: &[&str]) {
     let ids = tokenizer.encode(text, false).unwrap();
     let words: Vec<&str> = ids.iter().map(|&id| tokenizer.token_text(id).unwrap()).collect();
@@ -66,7 +74,7 @@ fn check_formats_agree(tokenizer: &Tokenizer, text: &str) {
     assert_eq!(tokenizer.engine.to_string(false).unwrap(), read.to_string(false).unwrap());
     let json = Tokenizer::from_json(&tokenizer.json(), tokenizer.settings()).unwrap();
     assert_eq!(json.json(), tokenizer.json(), "the document is canonical");
-    let gguf = Tokenizer::from_gguf(tokenizer.gguf().unwrap()).unwrap();
+    let gguf = from_gguf(tokenizer.gguf().unwrap()).unwrap();
     assert_eq!(gguf.gguf().unwrap(), tokenizer.gguf().unwrap());
     for parse_special in [false, true] {
         let ids = tokenizer.encode(text, parse_special).unwrap();
@@ -124,10 +132,10 @@ fn byte_tokenizer_speaks_chatml() {
 fn smollm_leaves_every_digit_alone_and_gpt2_does_not() {
     let words = ["12", "Ġ1", "ab"];
     let merges = ["1 2", "Ġ 1", "a b"];
-    let gpt2 = Tokenizer::from_gguf(byte_level("gpt-2", &words, &merges)).unwrap();
+    let gpt2 = from_gguf(byte_level("gpt-2", &words, &merges)).unwrap();
     check_words(&gpt2, "ab 12", &["ab", "Ġ", "12"]);
     check_words(&gpt2, "ab 13", &["ab", "Ġ1", "3"]);
-    let smollm = Tokenizer::from_gguf(byte_level("smollm", &words, &merges)).unwrap();
+    let smollm = from_gguf(byte_level("smollm", &words, &merges)).unwrap();
     check_words(&smollm, "ab 12", &["ab", "Ġ", "1", "2"]);
     check_formats_agree(&smollm, "ab  12<|endoftext|>");
     check_formats_agree(&gpt2, "ab  12<|endoftext|>");
@@ -138,9 +146,9 @@ fn llama_keeps_words_that_are_tokens_and_qwen_merges() {
     // No merge gives "abc" from "ab" and "c".
     let words = ["ab", "bc", "abc", "123"];
     let merges = ["a b", "b c", "a bc"];
-    let llama = Tokenizer::from_gguf(byte_level("llama-bpe", &words, &merges)).unwrap();
+    let llama = from_gguf(byte_level("llama-bpe", &words, &merges)).unwrap();
     check_words(&llama, "abc1234", &["abc", "123", "4"]);
-    let qwen = Tokenizer::from_gguf(byte_level("qwen2", &words, &merges)).unwrap();
+    let qwen = from_gguf(byte_level("qwen2", &words, &merges)).unwrap();
     check_words(&qwen, "abc1234", &["ab", "c", "1", "2", "3", "4"]);
     // Qwen composes e and a combining acute accent into é.
     assert_eq!(qwen.encode("e\u{301}", false).unwrap(), qwen.encode("é", false).unwrap());
@@ -151,7 +159,7 @@ fn llama_keeps_words_that_are_tokens_and_qwen_merges() {
 #[test]
 fn sentence_piece_merges_by_score_and_falls_back_to_bytes() {
     let pieces = [("▁", -9.0), ("a", -9.0), ("b", -9.0), ("c", -9.0), ("bc", -1.0), ("ab", -2.0), ("▁a", -3.0)];
-    let tokenizer = Tokenizer::from_gguf(sentence_piece(&pieces)).unwrap();
+    let tokenizer = from_gguf(sentence_piece(&pieces)).unwrap();
     check_words(&tokenizer, "abc", &["▁a", "bc"]);
     check_words(&tokenizer, " ab", &["▁", "▁", "ab"]);
     check_words(&tokenizer, "é", &["▁", "<0xC3>", "<0xA9>"]);
@@ -165,7 +173,7 @@ fn sentence_piece_merges_by_score_and_falls_back_to_bytes() {
 fn without_a_leading_space_the_text_starts_as_it_is() {
     let pieces = [("▁", -9.0), ("a", -9.0), ("▁a", -3.0)];
     let gguf = GgufTokenizer { add_space_prefix: Some(false), ..sentence_piece(&pieces) };
-    let tokenizer = Tokenizer::from_gguf(gguf).unwrap();
+    let tokenizer = from_gguf(gguf).unwrap();
     check_words(&tokenizer, "a a", &["a", "▁a"]);
     check_words(&tokenizer, " a", &["▁a"]);
     check_formats_agree(&tokenizer, "a a");
@@ -204,7 +212,7 @@ fn padding_fills_up_to_the_embedding_rows() {
     let mut gguf = Tokenizer::bytes().gguf().unwrap();
     gguf.pad_to(264);
     assert_eq!(gguf.tokens[263], "[PAD263]");
-    let tokenizer = Tokenizer::from_gguf(gguf).unwrap();
+    let tokenizer = from_gguf(gguf).unwrap();
     assert_eq!(tokenizer.vocabulary_size(), 264);
     assert!(tokenizer.encode("[PAD263]", true).unwrap().iter().all(|&id| id < 256));
 }
@@ -222,7 +230,7 @@ fn huggingface_settings_are_gathered_from_all_files() {
         config: Some(br#"{"eos_token_id": 256, "bos_token_id": 0}"#),
         ..HuggingFaceFiles::default()
     };
-    let tokenizer = Tokenizer::from_huggingface_files(&files).unwrap();
+    let tokenizer = from_huggingface_files(&files).unwrap();
     assert_eq!(tokenizer.settings().eos, [IM_END, 256]);
     assert_eq!(tokenizer.text_prefix(), Some(IM_START));
     assert_eq!(tokenizer.chat(&[message("user", "  x ")], true).unwrap(), "<|im_start|>x");
@@ -232,14 +240,14 @@ fn huggingface_settings_are_gathered_from_all_files() {
     files.tokenizer = &document;
     files.tokenizer_config = Some(br#"{"bos_token": "<|im_start|>"}"#);
     files.chat_template = Some(b"{% if tools is none %}{{ eos_token }}{% endif %}");
-    let tokenizer = Tokenizer::from_huggingface_files(&files).unwrap();
+    let tokenizer = from_huggingface_files(&files).unwrap();
     assert_eq!(tokenizer.text_prefix(), Some(IM_START));
     assert_eq!(tokenizer.chat(&[], false).unwrap(), "<|endoftext|>");
 }
 
 #[test]
 fn contradictory_gguf_metadata_is_refused() {
-    let read = Tokenizer::from_gguf;
+    let read = from_gguf;
     let good = || byte_level("gpt-2", &["ab"], &["a b"]);
     read(good()).unwrap();
     let with = |merges: &[&str]| byte_level("gpt-2", &["ab"], merges);
@@ -261,7 +269,7 @@ fn contradictory_gguf_metadata_is_refused() {
 
 #[test]
 fn contradictory_sentence_piece_metadata_is_refused() {
-    let read = Tokenizer::from_gguf;
+    let read = from_gguf;
     let good = || sentence_piece(&[("a", -1.0)]);
     read(good()).unwrap();
     check_refused(read(GgufTokenizer { scores: None, ..good() }), "scores has 0 entries for 259 tokens");
@@ -334,12 +342,12 @@ fn a_template_s_error_names_the_file_that_it_is_in() {
         tokenizer_config: Some(br#"{"chat_template": "{% if %}"}"#),
         ..HuggingFaceFiles::default()
     };
-    check_refused(Tokenizer::from_huggingface_files(&files), "chat template in tokenizer_config.json: syntax error");
+    check_refused(from_huggingface_files(&files), "chat template in models/m/tokenizer_config.json: syntax error");
     files.chat_template = Some(b"{% if %}");
-    check_refused(Tokenizer::from_huggingface_files(&files), "chat template in chat_template.jinja: syntax error");
+    check_refused(from_huggingface_files(&files), "chat template in models/m/chat_template.jinja: syntax error");
     let template = Some("{{ raise_exception('no turns') }}".to_owned());
     let gguf = GgufTokenizer { chat_template: template, ..byte_level("gpt-2", &[], &[]) };
-    let tokenizer = Tokenizer::from_gguf(gguf).unwrap().with_template_in(Path::new("models/m.gguf"));
+    let tokenizer = from_gguf(gguf).unwrap();
     let error = tokenizer.chat(&[], true).unwrap_err().to_string();
     assert!(error.starts_with("chat template in models/m.gguf: ") && error.contains("no turns"), "{error}");
 }
@@ -387,7 +395,7 @@ proptest! {
         } else {
             byte_level("qwen2", &["ab"], &["a b"])
         };
-        let mut document = Tokenizer::from_gguf(gguf).unwrap().json();
+        let mut document = from_gguf(gguf).unwrap().json();
         let at = at.index(document.len());
         document[at] = byte;
         if let Ok(tokenizer) = Tokenizer::from_json(&document, &TokenizerSettings::default()) {
