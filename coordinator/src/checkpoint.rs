@@ -100,13 +100,14 @@ impl Checkpoint {
     }
 }
 
-/// Writes the row of a round into `directory`, which is the round's of `run`.
-pub fn save_row(run: &RunDirectory, directory: &Path, row: &Row) -> Result<(), experiment::Error> {
+/// Writes the row of a round that has begun into its directory.
+pub fn save_row(run: &RunDirectory, round: u32, row: &Row) -> Result<(), experiment::Error> {
     let json = serde_json::to_vec(row).expect("a row has only string keys, so it can be written as JSON");
-    run.write(&directory.join(ROW_FILE), &json)
+    run.write(&run.round_path(round).join(ROW_FILE), &json)
 }
 
-/// Reads what [`save_row`] wrote; None where an earlier version of this program has finished the round.
+/// Reads what [`save_row`] wrote, if the round's files are still those that it was finished with. None where there is no
+/// such file: an earlier version of this program has finished the round, or its directory was deleted.
 pub fn load_row(run: &RunDirectory, round: u32) -> Result<Option<Row>, experiment::Error> {
     let path = run.round_path(round).join(ROW_FILE);
     let bytes = match std::fs::read(&path) {
@@ -114,6 +115,7 @@ pub fn load_row(run: &RunDirectory, round: u32) -> Result<Option<Row>, experimen
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(experiment::Error::File { action: "read", path, source }),
     };
+    run.verify_round(round)?;
     let what = match serde_json::from_slice::<Row>(&bytes) {
         Ok(row) if matches!(row, Row::Round { round: of, .. } if of == round) => return Ok(Some(row)),
         Ok(_) => format!("it is another row than that of round {round}"),
@@ -134,7 +136,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let experiment = Experiment::from_toml(include_str!("../../configs/smoke.toml"), "smoke.toml").unwrap();
         let run = RunDirectory::create(root.path(), &experiment).unwrap();
-        let directory = run.begin_round(1).unwrap();
+        run.begin_round(1).unwrap();
         assert_eq!(load_row(&run, 1).unwrap(), None);
         let row = |round| Row::Round {
             round,
@@ -147,16 +149,20 @@ mod tests {
             body_idle_ms: 3.0,
             energy_j: None,
         };
-        save_row(&run, &directory, &row(1)).unwrap();
+        save_row(&run, 1, &row(1)).unwrap();
+        run.finish_round(1).unwrap();
         assert_eq!(load_row(&run, 1).unwrap(), Some(row(1)));
 
         let check_refused = |expected: &str| {
             let error = load_row(&run, 1).unwrap_err().to_string();
-            assert!(error.contains("rounds/0001/row.json: ") && error.contains(expected), "{error}");
+            assert!(error.contains("rounds/0001") && error.contains(expected), "{error}");
         };
-        save_row(&run, &directory, &row(2)).unwrap();
+        save_row(&run, 1, &row(2)).unwrap();
+        check_refused("row.json is not what was written");
+        run.finish_round(1).unwrap();
         check_refused("another row than that of round 1");
-        std::fs::write(directory.join(ROW_FILE), "{\"row\":\"round\"").unwrap();
+        std::fs::write(run.round_path(1).join(ROW_FILE), "{\"row\":\"round\"").unwrap();
+        run.finish_round(1).unwrap();
         check_refused("no row of this version");
     }
 }

@@ -11,7 +11,7 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use model::Cut;
-use model::bench::{self, Batch, Layers, Shape};
+use model::bench::{self, Batch, Layers, Rank, Shape};
 use net::{InvitationFile, PeerName};
 use quant::Method;
 use serde_json::json;
@@ -114,8 +114,8 @@ struct BenchBodyArguments {
     /// Layers with an adapter: their names, or `all`
     #[arg(long, default_value = "all")]
     lora: Layers,
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    rank: u32,
+    #[arg(long, default_value = "8")]
+    rank: Rank,
     /// Timed steps, behind one that is not
     #[arg(long, default_value_t = 5, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
     steps: usize,

@@ -26,7 +26,7 @@ use crate::home::audit::Event;
 use crate::home::{Home, Keeper};
 use crate::journal::{self, Journal, Recovered};
 use crate::round::{ParticipantName, Rounds, Sizes};
-use crate::serve::{Blobs, Shared};
+use crate::serve::{Blobs, Renewals, Shared};
 use conductor::Conductor;
 
 pub const SOFTWARE: &str = concat!("headwater coordinator ", env!("CARGO_PKG_VERSION"));
@@ -261,6 +261,7 @@ impl Run {
             sessions: AtomicU64::new(unix_ms),
             connections_max: self.connections_max,
             served: Mutex::default(),
+            renewals: Renewals::default(),
         });
         let (federation, seed) = (experiment.federation.clone(), Seed(experiment.seed));
         let rounds = match &recovered.open {

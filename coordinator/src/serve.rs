@@ -23,6 +23,7 @@ use tokio::sync::{mpsc, oneshot};
 use wire::{CloseCode, DType, FromCoordinator, FromParticipant, ProtocolError, RefusalReason, UpdateReply};
 
 pub use blobs::Blobs;
+pub use certificates::Renewals;
 use session::Session;
 use stream::Stream;
 
@@ -55,6 +56,7 @@ pub struct Shared {
     pub connections_max: usize,
     /// How many connections of each peer are served.
     pub served: Mutex<BTreeMap<String, usize>>,
+    pub renewals: Renewals,
 }
 
 /// What a connection tells the run loop.

@@ -237,7 +237,7 @@ fn a_step_that_cannot_be_measured_is_a_mistake_of_usage() {
     for (option, expected) in [
         ("--batch 4x0", "give SEQUENCESxTOKENS, such as 4x128"),
         ("--lora q_prj", "no layer is called `q_prj`"),
-        ("--rank 0", "0 is not in 1..=1024"),
+        ("--rank 0", "give a rank of 1 to 1024"),
         ("--steps 0", "0 is not in 1.."),
     ] {
         let arguments = format!("bench body {option}");

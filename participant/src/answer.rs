@@ -31,7 +31,7 @@ pub struct Request {
     /// Of the answer.
     pub tokens_max: usize,
     pub sampling: Sampling,
-    /// Strings that end the answer, and are no part of it.
+    /// Strings that end the answer, and are no part of it; none is empty.
     pub stops: Vec<String>,
     /// The answer ends by then with what it has: nothing, perhaps.
     pub deadline: Option<Instant>,
@@ -215,7 +215,7 @@ impl Runner {
             tokenizer,
             sampler,
             form: grammar.as_ref().map(|grammar| Form::new(self.spelling(), grammar)),
-            text: Some((tokenizer.decode_stream(), StopStrings::new(stops.iter().cloned()))),
+            text: Some((tokenizer.decode_stream(), StopStrings::new(stops.clone()))),
             room: config.context + 1 - prompt.len(),
             prompt,
             seen: cached_tokens,

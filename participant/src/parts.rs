@@ -90,17 +90,24 @@ async fn fetch(
 }
 
 /// From one look at a store that another participant writes to until the next. Nobody tells when a file lock of another
-/// process is free, so it is asked for again and again; and so is one of this process, which is no different.
-const BUSY: Duration = Duration::from_millis(100);
+/// process is free, so it is asked for again and again.
+const BUSY_RETRY: Duration = Duration::from_millis(100);
 
 /// A writer of the blob; none, if it has come. While another participant writes to the store, the task waits, and no
 /// thread does: a process may have more participants than threads that can wait, and who writes needs one to go on.
 async fn writer(store: &BlobStore, blob: &Blob) -> Result<Option<BlobWriter>, ParticipantError> {
+    let mut waits = false;
     loop {
         match offload::in_place(|| store.resume(blob))? {
             Resumed::Writer(writer) => return Ok(Some(writer)),
             Resumed::Whole => return Ok(None),
-            Resumed::Busy => tokio::time::sleep(BUSY).await,
+            Resumed::Busy => {
+                if !waits {
+                    tracing::info!("another participant of this machine fetches parts of the model; waiting");
+                }
+                waits = true;
+                tokio::time::sleep(BUSY_RETRY).await;
+            }
         }
     }
 }
@@ -117,7 +124,7 @@ mod tests {
         let blob = Blob::of(b"headwater");
         let mut other = writer(&store, &blob).await.unwrap().expect("nobody else writes");
         let fetched = async move {
-            tokio::time::sleep(5 * BUSY).await;
+            tokio::time::sleep(5 * BUSY_RETRY).await;
             other.write(b"headwater").unwrap();
             other.finish().unwrap();
         };

@@ -1,15 +1,16 @@
 //! Strings that end an answer. They may arrive in pieces, so what may become one is held back until it cannot any more.
 
-/// Invariant: `held` is the beginning of some stop string, and not the whole of any.
+/// Invariants: no stop string is empty, and `held` is the beginning of some stop string, and not the whole of any.
 pub struct StopStrings {
     stops: Vec<String>,
     held: String,
 }
 
 impl StopStrings {
-    /// Empty strings, which would end every answer at once, are left out.
-    pub fn new(stops: impl IntoIterator<Item = String>) -> Self {
-        Self { stops: stops.into_iter().filter(|stop| !stop.is_empty()).collect(), held: String::new() }
+    /// None of `stops` is empty: such a one would end every answer at once.
+    pub fn new(stops: Vec<String>) -> Self {
+        debug_assert!(stops.iter().all(|stop| !stop.is_empty()));
+        Self { stops, held: String::new() }
     }
 
     /// What may be shown after this piece, and whether a stop string has come. Of that nothing is shown, nor what is behind
@@ -42,7 +43,7 @@ mod tests {
 
     #[test]
     fn a_stop_string_in_pieces_is_not_shown() {
-        let mut stops = StopStrings::new(["</s>".into(), String::new()]);
+        let mut stops = StopStrings::new(vec!["</s>".into()]);
         assert_eq!(stops.push("a<"), ("a".into(), false));
         assert_eq!(stops.push("b</"), ("<b".into(), false));
         assert_eq!(stops.push("s"), (String::new(), false));

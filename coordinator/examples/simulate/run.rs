@@ -270,7 +270,7 @@ impl Sim {
         let run = RunDirectory::open(&self.directory.join("runs/simulated"));
         let recorded = run.and_then(|run| {
             (1..=ROUNDS).try_for_each(|round| run.verify_round(round))?;
-            recorded_rounds(&run)
+            rounds_with_a_row(&run)
         });
         match recorded {
             Ok(rounds) if rounds.iter().copied().eq(1..=ROUNDS) => {}
@@ -343,8 +343,7 @@ impl Sim {
     }
 }
 
-/// Those that have a row.
-fn recorded_rounds(run: &RunDirectory) -> Result<Vec<u32>, experiment::Error> {
+fn rounds_with_a_row(run: &RunDirectory) -> Result<Vec<u32>, experiment::Error> {
     let mut rounds = Vec::new();
     for row in run.rows()? {
         if let Row::Round { round, .. } = row? {

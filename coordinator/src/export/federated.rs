@@ -36,10 +36,12 @@ fn missing(run: &RunDirectory) -> Result<Vec<String>, ExportError> {
     if run.experiment().federation.imatrix_tokens == 0 {
         return Ok(Vec::new());
     }
-    let mut members = Vec::new();
+    // Rows that were lost and found again stand behind later ones.
+    let (mut last, mut members) = (0, Vec::new());
     for row in run.rows()? {
-        if let Row::Round { members: those, .. } = row? {
-            members = those;
+        match row? {
+            Row::Round { round, members: those, .. } if round >= last => (last, members) = (round, those),
+            _ => {}
         }
     }
     members.retain(|member| !run.imatrix_path(member).is_file());

@@ -1,5 +1,6 @@
 //! Certificates over the wire: the first one for an invitation, and the next one for a participant that holds one.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -10,11 +11,15 @@ use wire::{CloseCode, Enrolled, Request};
 
 use super::{Control, HELLO_DEADLINE, ServeError, Shared, Stream, locked, misbehaved, within};
 use crate::home::RedeemError;
+use crate::round::ParticipantName;
 
-/// When a session last asked for a certificate.
-pub(super) type LastRenewal = Mutex<Option<Instant>>;
+/// Those who have asked for another certificate of late: since when, and how often.
+#[derive(Default)]
+pub struct Renewals(Mutex<BTreeMap<ParticipantName, (Instant, u32)>>);
 
-/// Between two renewals of a session. A device that gets none, or cannot keep what it got, asks again a minute later.
+/// Renewals of a participant within the interval. A device that gets none, or cannot keep what it got, asks again a
+/// minute later; one that has lost its connection before the answer came, as soon as it is back.
+const RENEWALS_MAX: u32 = 4;
 const RENEWAL_INTERVAL: Duration = Duration::from_secs(30);
 
 pub(super) async fn enrol(
@@ -41,8 +46,8 @@ pub(super) async fn enrol(
 
 impl Stream {
     pub(super) async fn renew(mut self, csr_der: Vec<u8>) -> Result<(), ServeError> {
-        if !may_renew(&mut locked(&self.renewed), Instant::now()) {
-            let what = format!("a renewal less than {} s after the one before", RENEWAL_INTERVAL.as_secs());
+        if !self.shared.renewals.admit(&self.participant, Instant::now()) {
+            let what = format!("more than {RENEWALS_MAX} renewals within {} s", RENEWAL_INTERVAL.as_secs());
             return Err(ServeError::Close(CloseCode::OverLimit, what));
         }
         self.receive.end().await?;
@@ -68,9 +73,15 @@ impl Stream {
     }
 }
 
-/// Whether a session may ask for a certificate now; that it has is noted.
-fn may_renew(last: &mut Option<Instant>, now: Instant) -> bool {
-    last.replace(now).is_none_or(|before| now.duration_since(before) >= RENEWAL_INTERVAL)
+impl Renewals {
+    /// Whether a participant may ask for a certificate now; that it has is noted.
+    fn admit(&self, participant: &ParticipantName, now: Instant) -> bool {
+        let mut recent = locked(&self.0);
+        recent.retain(|_, (since, _)| now.duration_since(*since) < RENEWAL_INTERVAL);
+        let (_, count) = recent.entry(participant.clone()).or_insert((now, 0));
+        *count += 1;
+        *count <= RENEWALS_MAX
+    }
 }
 
 /// A certificate chain, if the home issues one.
@@ -92,13 +103,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_session_renews_once_in_a_while() {
-        let (begun, mut last) = (Instant::now(), None);
-        let mut asks = |seconds| may_renew(&mut last, begun + Duration::from_secs(seconds));
-        assert!(asks(0));
-        assert!(asks(30));
-        assert!(!asks(59));
-        // Two at once, the later of which has the lock first.
-        assert!(!asks(58));
+    fn a_participant_renews_once_in_a_while() {
+        let (begun, renewals) = (Instant::now(), Renewals::default());
+        let at = |seconds| begun + Duration::from_secs(seconds);
+        let asks = |name: &str, seconds| renewals.admit(&ParticipantName::new(name), at(seconds));
+        assert!([0, 1, 2, 29].into_iter().all(|seconds| asks("press-1", seconds)));
+        assert!(!asks("press-1", 29));
+        assert!(asks("press-2", 29));
+        assert!(asks("press-1", 30));
     }
 }

@@ -14,7 +14,6 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use wire::{CODEC_PLAIN, CloseCode, FromCoordinator, FromParticipant};
 
-use super::certificates::LastRenewal;
 use super::stream::Answering;
 use super::{
     Control, Departure, HELLO_DEADLINE, Incoming, ServeError, Shared, Stream, ToParticipant, locked, misbehaved, within,
@@ -40,7 +39,6 @@ pub(super) struct Session<'a> {
     minor: u16,
     witness: Arc<Mutex<Witness>>,
     answering: Arc<Answering>,
-    renewed: Arc<LastRenewal>,
 }
 
 impl Session<'_> {
@@ -52,8 +50,8 @@ impl Session<'_> {
     ) -> Result<(), ServeError> {
         let id = shared.sessions.fetch_add(1, Ordering::Relaxed);
         let witness = Arc::new(Mutex::new(Witness::new(&shared.experiment)));
-        let (answering, renewed) = (Arc::default(), Arc::default());
-        let mut session = Session { id, participant, connection, shared, minor: 0, witness, answering, renewed };
+        let answering = Arc::default();
+        let mut session = Session { id, participant, connection, shared, minor: 0, witness, answering };
         let PeerIdentity::Participant { name } = connection.peer() else {
             return Err(ServeError::Close(CloseCode::NotAuthorized, "no participant".into()));
         };
@@ -207,7 +205,6 @@ impl Session<'_> {
                         shared: self.shared.clone(),
                         witness: self.witness.clone(),
                         answering: self.answering.clone(),
-                        renewed: self.renewed.clone(),
                         send: stream_send,
                         receive: stream_receive,
                         finished: false,

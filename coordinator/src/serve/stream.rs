@@ -14,7 +14,6 @@ use wire::{
     Shape, SquaredNorms, TensorHeader, TensorInfo, UpdateReply,
 };
 
-use super::certificates::LastRenewal;
 use super::{Incoming, ServeError, Shared, locked, misbehaved};
 use crate::body::{self, BodyError, Forward, Place, RoundKey};
 use crate::round::ParticipantName;
@@ -34,7 +33,6 @@ pub(super) struct Stream {
     pub(super) shared: Arc<Shared>,
     pub(super) witness: Arc<Mutex<Witness>>,
     pub(super) answering: Arc<Answering>,
-    pub(super) renewed: Arc<LastRenewal>,
     pub(super) send: SendStream,
     pub(super) receive: RecvStream,
     pub(super) finished: bool,

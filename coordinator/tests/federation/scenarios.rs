@@ -144,8 +144,15 @@ async fn rows_of_finished_rounds_that_were_lost_are_recorded_again() {
         assert_eq!(recorded_rounds(&run), recorded);
     }
 
+    // A damaged row is not believed, and holds nobody up.
+    let row = run.round_path(1).join("row.json");
+    std::fs::write(&row, "{}").unwrap();
+    lose_rounds(&run);
+    world.coordinator().stop().await.unwrap();
+    assert_eq!(recorded_rounds(&run), recorded[1..]);
+
     // As an earlier version left its rounds.
-    std::fs::remove_file(run.round_path(1).join("row.json")).unwrap();
+    std::fs::remove_file(&row).unwrap();
     lose_rounds(&run);
     world.coordinator().stop().await.unwrap();
     assert_eq!(recorded_rounds(&run), recorded[1..]);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
 use model::Part;
-use model::bench::{self, Batch, Layers, Shape};
+use model::bench::{self, Batch, Layers, Rank, Shape};
 use quant::inference::CacheType;
 
 use super::infer::{CacheName, duration};
@@ -122,8 +122,8 @@ pub(super) struct BenchTrainArguments {
     /// Layers with an adapter: their names, or `all`
     #[arg(long, default_value = "all")]
     lora: Layers,
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    rank: u32,
+    #[arg(long, default_value = "8")]
+    rank: Rank,
     /// Timed steps, behind one that is not
     #[arg(long, default_value_t = 5, value_parser = positive)]
     steps: usize,

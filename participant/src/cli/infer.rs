@@ -99,19 +99,20 @@ pub(super) struct GenerateArguments {
 #[derive(Args)]
 struct SamplingArguments {
     /// 0 always takes the likeliest token
-    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true, value_parser = temperature)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true, value_parser = in_range(|s| &mut s.temperature))]
     temperature: f64,
     /// Draw from so many of the likeliest tokens; 0 takes all
     #[arg(long, default_value_t = 0)]
     top_k: usize,
     /// Draw from the likeliest tokens that together have this probability
-    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true, value_parser = top_p)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true, value_parser = in_range(|s| &mut s.top_p))]
     top_p: f64,
     /// Draw from tokens at least so likely, as a share of the likeliest
-    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true, value_parser = min_p)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true, value_parser = in_range(|s| &mut s.min_p))]
     min_p: f64,
     /// Above 1, tokens that occurred become less likely
-    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true, value_parser = repetition_penalty)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
+    #[arg(value_parser = in_range(|s| &mut s.repetition_penalty))]
     repetition_penalty: f64,
     /// The same seed draws the same answer
     #[arg(long, default_value_t = 0)]
@@ -125,30 +126,16 @@ impl From<SamplingArguments> for Sampling {
     }
 }
 
-fn temperature(text: &str) -> Result<f64, String> {
-    in_range(text, |sampling| &mut sampling.temperature)
-}
-
-fn top_p(text: &str) -> Result<f64, String> {
-    in_range(text, |sampling| &mut sampling.top_p)
-}
-
-fn min_p(text: &str) -> Result<f64, String> {
-    in_range(text, |sampling| &mut sampling.min_p)
-}
-
-fn repetition_penalty(text: &str) -> Result<f64, String> {
-    in_range(text, |sampling| &mut sampling.repetition_penalty)
-}
-
-/// A number that the field can be.
-fn in_range(text: &str, field: fn(&mut Sampling) -> &mut f64) -> Result<f64, String> {
-    let number = text.parse::<f64>().map_err(|error| error.to_string())?;
-    let mut sampling = Sampling::default();
-    *field(&mut sampling) = number;
-    match sampling.out_of_range() {
-        Some((_, _, range)) => Err(format!("give {range}")),
-        None => Ok(number),
+/// Reads a number that the field can be.
+fn in_range(field: fn(&mut Sampling) -> &mut f64) -> impl Fn(&str) -> Result<f64, String> + Clone {
+    move |text: &str| {
+        let number = text.parse::<f64>().map_err(|error| error.to_string())?;
+        let mut sampling = Sampling::default();
+        *field(&mut sampling) = number;
+        match sampling.out_of_range() {
+            Some((_, _, range)) => Err(format!("give {range}")),
+            None => Ok(number),
+        }
     }
 }
 

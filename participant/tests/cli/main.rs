@@ -149,7 +149,7 @@ fn a_chat_template_that_fails_is_named_with_its_file() {
     desk.check_fails("generate --model hf --prompt hi", &expected);
     desk.check_fails("evaluate --model hf --data turns.jsonl", &expected);
     desk.write("hf/chat_template.jinja", "{% if %}");
-    let expected = ["hf: chat template in chat_template.jinja", "syntax error"];
+    let expected = ["chat template in hf/chat_template.jinja", "syntax error"];
     desk.check_fails("generate --model hf --prompt hi", &expected);
 }
 
@@ -381,10 +381,10 @@ fn an_argument_that_makes_no_sense_is_named() {
         ),
         ("bench infer --model base.gguf --depth 5000", &["5512 tokens", "context of", "ask for fewer"]),
         ("bench infer --model hf", &["hf is no GGUF file", "coordinator quantize"]),
-        ("device-log --out smoke.toml/logs", &["smoke.toml/logs", "check the path"]),
+        ("device-log --out smoke.toml/logs", &["smoke.toml/logs", "move it away"]),
         ("device-log --out real", &["real/press-1.jsonl", "already there", "--force"]),
         ("train smoke.toml --data data.jsonl --dump-batches data.jsonl", &["--dump-batches", "replace what --data"]),
-        ("train smoke.toml --data data.jsonl --out data.jsonl", &["data.jsonl", "check the path"]),
+        ("train smoke.toml --data data.jsonl --out data.jsonl", &["data.jsonl", "move it away"]),
         ("join press-1.invite --data data.jsonl --address coordinator", &["--address", "is not host:port"]),
         ("logits --model hf --out l --prompts foreign.jsonl", &["foreign.jsonl, line 2", "token 99999", "of 259"]),
         ("logits --model hf --out l --prompts none.jsonl", &["none.jsonl, line 1", "at least one token"]),

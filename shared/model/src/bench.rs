@@ -63,8 +63,8 @@ pub struct Measured {
 }
 
 impl Shape {
-    pub fn new(batch: Batch, layers: Layers, rank: u32) -> Self {
-        Self { sequences: batch.sequences, tokens: batch.tokens, rank, targets: layers.0 }
+    pub fn new(batch: Batch, layers: Layers, rank: Rank) -> Self {
+        Self { sequences: batch.sequences, tokens: batch.tokens, rank: rank.0, targets: layers.0 }
     }
 }
 
@@ -106,6 +106,19 @@ impl FromStr for Layers {
             return Err(format!("no layer is called `{strange}`; give `all` or some of {}", TARGETS.join(",")));
         }
         Ok(Self(layers))
+    }
+}
+
+/// An adapter's rank, as wide as an experiment may ask for.
+#[derive(Debug, Clone, Copy)]
+pub struct Rank(u32);
+
+impl FromStr for Rank {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let rank = text.parse().ok().filter(|rank: &u32| (1..=1024).contains(rank));
+        rank.map(Self).ok_or_else(|| "give a rank of 1 to 1024".into())
     }
 }
 
@@ -317,5 +330,13 @@ mod tests {
         assert!(error.contains("`q_prj`") && error.contains("q_proj,k_proj"), "{error}");
         assert_eq!("all".parse::<Layers>().unwrap().0, TARGETS);
         assert_eq!("q_proj,v_proj".parse::<Layers>().unwrap().0, ["q_proj", "v_proj"]);
+    }
+
+    #[test]
+    fn a_rank_is_one_that_an_experiment_may_have() {
+        for rank in ["0", "1025", "-1", "8.0", ""] {
+            assert_eq!(rank.parse::<Rank>().unwrap_err(), "give a rank of 1 to 1024", "{rank}");
+        }
+        assert_eq!("1024".parse::<Rank>().unwrap().0, 1024);
     }
 }

@@ -127,8 +127,8 @@ fn check_members_are_missed(devices: &Path) {
         let file = format!("{device}.gguf");
         fs::copy(devices.join(&file), mine.join(&file)).unwrap();
     }
-    let round = |members: &[&str]| experiment::Row::Round {
-        round: 2,
+    let row = |round, members: &[&str]| experiment::Row::Round {
+        round,
         members: members.iter().map(ToString::to_string).collect(),
         loss_nats: 1.0,
         tokens: 1,
@@ -144,9 +144,11 @@ fn check_members_are_missed(devices: &Path) {
         export(run.directory.path(), None, &[Format::Gguf(Mix::Q4_0)], &options, &run.out())
     };
     let mut rows = run.directory.metrics_log().unwrap();
-    rows.append(&round(&["0", "3", "4"])).unwrap();
+    rows.append(&row(2, &["0", "3", "4"])).unwrap();
+    // It was lost, and found again.
+    rows.append(&row(1, &["0", "1"])).unwrap();
     let error = export().unwrap_err().to_string();
     assert!(error.contains("has none of 3, 4, in the run's last round"), "{error}");
-    rows.append(&round(&["0", "2"])).unwrap();
+    rows.append(&row(2, &["0", "2"])).unwrap();
     export().unwrap();
 }

@@ -119,9 +119,11 @@ impl Conductor {
         let checkpoint = Checkpoint { adapter: Adapter::clone(&self.adapter), optimizers, strategy };
         let base = self.shared.source.origin().display().to_string();
         let directory = self.directory.begin_round(round)?;
-        offload::in_place(|| checkpoint.save(&self.directory, &directory, &base))?;
-        save_row(&self.directory, &directory, row)?;
-        Ok(self.directory.finish_round(round)?)
+        offload::in_place(|| -> Result<(), RunError> {
+            checkpoint.save(&self.directory, &directory, &base)?;
+            save_row(&self.directory, round, row)?;
+            Ok(self.directory.finish_round(round)?)
+        })
     }
 
     pub(super) async fn end(mut self, reason: FinishReason, mut peers: JoinSet<()>) -> Result<Ended, RunError> {

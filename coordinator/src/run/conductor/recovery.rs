@@ -42,7 +42,16 @@ impl Conductor {
         }
         // The watcher is not told again: it may have seen a row that was lost on its way to the disk.
         for round in missing {
-            self.unwritten.extend(load_row(&self.directory, round)?);
+            let lost = match load_row(&self.directory, round) {
+                Ok(Some(row)) => {
+                    self.unwritten.push_back(row);
+                    continue;
+                }
+                Ok(None) => "there is none in its directory".to_owned(),
+                // It is looked for again at the next start.
+                Err(error) => format!("failed to {error}"),
+            };
+            self.watcher.note(&format!("the row of round {round} is missing in the metrics: {lost}"));
         }
         self.write_rows()
     }
