@@ -11,10 +11,16 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 case ${1-} in
-    -*) sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; [ "$1" = --help ] && exit 0 || exit 2 ;;
+    -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -*)
+        printf 'demo: there is no option %s\n\n' "$1" >&2
+        sed -n '2,/^$/s/^# \{0,1\}//p' "$0" >&2
+        exit 2
+        ;;
 esac
 experiment=${1:-configs/demo.toml}
 die() { echo "demo: $*" >&2; exit 1; }
+[ ! -d "$experiment" ] || { echo "demo: $experiment is a directory; name a TOML file" >&2; exit 2; }
 [ -r "$experiment" ] || die "$experiment cannot be read: name an experiment, such as configs/demo.toml"
 
 # What this script has to know of the experiment; the programs check the rest.
@@ -50,7 +56,10 @@ finish() {
     mapfile -t children < <(jobs -p)
     kill "${children[@]}" 2> /dev/null || true
     wait
-    [ $status = 0 ] || echo "demo: stopped in the phase \"${running_phase-}\" with exit code $status; logs are in demo/logs/" >&2
+    local logs=""
+    # What an earlier demo left is removed before the first log is written.
+    [ -z "${logs_are_ours-}" ] || logs="; logs are in demo/logs/"
+    [ $status = 0 ] || echo "demo: stopped in the phase \"${running_phase-}\" with exit code $status$logs" >&2
     exit $status
 }
 trap finish EXIT
@@ -88,6 +97,7 @@ PATH=$built:$PATH
 # Only what an earlier demo made.
 rm -rf demo/{data,home,invites,state,cache,runs,exports,logs} demo/report.html
 mkdir -p demo/{invites,state,logs}
+logs_are_ours=yes
 
 phase "making up the devices' logs"
 participant device-log --out demo/data
