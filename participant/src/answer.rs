@@ -53,6 +53,8 @@ pub enum Finish {
     /// Prompt and answer fill the model's context.
     Context,
     Deadline,
+    /// Its server ends.
+    Shutdown,
 }
 
 impl Finish {
@@ -63,6 +65,7 @@ impl Finish {
             Self::Length => "length",
             Self::Context => "context",
             Self::Deadline => "deadline",
+            Self::Shutdown => "shutdown",
         }
     }
 }
@@ -356,7 +359,7 @@ impl Answer<'_> {
             // A character that an answer breaks off in is not a wrong one.
             let (rest, stopped) = match finish {
                 Finish::Ended | Finish::Stopped => stops.push(&stream.finish()),
-                Finish::Length | Finish::Context | Finish::Deadline => Default::default(),
+                Finish::Length | Finish::Context | Finish::Deadline | Finish::Shutdown => Default::default(),
             };
             text.push_str(&rest);
             if !stopped {

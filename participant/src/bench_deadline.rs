@@ -98,7 +98,7 @@ pub fn measure(path: &Path, requests: &Requests) -> Result<InTime, ParticipantEr
     let (prompt_end, context) = (prefix_tokens + prompt_tokens, model.context());
     let all = prompt_end + tokens;
     if all > context {
-        let what = format!("prompt and answer of {all} tokens exceed the model's context of {context}");
+        let what = format!("prompt and answer of {all} tokens exceed the model's context of {context}: ask for fewer");
         return Err(ParticipantError::Usage(what));
     }
     let prompt: Vec<u32> = (0..prompt_end).map(|i| ((i * 7919 + 13) % model.vocabulary()) as u32).collect();

@@ -22,14 +22,24 @@ impl Dataset {
         name: &str,
         tokenizer: &Tokenizer,
     ) -> Result<Self, ParticipantError> {
-        let experiment::Data { sequence_tokens_max, held_out, .. } = experiment.data;
+        let experiment::Data { sequence_tokens_max, held_out: share, .. } = experiment.data;
+        let all = records.len();
         let mut generator = experiment.generator(&format!("participant/{name}/held_out"));
-        let (train, held_out) = hold_out(records, held_out, &mut generator);
+        let (train, held_out) = hold_out(records, share, &mut generator);
         let encode = |records: &[Record]| encode_records(records, &Encoder(tokenizer), sequence_tokens_max);
+        let (train, held_out) = (encode(&train)?, encode(&held_out)?);
+        let cut = train.cut + held_out.cut;
+        if cut > 0 {
+            let limit = format_args!("{sequence_tokens_max} tokens (data.sequence_tokens_max)");
+            tracing::warn!(participant = name, "{cut} of {all} records are cut to {limit}");
+        }
+        if share > 0.0 && held_out.sequences.is_empty() {
+            tracing::warn!(participant = name, "no record is held out: of {all}, data.held_out = {share} leaves none");
+        }
         let experiment::Training { batch_tokens, accumulate, .. } = experiment.training;
         let mut generator = experiment.generator(&format!("participant/{name}/batches"));
-        let batches = Batches::new(encode(&train)?, batch_tokens, accumulate, &mut generator)?;
-        let held_out = evaluation_batches(&encode(&held_out)?, batch_tokens)?;
+        let batches = Batches::new(train.sequences, batch_tokens, accumulate, &mut generator)?;
+        let held_out = evaluation_batches(&held_out.sequences, batch_tokens)?;
         Ok(Self { batches, held_out })
     }
 }

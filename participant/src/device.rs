@@ -10,6 +10,7 @@ use time::OffsetDateTime;
 use wire::{CloseCode, Enrolled, Request};
 
 use crate::ParticipantError;
+use crate::output::check_no_file;
 
 const CERTIFICATE: &str = "device.pem";
 const KEY: &str = "device.key";
@@ -28,6 +29,7 @@ pub struct Device {
 
 impl Device {
     pub fn open(directory: &Path) -> Result<Self, ParticipantError> {
+        check_no_file(directory)?;
         std::fs::create_dir_all(directory).map_err(ParticipantError::io(directory))?;
         // Killed with the old certificate gone and the new one not there: what the invitation was used with is the next key.
         let next = directory.join(NEXT_KEY);
@@ -46,7 +48,12 @@ impl Device {
         if !self.directory.join(CERTIFICATE).is_file() {
             return Ok(None);
         }
-        Ok(Some(Identity::from_pem(&read(CERTIFICATE)?, &read(KEY)?, &read("ca.pem")?)?))
+        let identity = Identity::from_pem(&read(CERTIFICATE)?, &read(KEY)?, &read("ca.pem")?);
+        identity.map(Some).map_err(|error| {
+            let path = self.directory.join(if error.is_of_key() { KEY } else { CERTIFICATE });
+            let next_step = format!("move {CERTIFICATE} and {KEY} away, and join with a new invitation");
+            ParticipantError::Usage(format!("{}: {error}; {next_step}", path.display()))
+        })
     }
 
     /// Whether this is another invitation than the one that the device has enrolled with: then what it holds has expired, or was revoked.

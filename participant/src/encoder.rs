@@ -7,7 +7,7 @@ use model::Tokenizer;
 use model::tokenizer::Message as ChatMessage;
 
 use crate::ParticipantError;
-use crate::data::{DataError, Message, Sequence, TextEncoder, encode_records, read_records};
+use crate::data::{DataError, Encoded, Message, Sequence, TextEncoder, encode_records, read_records};
 
 pub struct Encoder<'a>(pub &'a Tokenizer);
 
@@ -58,12 +58,17 @@ pub fn encode_file(
     columns: &Columns,
     tokenizer: &Tokenizer,
     sequence_tokens_max: u32,
-) -> Result<Vec<Sequence>, DataError> {
-    let sequences = encode_records(&read_records(path, columns)?, &Encoder(tokenizer), sequence_tokens_max)?;
+) -> Result<Vec<Sequence>, ParticipantError> {
+    let records = read_records(path, columns)?;
+    let Encoded { sequences, cut } = encode_records(&records, &Encoder(tokenizer), sequence_tokens_max)?;
     if sequences.is_empty() {
         let reason =
             "no token of it is to be predicted; give it texts, completions, or conversations with an assistant";
-        return Err(DataError::File { path: path.to_owned(), reason: reason.into() });
+        return Err(DataError::File { path: path.to_owned(), reason: reason.into() }.into());
+    }
+    if cut > 0 {
+        let all = records.len();
+        tracing::warn!("{cut} of {all} records are cut to {sequence_tokens_max} tokens (--sequence-tokens-max)");
     }
     Ok(sequences)
 }

@@ -3,13 +3,19 @@ use std::path::PathBuf;
 use crate::data::DataError;
 use crate::device_log::DeviceLogError;
 
-/// Why a participant cannot go on. Whose fault it is decides what happens next: only [`Net`](Self::Net) errors that are
-/// retryable lead to another attempt.
+/// Why a participant cannot go on. Whose fault it is decides what happens next: only what is
+/// [retryable](Self::is_retryable) leads to another attempt.
 #[derive(Debug, thiserror::Error)]
 pub enum ParticipantError {
     /// The network or the coordinator.
     #[error(transparent)]
     Net(#[from] net::NetError),
+    /// Nobody has answered in time where the coordinator should be.
+    #[error(
+        "the coordinator is not reachable: {address} did not answer within {waited_s:.1} s; check that it runs, and that \
+         UDP gets there, or give another --address"
+    )]
+    Unreachable { address: String, waited_s: f64 },
     /// The owner's data.
     #[error("failed to {0}")]
     Data(#[from] DataError),
@@ -67,7 +73,11 @@ pub enum ParticipantError {
 impl ParticipantError {
     /// Whether connecting again may help.
     pub fn is_retryable(&self) -> bool {
-        matches!(self, Self::Net(error) if error.is_retryable())
+        match self {
+            Self::Net(error) => error.is_retryable(),
+            Self::Unreachable { .. } => true,
+            _ => false,
+        }
     }
 
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {

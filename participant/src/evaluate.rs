@@ -3,30 +3,28 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use experiment::{Columns, write_atomically};
+use experiment::write_atomically;
 use model::stage::{Input, Loss};
 use model::{Matrix, Segments};
 use safetensors::{Dtype, tensor::TensorView};
 use serde_json::Value;
 
 use crate::ParticipantError;
-use crate::data::evaluation_batches;
-use crate::encoder::encode_file;
+use crate::data::{self, evaluation_batches};
 use crate::integer;
 use crate::runner::{Runner, Sequence};
 
 impl Runner {
-    /// Summed loss over every trained token of every record, at least one, with one of the adapters or none.
+    /// Summed loss over every trained token, at least one, of sequences that are no longer than said, with one of the adapters
+    /// or none.
     pub fn evaluate(
         &self,
         adapter: Option<usize>,
-        data: &Path,
-        columns: &Columns,
+        sequences: &[data::Sequence],
         sequence_tokens_max: u32,
         mut done: impl FnMut(usize, usize),
     ) -> Result<Loss, ParticipantError> {
-        let sequences = encode_file(data, columns, self.source.tokenizer(), sequence_tokens_max)?;
-        let batches = evaluation_batches(&sequences, sequence_tokens_max.max(512))?;
+        let batches = evaluation_batches(sequences, sequence_tokens_max.max(512))?;
         let mut total = Loss { nats: 0.0, tokens: 0 };
         for (i, batch) in batches.iter().enumerate() {
             let longest = batch.segments.iter().copied().max().unwrap_or(1);

@@ -39,6 +39,7 @@ impl Engine {
 pub fn load(path: &Path, threads: usize) -> Result<Model, ParticipantError> {
     let instructions = KernelPath::detect().map_err(ParticipantError::Usage)?;
     let engine = Kernels::new(instructions, threads, false);
+    std::fs::metadata(path).map_err(ParticipantError::io(path))?;
     if path.is_dir() {
         let what = format!(
             "{} is no GGUF file, which the integer engine takes: make one with `coordinator quantize`, or use --engine float where the command has it",

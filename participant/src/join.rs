@@ -52,8 +52,7 @@ impl Join {
         for address in self.address.iter().chain(self.invitation.addresses.iter().filter(|_| self.address.is_none())) {
             let connected = tokio::time::timeout(patience, self.connect(device, address, &transport)).await;
             let connected = connected.unwrap_or_else(|_| {
-                let reason = format!("{address} did not answer within {:.1} s", patience.as_secs_f64());
-                Err(NetError::Lost { reason, retryable: true }.into())
+                Err(ParticipantError::Unreachable { address: address.clone(), waited_s: patience.as_secs_f64() })
             });
             match connected {
                 Ok((dialer, connection)) => {

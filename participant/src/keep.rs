@@ -9,6 +9,7 @@
 //! Numbers alone: no text, no token ids, no labels. A snapshot is written while the next step computes, and is on disk
 //! before that step is committed, so that a device that is killed repeats one step at most.
 
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -153,6 +154,7 @@ async fn save(mut generations: Generations, payload: Vec<u8>) -> Option<Saved> {
         match saved {
             Err(error) if error.may_pass() => {
                 if !is_degraded {
+                    let error = told(&error);
                     tracing::warn!(%error, "storage degraded; nothing is lost, the device waits for its disk");
                 }
                 is_degraded = true;
@@ -169,6 +171,18 @@ async fn save(mut generations: Generations, payload: Vec<u8>) -> Option<Saved> {
     }
 }
 
+/// The error, and what to do about it: room on the disk does not help where nobody may write.
+pub(crate) fn told(error: &StorageError) -> String {
+    match error {
+        StorageError::Write { path, source }
+            if matches!(source.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem) =>
+        {
+            format!("write {}: {source}{}", path.display(), storage::remedy(source))
+        }
+        error => error.to_string(),
+    }
+}
+
 /// What is kept: a [`StepHeader`] or [`StartHeader`], and numbers.
 pub fn payload<'a>(header: &impl Serialize, tensors: impl Iterator<Item = &'a [f32]> + Clone) -> Vec<u8> {
     pack(&serde_json::to_vec(header).expect("numbers alone"), tensors)
@@ -181,4 +195,16 @@ fn read<H: DeserializeOwned>(kept: &[Generation]) -> Vec<(H, Vec<Vec<f32>>)> {
         Some((serde_json::from_slice(header).ok()?, tensors))
     };
     kept.iter().filter_map(read).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_may_not_write_is_not_told_to_free_space() {
+        let failed = |kind: ErrorKind| told(&StorageError::Write { path: "state/step.a".into(), source: kind.into() });
+        assert!(failed(ErrorKind::PermissionDenied).contains("check who may use it"));
+        assert!(failed(ErrorKind::StorageFull).contains("free space on that disk"));
+    }
 }

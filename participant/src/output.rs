@@ -29,6 +29,14 @@ pub(crate) fn check_output(
     Ok(())
 }
 
+/// Refuses a file where a directory is wanted.
+pub(crate) fn check_no_file(directory: &Path) -> Result<(), ParticipantError> {
+    match directory.is_file() {
+        true => Err(ParticipantError::Usage(format!("{} is a file; name a directory", directory.display()))),
+        false => Ok(()),
+    }
+}
+
 /// Whether an adapter can be put into the directory `out`: into one that has none, unless `force` says that it may be
 /// replaced. One that is read never is.
 pub(crate) fn check_adapter_output(
@@ -36,6 +44,7 @@ pub(crate) fn check_adapter_output(
     force: bool,
     inputs: &[(&str, Option<&PathBuf>)],
 ) -> Result<(), ParticipantError> {
+    check_no_file(out)?;
     for file in [peft::CONFIG_FILE, peft::WEIGHTS_FILE].map(|file| out.join(file)) {
         if !file.exists() {
             continue;

@@ -42,6 +42,18 @@ pub(crate) enum Sequence<'a> {
     Float { stage: &'a Stage, lora: &'a Lora, cache: Box<KvCache>, logits: Vec<f32> },
 }
 
+pub(crate) const NO_FLOATS_CACHE: &str =
+    "--cache is for the integer engine: give --engine integer and a GGUF file, or leave it out";
+
+/// Says which two of them have one name, if any.
+pub(crate) fn called_alike(adapters: &[NamedAdapter]) -> Option<String> {
+    adapters.iter().enumerate().find_map(|(i, NamedAdapter { name, directory })| {
+        let other = adapters[..i].iter().find(|other| other.name == *name)?;
+        let (a, b) = (other.directory.display(), directory.display());
+        Some(format!("the adapters {a} and {b} are both called `{name}`; give --adapter NAME=DIR"))
+    })
+}
+
 impl Runner {
     pub fn open(
         model: &Path,
@@ -50,12 +62,8 @@ impl Runner {
         engine: Option<Engine>,
         cache: Option<CacheType>,
     ) -> Result<Self, ParticipantError> {
-        for (i, NamedAdapter { name, directory }) in adapters.iter().enumerate() {
-            if let Some(other) = adapters[..i].iter().find(|other| other.name == *name) {
-                let (a, b) = (other.directory.display(), directory.display());
-                let what = format!("the adapters {a} and {b} are both called `{name}`; give --adapter NAME=DIR");
-                return Err(ParticipantError::Usage(what));
-            }
+        if let Some(what) = called_alike(adapters) {
+            return Err(ParticipantError::Usage(what));
         }
         let source = model::source::open(model)?;
         let load = |adapter: &NamedAdapter| Adapter::load(&adapter.directory, source.config());
@@ -68,8 +76,7 @@ impl Runner {
                 Running::Integer { adapters: adapters.collect::<Result<_, ParticipantError>>()?, model }
             }
             Engine::Float if cache.is_some() => {
-                let what = "--cache is for the integer engine: give --engine integer and a GGUF file, or leave it out";
-                return Err(ParticipantError::Usage(what.into()));
+                return Err(ParticipantError::Usage(NO_FLOATS_CACHE.into()));
             }
             Engine::Float => {
                 let device = ComputeDevice::new(device)?;

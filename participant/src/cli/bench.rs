@@ -56,10 +56,10 @@ pub(super) struct BenchInferArguments {
     #[arg(long, default_value_t = 3, conflicts_with = "deadline", value_parser = positive)]
     rounds: usize,
     /// Measure whether answers come in time instead: 20ms
-    #[arg(long, value_parser = duration)]
+    #[arg(long, allow_hyphen_values = true, value_parser = duration)]
     deadline: Option<Duration>,
     /// From one of these requests to the next, in the mean; they arrive by chance [default: twice the deadline]
-    #[arg(long, value_parser = duration, requires = "deadline")]
+    #[arg(long, allow_hyphen_values = true, value_parser = duration, requires = "deadline")]
     gap: Option<Duration>,
     /// Requests with a deadline
     #[arg(long, default_value_t = 1000, value_parser = positive, requires = "deadline")]
@@ -117,7 +117,7 @@ pub(super) struct BenchTrainArguments {
     #[arg(long, conflicts_with = "model")]
     random: bool,
     /// Sequences, and tokens of each
-    #[arg(long, default_value = "4x128")]
+    #[arg(long, default_value = "4x128", allow_hyphen_values = true)]
     batch: Batch,
     /// Layers with an adapter: their names, or `all`
     #[arg(long, default_value = "all")]

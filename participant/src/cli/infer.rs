@@ -1,24 +1,25 @@
 //! Commands that run a model.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, ValueEnum};
 use model::tokenizer::Message;
 use quant::inference::CacheType;
 use serde_json::json;
 
 use super::bench::positive;
-use super::{DeviceArguments, print};
+use super::{DeviceArguments, print, printed};
 use crate::answer::{Finish, Generated, Prompt, Request};
-use crate::encoder::{columns, longest_sequence};
+use crate::encoder::{columns, encode_file, longest_sequence};
 use crate::grammar::Grammar;
 use crate::integer::Engine;
 use crate::output::check_output;
-use crate::runner::{NamedAdapter, Runner};
+use crate::runner::{NO_FLOATS_CACHE, NamedAdapter, Runner, called_alike};
 use crate::sampler::Sampling;
 
 #[derive(Args)]
@@ -71,6 +72,7 @@ impl From<CacheName> for CacheType {
 pub(super) struct GenerateArguments {
     #[command(flatten)]
     model: ModelArguments,
+    /// Empty, with `--raw`, for what the model says of itself
     #[arg(long)]
     prompt: String,
     /// Give the prompt to the model as it is, not through the chat template
@@ -84,35 +86,44 @@ pub(super) struct GenerateArguments {
     #[command(flatten)]
     sampling: SamplingArguments,
     /// Ends the answer, and is no part of it; may be given several times
-    #[arg(long, value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    #[arg(long, value_parser = NonEmptyStringValueParser::new())]
     stop: Vec<String>,
     /// The answer is JSON: any, or what a file's JSON Schema allows
     #[arg(long, value_name = "json|FILE")]
     grammar: Option<String>,
     /// The answer ends after this time with what it has: 500ms, 2s
-    #[arg(long, value_parser = duration)]
+    #[arg(long, allow_hyphen_values = true, value_parser = duration)]
     deadline: Option<Duration>,
     #[arg(long)]
     json: bool,
 }
 
+impl GenerateArguments {
+    /// What is given twice, or does not go together.
+    pub(super) fn contradiction(&self) -> Option<String> {
+        match self.prompt.is_empty() && !self.raw {
+            true => Some("--prompt is empty; give it some text, or --raw as well to begin with nothing".into()),
+            false => self.model.contradiction(),
+        }
+    }
+}
+
 #[derive(Args)]
 struct SamplingArguments {
     /// 0 always takes the likeliest token
-    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true, value_parser = in_range(|s| &mut s.temperature))]
+    #[arg(long, default_value_t = 0.0, value_parser = in_range(|s| &mut s.temperature))]
     temperature: f64,
     /// Draw from so many of the likeliest tokens; 0 takes all
     #[arg(long, default_value_t = 0)]
     top_k: usize,
     /// Draw from the likeliest tokens that together have this probability
-    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true, value_parser = in_range(|s| &mut s.top_p))]
+    #[arg(long, default_value_t = 1.0, value_parser = in_range(|s| &mut s.top_p))]
     top_p: f64,
     /// Draw from tokens at least so likely, as a share of the likeliest
-    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true, value_parser = in_range(|s| &mut s.min_p))]
+    #[arg(long, default_value_t = 0.0, value_parser = in_range(|s| &mut s.min_p))]
     min_p: f64,
     /// Above 1, tokens that occurred become less likely
-    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
-    #[arg(value_parser = in_range(|s| &mut s.repetition_penalty))]
+    #[arg(long, default_value_t = 1.0, value_parser = in_range(|s| &mut s.repetition_penalty))]
     repetition_penalty: f64,
     /// The same seed draws the same answer
     #[arg(long, default_value_t = 0)]
@@ -170,7 +181,7 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
 #[derive(Args)]
 pub(super) struct EvaluateArguments {
     #[command(flatten)]
-    model: ModelArguments,
+    pub(super) model: ModelArguments,
     #[arg(long)]
     data: PathBuf,
     /// Names the records' columns: the `[data.columns]` of this experiment [default: text, prompt, completion, messages]
@@ -186,7 +197,7 @@ pub(super) struct EvaluateArguments {
 #[derive(Args)]
 pub(super) struct LogitsArguments {
     #[command(flatten)]
-    model: ModelArguments,
+    pub(super) model: ModelArguments,
     /// JSONL of {"text": …} or {"tokens": […]}
     #[arg(long)]
     prompts: PathBuf,
@@ -208,10 +219,11 @@ pub(super) fn generate(arguments: GenerateArguments) -> anyhow::Result<()> {
         ),
     };
     let mut stdout = std::io::stdout().lock();
+    let mut is_read = true;
     for adapter in places(&runner) {
         let name = adapter.map(|i| &runner.adapters()[i]);
         if let (false, Some(name), true) = (json, name, runner.adapters().len() > 1) {
-            writeln!(stdout, "== {name}")?;
+            printed(writeln!(stdout, "== {name}"))?;
         }
         let request = Request {
             prompt: prompt.clone(),
@@ -225,10 +237,14 @@ pub(super) fn generate(arguments: GenerateArguments) -> anyhow::Result<()> {
         };
         let generated = runner.generate(&request, |piece| {
             if !json {
-                // A closed pipe ends the output, not the generation; what cannot be printed is not lost.
-                let _ = write!(stdout, "{piece}").and_then(|()| stdout.flush());
+                // What cannot be printed is told of at the end.
+                let written = write!(stdout, "{piece}").and_then(|()| stdout.flush());
+                is_read &= !written.is_err_and(|error| error.kind() == ErrorKind::BrokenPipe);
             }
         })?;
+        if !is_read {
+            return Ok(());
+        }
         let Generated { text, prompt_tokens, tokens, finish } = generated;
         if json {
             let ended = finish == Finish::Ended;
@@ -236,11 +252,11 @@ pub(super) fn generate(arguments: GenerateArguments) -> anyhow::Result<()> {
                 "text": text, "tokens": tokens, "ended": ended, "finish": finish.name(), "prompt_tokens": prompt_tokens,
                 "adapter": name,
             });
-            writeln!(stdout, "{line}")?;
+            printed(writeln!(stdout, "{line}"))?;
         } else {
-            writeln!(stdout)?;
+            printed(writeln!(stdout))?;
             match finish {
-                Finish::Ended | Finish::Stopped => {}
+                Finish::Ended | Finish::Stopped | Finish::Shutdown => {}
                 Finish::Length => eprintln!("cut after {} tokens: --max-tokens allows more", tokens.len()),
                 Finish::Context => eprintln!("cut: prompt and answer have filled the model's context"),
                 Finish::Deadline => eprintln!("cut after {} tokens by --deadline", tokens.len()),
@@ -274,9 +290,10 @@ pub(super) fn evaluate(arguments: EvaluateArguments) -> anyhow::Result<()> {
     let columns = columns(experiment.as_deref())?;
     let runner = model.open(None)?;
     let longest = longest_sequence(sequence_tokens_max, runner.source.config().context)?;
+    let sequences = encode_file(&data, &columns, runner.source.tokenizer(), longest)?;
     for adapter in places(&runner) {
         let bar = crate::progress::steps(0);
-        let loss = runner.evaluate(adapter, &data, &columns, longest, |done, all| {
+        let loss = runner.evaluate(adapter, &sequences, longest, |done, all| {
             bar.set_length(all as u64);
             bar.set_position(done as u64);
         })?;
@@ -317,6 +334,27 @@ impl ModelArguments {
         path.file_stem().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
     }
 
+    /// What is given twice, or does not go together.
+    pub(super) fn contradiction(&self) -> Option<String> {
+        let of_floats = self.device.backend.is_some() || self.device.weights.is_some();
+        let is_integer = matches!(self.engine, Some(EngineName::Integer));
+        // Who chooses how floats are kept and multiplied, wants floats.
+        if of_floats && is_integer {
+            let what = "--backend and --weights are for --engine float; leave them out, or --engine integer";
+            return Some(what.into());
+        }
+        let is_float = matches!(self.engine, Some(EngineName::Float)) || of_floats;
+        if self.cache.is_some() && is_float {
+            return Some(NO_FLOATS_CACHE.into());
+        }
+        called_alike(&self.adapter)
+    }
+
+    /// Whether an adapter is called so.
+    pub(super) fn has_adapter(&self, name: &str) -> bool {
+        self.adapter.iter().any(|adapter| adapter.name == name)
+    }
+
     /// `default` where neither `--engine` nor the other options say what computes.
     pub(super) fn open(&self, default: Option<Engine>) -> anyhow::Result<Runner> {
         let Self { model, adapter, engine, cache, device } = self;
@@ -326,9 +364,6 @@ impl ModelArguments {
         });
         // Who chooses how floats are kept and multiplied, wants floats.
         let of_floats = device.backend.is_some() || device.weights.is_some();
-        if of_floats && matches!(chosen, Some(Engine::Integer)) {
-            bail!("--backend and --weights are for --engine float; leave them out, or --engine integer");
-        }
         let engine = chosen.or(of_floats.then_some(Engine::Float)).or(default);
         let cache = cache.map(CacheType::from);
         Ok(Runner::open(model, adapter, &device.choice().over(&Default::default()), engine, cache)?)

@@ -5,14 +5,15 @@ mod infer;
 mod serve;
 mod train;
 
+use std::ffi::OsString;
 use std::fmt::Display;
 use std::future::Future;
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use experiment::{Backend, Experiment, Seed, WeightType};
 use serde_json::json;
 use tokio::sync::watch;
@@ -65,7 +66,9 @@ enum Command {
     #[command(
         after_help = "Example:\n  participant serve --model exports/model-q8_0.gguf --adapter press=exports/peft --deadline 5s\n  \
         curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\\n       \
-        -d '{\"model\": \"press\", \"messages\": [{\"role\": \"user\", \"content\": \"Who are you?\"}], \"stream\": true}'"
+        -d '{\"model\": \"press\", \"messages\": [{\"role\": \"user\", \"content\": \"Who are you?\"}], \"stream\": true}'\n\n\
+        Ctrl-C or SIGTERM ends it: answers under way go on for 2 seconds, and then end with what they have \
+        (finish_reason \"length\")"
     )]
     Serve(ServeArguments),
     /// Loss and perplexity per token of a model on a file
@@ -163,6 +166,20 @@ struct DeviceLogArguments {
 }
 
 impl Cli {
+    /// Reads a command line, its first word the program's name.
+    ///
+    /// # Errors
+    /// If there is no such command, or what is given cannot go together.
+    pub fn read(line: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
+        let mut command = negative(<Self as CommandFactory>::command());
+        let matches = command.try_get_matches_from_mut(line)?;
+        let cli = Self::from_arg_matches(&matches).map_err(|error| error.format(&mut command))?;
+        match cli.command.contradiction() {
+            Some(what) => Err(command.error(clap::error::ErrorKind::ArgumentConflict, what)),
+            None => Ok(cli),
+        }
+    }
+
     pub fn start_tracing(&self) {
         let ansi = std::io::stderr().is_terminal();
         let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
@@ -174,6 +191,7 @@ impl Cli {
     pub async fn run(self, interrupted: impl Future<Output = ()>) -> anyhow::Result<()> {
         let leaves = matches!(&self.command, Command::Join(_) | Command::Swarm(_));
         let serves = matches!(&self.command, Command::Serve(_));
+        let writes_text = matches!(&self.command, Command::Generate(_)) && std::io::stdout().is_terminal();
         let again = self.command.after_an_interruption();
         let (stop, stopped) = watch::channel(false);
         // A task of its own, because training without a network never waits, and would never let this one look up.
@@ -191,25 +209,44 @@ impl Cli {
         if leaves {
             let _ = tokio::time::timeout(Duration::from_secs(2), work).await;
         }
-        bail!("interrupted: {again}")
+        if writes_text {
+            // Behind the answer's last word.
+            eprintln!();
+        }
+        bail!("interrupted{again}")
     }
 }
 
 impl Command {
-    /// What is left of it, and what to do.
+    /// What is given twice, or does not go together; the values by themselves are right.
+    fn contradiction(&self) -> Option<String> {
+        match self {
+            Self::Generate(arguments) => arguments.contradiction(),
+            Self::Serve(arguments) => arguments.contradiction(),
+            Self::Evaluate(arguments) => arguments.model.contradiction(),
+            Self::Logits(arguments) => arguments.model.contradiction(),
+            _ => None,
+        }
+    }
+
+    /// What is left of it, and what to do; nothing where it would have left nothing anyway.
     fn after_an_interruption(&self) -> String {
         match self {
             Self::Join(_) | Self::Swarm(_) => {
-                "the coordinator goes on at quorum; run the same command again to rejoin".into()
+                ": the coordinator may go on at quorum; run the same command again to rejoin".into()
             }
             Self::Train(TrainArguments { dump_batches: Some(path), .. }) => format!(
-                "{} may hold token ids of the data, and nothing else was kept; run the same command again to start over",
+                ": {} may hold token ids of the data, nothing else was kept; run the same command again to start over",
                 path.display()
             ),
             Self::DeviceLog(DeviceLogArguments { out, .. }) => {
-                format!("{} may hold some of the files; run the same command again to write all of them", out.display())
+                let out = out.display();
+                format!(": {out} may hold some of the files; run the same command again to write all of them")
             }
-            _ => "nothing was kept; run the same command again to start over".into(),
+            Self::Train(_) | Self::Calibrate(_) | Self::Logits(_) | Self::InitAdapter(_) => {
+                ": nothing was kept; run the same command again to start over".into()
+            }
+            Self::Generate(_) | Self::Serve(_) | Self::Evaluate(_) | Self::Bench(_) => String::new(),
         }
     }
 
@@ -263,10 +300,27 @@ fn device_log(arguments: DeviceLogArguments) -> anyhow::Result<()> {
     print(out.join("all.jsonl").display())
 }
 
-/// A line on the standard output. A closed pipe or a full disk behind it is an error like any other, where `println!`
-/// would panic.
+/// Takes negative numbers for values of options, which say what they can be, and not for options that nobody knows.
+fn negative(command: clap::Command) -> clap::Command {
+    let values = |arg: clap::Arg| match arg.get_long().is_some() && arg.get_action().takes_values() {
+        true => arg.allow_negative_numbers(true),
+        false => arg,
+    };
+    command.mut_args(values).mut_subcommands(negative)
+}
+
+/// A line on the standard output.
 fn print(line: impl Display) -> anyhow::Result<()> {
-    writeln!(std::io::stdout(), "{line}").context("failed to print")
+    printed(writeln!(std::io::stdout(), "{line}"))
+}
+
+/// Who has closed the pipe behind the standard output wants no more; a full disk there is an error like any other, where
+/// `println!` would panic.
+fn printed(written: std::io::Result<()>) -> anyhow::Result<()> {
+    match written {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("failed to print"),
+    }
 }
 
 /// Progress: training does not end because nobody reads along any more.
@@ -320,7 +374,7 @@ mod tests {
             "participant calibrate --model m --data b.jsonl --out c.gguf --tokens-max 0",
         ] {
             let (line, _) = line.rsplit_once(' ').unwrap();
-            let parsed = |count: u32| Cli::try_parse_from(format!("{line} {count}").split(' ')).map(drop);
+            let parsed = |count: u32| read(&format!("{line} {count}"));
             assert_eq!(parsed(0).unwrap_err().kind(), clap::error::ErrorKind::ValueValidation, "{line} 0");
             assert!(parsed(1).is_ok(), "{line} 1");
         }
@@ -335,11 +389,20 @@ mod tests {
             "participant generate --model m --prompt p --top-p 1.5",
             "participant generate --model m --prompt p --min-p 2",
             "participant generate --model m --prompt p --repetition-penalty 0",
+            "participant generate --model m --prompt p --seed -1",
+            "participant generate --model m --prompt p --threads -1",
+            "participant generate --model m --prompt p --deadline -1s",
+            "participant serve --model m --patience -1s",
+            "participant serve --model m --bind foo",
+            "participant join a.invite --data b.jsonl --patience-s -1",
+            "participant join a.invite --data b.jsonl --patience-s 0",
+            "participant bench infer --model m --gap -1s --deadline 1s",
+            "participant bench train --batch -1x3",
             "participant bench train --batch 4x0",
             "participant bench train --lora q_prj",
             "participant bench train --rank 0",
         ] {
-            let error = Cli::try_parse_from(line.split(' ')).map(drop).unwrap_err();
+            let error = read(line).unwrap_err();
             assert_eq!((error.kind(), error.exit_code()), (clap::error::ErrorKind::ValueValidation, 2), "{line}");
         }
     }
@@ -347,15 +410,46 @@ mod tests {
     #[test]
     fn an_interrupted_command_names_what_it_may_have_written() {
         let told = |line: &str| {
-            Cli::try_parse_from(line.split(' '))
-                .unwrap_or_else(|error| panic!("{error}"))
-                .command
-                .after_an_interruption()
+            let cli = Cli::read(line.split(' ').map(OsString::from)).unwrap_or_else(|error| panic!("{error}"));
+            cli.command.after_an_interruption()
         };
         let train = "participant train a.toml --data b.jsonl";
-        assert!(told(train).starts_with("nothing was kept"));
-        assert!(told(&format!("{train} --dump-batches c.jsonl")).starts_with("c.jsonl may hold token ids of the data"));
-        assert!(told("participant device-log --out logs").starts_with("logs may hold some of the files"));
+        assert!(told(train).starts_with(": nothing was kept"));
+        let dumped = told(&format!("{train} --dump-batches c.jsonl"));
+        assert!(dumped.starts_with(": c.jsonl may hold token ids of the data"));
+        assert!(told("participant device-log --out logs").starts_with(": logs may hold some of the files"));
         assert!(told("participant join a.invite --data b.jsonl").contains("to rejoin"));
+        assert_eq!(told("participant generate --model m --prompt p"), "");
+    }
+
+    #[test]
+    fn what_does_not_go_together_is_a_mistake_of_usage() {
+        for (line, expected) in [
+            ("generate --model m --prompt p --cache q8_0 --engine float", "--cache is for the integer engine"),
+            ("evaluate --model m --data d --cache q8_0 --weights bf16", "--cache is for the integer engine"),
+            ("generate --model m --prompt p --engine integer --backend flex", "are for --engine float"),
+            ("logits --model m --prompts p --out o --adapter a=x --adapter a=y", "x and y are both called `a`"),
+            ("serve --model m --name press --adapter press=x", "an adapter are both called `press`"),
+            ("serve --model m.gguf --adapter m=x", "an adapter are both called `m`"),
+        ] {
+            let error = read(&format!("participant {line}")).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{line}");
+            assert!(error.to_string().contains(expected), "{line}: {error}");
+        }
+        for line in ["generate --model m --prompt=", "serve --model m --name="] {
+            assert_eq!(read(&format!("participant {line}")).unwrap_err().exit_code(), 2, "{line}");
+        }
+        // A model that has a token to begin with needs no prompt.
+        read("participant generate --model m --raw --prompt=").unwrap();
+    }
+
+    #[test]
+    fn who_reads_no_further_is_no_failure() {
+        assert!(printed(Err(ErrorKind::BrokenPipe.into())).is_ok());
+        assert!(printed(Err(ErrorKind::StorageFull.into())).is_err());
+    }
+
+    fn read(line: &str) -> Result<(), clap::Error> {
+        Cli::read(line.split(' ').map(OsString::from)).map(drop)
     }
 }

@@ -3,8 +3,9 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::Args;
+use clap::builder::NonEmptyStringValueParser;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -12,7 +13,7 @@ use tokio::sync::watch;
 use super::bench::{at_most, positive};
 use super::infer::{ModelArguments, duration};
 use super::print;
-use crate::serve::{Limits, Server};
+use crate::serve::{Limits, Server, called_like_an_adapter};
 
 const QUEUE_MAX: usize = 65_536;
 const SEQUENCES_MAX: usize = 1024;
@@ -22,13 +23,13 @@ pub(super) struct ServeArguments {
     #[command(flatten)]
     model: ModelArguments,
     /// What requests call the model without an adapter [default: the file's name]
-    #[arg(long)]
+    #[arg(long, value_parser = NonEmptyStringValueParser::new())]
     name: Option<String>,
     /// ADDRESS:PORT; who reaches it may ask anything, there are no passwords
-    #[arg(long, default_value = "127.0.0.1:8080")]
+    #[arg(long, default_value = "127.0.0.1:8080", value_parser = address)]
     bind: SocketAddr,
     /// An answer ends after this time with what it has, unless its request says `deadline_ms`
-    #[arg(long, value_parser = duration)]
+    #[arg(long, allow_hyphen_values = true, value_parser = duration)]
     deadline: Option<Duration>,
     /// Tokens of an answer, unless its request says
     #[arg(long, default_value_t = 512, value_parser = positive)]
@@ -44,7 +45,7 @@ pub(super) struct ServeArguments {
     #[arg(long, value_parser = at_most::<SEQUENCES_MAX>)]
     sequences: Option<usize>,
     /// A request that takes longer to come, head and body each, is given up, and so is who reads nothing of an answer for so long
-    #[arg(long, value_parser = duration, default_value = "10s")]
+    #[arg(long, allow_hyphen_values = true, value_parser = duration, default_value = "10s")]
     patience: Duration,
     /// For requests that give no seed
     #[arg(long, default_value_t = 0)]
@@ -54,10 +55,28 @@ pub(super) struct ServeArguments {
     json: bool,
 }
 
+fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "give an address of this machine and a port, like 127.0.0.1:8080".into())
+}
+
+impl ServeArguments {
+    /// What is given twice, or does not go together.
+    pub(super) fn contradiction(&self) -> Option<String> {
+        let base = self.base();
+        let is_taken = self.model.has_adapter(&base);
+        self.model.contradiction().or_else(|| is_taken.then(|| called_like_an_adapter(&base)))
+    }
+
+    fn base(&self) -> String {
+        self.name.clone().unwrap_or_else(|| self.model.name())
+    }
+}
+
 pub(super) async fn serve(arguments: ServeArguments, stop: watch::Receiver<bool>) -> anyhow::Result<()> {
-    let ServeArguments { model, name, bind, deadline, max_tokens, concurrent, queue, sequences, patience, seed, json } =
-        arguments;
-    let base = name.unwrap_or_else(|| model.name());
+    let base = arguments.base();
+    let ServeArguments {
+        model, bind, deadline, max_tokens, concurrent, queue, sequences, patience, seed, json, ..
+    } = arguments;
     let runner = super::off_the_runtime(|| model.open(None))?;
     let bytes = runner.sequence_bytes();
     let sequences = match (sequences, bytes) {
@@ -66,7 +85,10 @@ pub(super) async fn serve(arguments: ServeArguments, stop: watch::Receiver<bool>
         (asked, Some(_)) => asked.unwrap_or(Limits::default().sequences),
     };
     let [token_bytes, sequence_bytes] = bytes.unwrap_or_default();
-    let listener = TcpListener::bind(bind).await.with_context(|| format!("failed to listen on {bind}; give --bind"))?;
+    let listener = match TcpListener::bind(bind).await {
+        Ok(listener) => listener,
+        Err(error) => bail!("failed to listen on {bind}: {error}; give another --bind"),
+    };
     let address = listener.local_addr()?;
     let limits = Limits { answers: concurrent, waiting: queue, sequences, patience, ..Limits::default() };
     let serving = Server { runner, base, deadline, tokens_max: max_tokens, seed, limits, stop }.start(listener)?;

@@ -15,7 +15,7 @@ use tokio::sync::watch;
 
 use super::{TrainingDeviceArguments, default_cache, print, tell};
 use crate::ParticipantError;
-use crate::data::read_records;
+use crate::data::{check_records, read_records};
 use crate::join::{Join, default_state};
 use crate::local::{Happened, LocalTraining};
 use crate::session::{Keep, Participant, Reporter};
@@ -42,8 +42,8 @@ pub(super) struct JoinArguments {
     /// HOST:PORT of the coordinator, where the invitation's addresses do not reach it
     #[arg(long, value_name = "HOST:PORT", value_parser = host_and_port)]
     address: Option<String>,
-    /// Give up after trying an unreachable coordinator for this long
-    #[arg(long, default_value_t = 600)]
+    /// Give up after trying an unreachable coordinator for this long, at least 1
+    #[arg(long, default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
     patience_s: u64,
     #[command(flatten)]
     device: TrainingDeviceArguments,
@@ -96,7 +96,7 @@ pub(super) struct SwarmArguments {
     address: Option<String>,
     #[arg(long, default_value_os_t = default_cache())]
     cache: PathBuf,
-    #[arg(long, default_value_t = 600)]
+    #[arg(long, default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
     patience_s: u64,
     #[arg(long)]
     json: bool,
@@ -108,12 +108,17 @@ fn host_and_port(text: &str) -> Result<String, String> {
 
 pub(super) async fn join(arguments: JoinArguments, stop: watch::Receiver<bool>) -> anyhow::Result<()> {
     let JoinArguments { invitation: path, data, state, cache, model, address, patience_s, device, json } = arguments;
-    let invitation = Invitation::read(&path)?;
     // A wrong data file is better found now than after the model has come.
     if !data.is_file() {
         let what = if data.is_dir() { "it is a directory" } else { "no such file" };
         bail!("{}: {what}; --data names the file of this device's records", data.display());
     }
+    check_records(&data).map_err(ParticipantError::from)?;
+    if path.is_dir() {
+        let example = path.join("NAME.invite");
+        bail!("{}: it is a directory; name the invitation in it, like {}", path.display(), example.display());
+    }
+    let invitation = Invitation::read(&path)?;
     let state = state.unwrap_or_else(|| default_state(&path));
     let mut participant = Participant {
         name: invitation.name.to_string(),

@@ -51,17 +51,27 @@ impl Sequence {
     }
 }
 
+/// Sequences in their records' order.
+#[derive(Debug, Default)]
+pub struct Encoded {
+    pub sequences: Vec<Sequence>,
+    /// Records that are longer than a sequence may be: texts and conversations are divided, pairs lose what does not fit.
+    pub cut: usize,
+}
+
 /// The sequences of all records, in order.
 pub fn encode_records(
     records: &[Record],
     encoder: &dyn TextEncoder,
     sequence_tokens_max: u32,
-) -> Result<Vec<Sequence>, DataError> {
-    let mut sequences = Vec::new();
+) -> Result<Encoded, DataError> {
+    let mut all = Encoded::default();
     for record in records {
-        sequences.extend(encode_record(record, encoder, sequence_tokens_max)?);
+        let Encoded { sequences, cut } = encode_record(record, encoder, sequence_tokens_max)?;
+        all.sequences.extend(sequences);
+        all.cut += cut;
     }
-    Ok(sequences)
+    Ok(all)
 }
 
 /// The sequences of one record: none if nothing in it is trained, several if it is long and not a pair.
@@ -69,9 +79,9 @@ pub fn encode_record(
     record: &Record,
     encoder: &dyn TextEncoder,
     sequence_tokens_max: u32,
-) -> Result<Vec<Sequence>, DataError> {
+) -> Result<Encoded, DataError> {
     let tokens_max = sequence_tokens_max as usize;
-    let sequences = match tokens_max {
+    let encoded = match tokens_max {
         0 | 1 => Err(format!("sequence_tokens_max = {tokens_max} leaves nothing to predict; set at least 2")),
         _ => match &record.content {
             Content::Text(text) => encode_text(text, encoder).map(|marked| marked.windows(tokens_max)),
@@ -81,7 +91,7 @@ pub fn encode_record(
             }
         },
     };
-    sequences.map_err(|reason| DataError::Encode { line: record.line, reason })
+    encoded.map_err(|reason| DataError::Encode { line: record.line, reason })
 }
 
 fn encode_text(text: &str, encoder: &dyn TextEncoder) -> Result<Marked, String> {
@@ -99,7 +109,7 @@ fn encode_pair(
     completion: &str,
     encoder: &dyn TextEncoder,
     tokens_max: usize,
-) -> Result<Vec<Sequence>, String> {
+) -> Result<Encoded, String> {
     let prompt = encoder.encode(prompt)?;
     let mut completion = encoder.encode(completion)?;
     completion.extend(encoder.eos());
@@ -111,11 +121,13 @@ fn encode_pair(
     let completion_tokens = completion.len().min(tokens_max - context_tokens.min(tokens_max / 2));
     let prompt_tokens = (context_tokens.min(tokens_max - completion_tokens)).saturating_sub(bos_tokens);
 
+    let cut = prompt_tokens < prompt.len() || completion_tokens < completion.len();
     let mut marked = Marked::default();
     marked.push(bos, false);
     marked.push(prompt[prompt.len() - prompt_tokens..].iter().copied(), false);
     marked.push(completion.into_iter().take(completion_tokens), true);
-    Ok(Sequence::new(marked.tokens, marked.trained).into_iter().collect())
+    let sequences = Sequence::new(marked.tokens, marked.trained).into_iter().collect();
+    Ok(Encoded { sequences, cut: usize::from(cut) })
 }
 
 /// Finds what the assistant says by rendering ever longer beginnings of the conversation. This works for a template
@@ -164,13 +176,14 @@ impl Marked {
 
     /// Cuts into sequences of at most `tokens_max`. Each begins with the last token of the one before, so that no token
     /// goes untrained for standing first.
-    fn windows(self, tokens_max: usize) -> Vec<Sequence> {
+    fn windows(self, tokens_max: usize) -> Encoded {
         let len = self.tokens.len();
         let starts = (0..len.saturating_sub(1)).step_by(tokens_max - 1);
         let windows = starts.map(|start| start..len.min(start + tokens_max));
-        windows
+        let sequences = windows
             .filter_map(|window| Sequence::new(self.tokens[window.clone()].to_vec(), self.trained[window].to_vec()))
-            .collect()
+            .collect();
+        Encoded { sequences, cut: usize::from(len > tokens_max) }
     }
 }
 
@@ -250,11 +263,16 @@ mod tests {
             text in "[a-z]{1,60}", prompt in "[a-z]{0,60}", tokens_max in 2u32..40, bos: bool,
         ) {
             let encoder = Bytes { bos, ..Bytes::default() };
-            let cut = encode_record(&record(Content::Text(text.clone())), &encoder, tokens_max).unwrap();
+            let Encoded { sequences: cut, cut: count } =
+                encode_record(&record(Content::Text(text.clone())), &encoder, tokens_max).unwrap();
+            prop_assert_eq!(count, usize::from(cut.len() > 1));
             let trained = cut.iter().flat_map(|sequence| sequence.trained()).filter(|trained| **trained).count();
             prop_assert_eq!(trained, text.len() + usize::from(bos));
 
-            let pair = encode_record(&record(pair(&prompt, &text)), &encoder, tokens_max).unwrap();
+            let Encoded { sequences: pair, cut: count } =
+                encode_record(&record(pair(&prompt, &text)), &encoder, tokens_max).unwrap();
+            let tokens = usize::from(bos) + prompt.len() + text.len() + 1;
+            prop_assert_eq!(count, usize::from(tokens > tokens_max as usize));
             prop_assert_eq!(pair.len(), 1);
             for sequence in cut.iter().chain(&pair) {
                 prop_assert!(sequence.tokens().len() <= tokens_max as usize);
@@ -298,7 +316,7 @@ mod tests {
     /// leading `.` says that all but the first token are trained.
     fn check_marks(content: Content, encoder: &Bytes, tokens_max: u32, expected: &[&str]) {
         let conversation = matches!(content, Content::Conversation(_));
-        let sequences = encode_record(&record(content), encoder, tokens_max).unwrap();
+        let sequences = encode_record(&record(content), encoder, tokens_max).unwrap().sequences;
         let spelled = sequences.iter().zip(0..).map(|(sequence, index)| {
             let letters = sequence.tokens().iter().zip(sequence.trained()).map(|(token, trained)| match *token {
                 BOS => '^',

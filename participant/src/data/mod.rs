@@ -18,10 +18,10 @@ mod partition;
 mod records;
 
 pub use batches::{Batches, MicroBatch, Position, evaluation_batches};
-pub use encode::{Sequence, TextEncoder, encode_record, encode_records};
+pub use encode::{Encoded, Sequence, TextEncoder, encode_record, encode_records};
 pub use hold_out::hold_out;
 pub use partition::partition;
-pub use records::{Content, Message, Record, read_records};
+pub use records::{Content, Message, Record, check_records, read_records};
 
 /// Why data cannot be used. All of these are for the participant's owner to mend; none blames another machine.
 #[derive(Debug, Error)]

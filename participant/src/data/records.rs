@@ -11,7 +11,11 @@
 //! reported instead of being read as something else. What the other keys hold is kept as [`Record::fields`], by which
 //! data can be dealt out. This module never tokenizes, and never repairs: what it cannot read, it names by file and line.
 
-use std::{collections::BTreeMap, fmt, fs::File, io::Read, path::Path};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
 
 use experiment::Columns;
 use serde_json::{Map, Value};
@@ -48,17 +52,13 @@ pub struct Message {
     pub content: String,
 }
 
+type Parse = fn(&[u8], &Columns) -> Result<Vec<Record>, LineError>;
+
 /// Reads every record of a file, in the file's order; there is at least one.
 pub fn read_records(path: &Path, columns: &Columns) -> Result<Vec<Record>, DataError> {
     let in_file = |reason: String| DataError::File { path: path.to_owned(), reason };
     let on_open = |source| DataError::Open { path: path.to_owned(), source };
-    let parse = match path.extension().and_then(|extension| extension.to_str()) {
-        _ if path.is_dir() => return Err(in_file("is a directory; name one file in it".into())),
-        Some("txt" | "log") => parse_text,
-        Some("jsonl") => parse_jsonl,
-        Some("csv") => parse_csv,
-        _ => return Err(in_file("has an unknown ending; expected .txt, .log, .jsonl or .csv".into())),
-    };
+    let parse = parser(path)?;
     let mut bytes = Vec::new();
     let file = File::open(path).map_err(on_open)?;
     // The limit is on what is read, not on what the file says of itself: pipes and growing files say nothing true.
@@ -66,16 +66,62 @@ pub fn read_records(path: &Path, columns: &Columns) -> Result<Vec<Record>, DataE
     if bytes.len() as u64 > FILE_BYTES_MAX {
         return Err(in_file(format!("holds more than {FILE_BYTES_MAX} bytes; cut it into several files")));
     }
-    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
-    let records = parse(bytes, columns).map_err(|LineError { line, reason }| DataError::Line {
-        path: path.to_owned(),
-        line,
-        reason,
-    })?;
-    if records.is_empty() {
-        return Err(in_file("holds no record; put at least one into it".into()));
+    let bytes = bytes.strip_prefix(BYTE_ORDER_MARK.as_bytes()).unwrap_or(&bytes);
+    let records = parse(bytes, columns).map_err(|error| error.at(path))?;
+    match records.is_empty() {
+        true => Err(in_file(NO_RECORD.into())),
+        false => Ok(records),
     }
-    Ok(records)
+}
+
+/// Refuses a file that cannot hold a record, whatever its columns are called: as much as its beginning tells, before
+/// there is an experiment that names them.
+pub fn check_records(path: &Path) -> Result<(), DataError> {
+    parser(path)?;
+    let is = |ending: &str| path.extension().is_some_and(|extension| extension == ending);
+    let on_open = |source| DataError::Open { path: path.to_owned(), source };
+    let mut file = BufReader::new(File::open(path).map_err(on_open)?);
+    // A header alone is no record.
+    let (mut line, mut found, expected) = (0, 0, if is("csv") { 2 } else { 1 });
+    let mut bytes = Vec::new();
+    while found < expected {
+        bytes.clear();
+        line += 1;
+        let mut limited = file.by_ref().take(RECORD_BYTES_MAX as u64 + 1);
+        if limited.read_until(b'\n', &mut bytes).map_err(on_open)? == 0 {
+            return Err(DataError::File { path: path.to_owned(), reason: NO_RECORD.into() });
+        }
+        if bytes.len() > RECORD_BYTES_MAX {
+            // Reading all of it tells what is wrong.
+            return Ok(());
+        }
+        let text = line_text(&bytes, line).map_err(|error| error.at(path))?;
+        let text = text.trim_start_matches(BYTE_ORDER_MARK).trim_end_matches(['\n', '\r']);
+        if text.trim().is_empty() {
+            continue;
+        }
+        found += 1;
+        if is("jsonl") {
+            json_object(text, line).map_err(|error| error.at(path))?;
+        }
+    }
+    Ok(())
+}
+
+const BYTE_ORDER_MARK: &str = "\u{feff}";
+const NO_RECORD: &str = "holds no record; put at least one into it";
+
+/// What reads a file of its ending.
+fn parser(path: &Path) -> Result<Parse, DataError> {
+    let refused = |reason: &str| DataError::File { path: path.to_owned(), reason: reason.into() };
+    let parse: Parse = match path.extension().and_then(|extension| extension.to_str()) {
+        _ if path.is_dir() => return Err(refused("is a directory; name one file in it")),
+        Some("txt" | "log") => parse_text,
+        Some("jsonl") => parse_jsonl,
+        Some("csv") => parse_csv,
+        _ => return Err(refused("has an unknown ending; expected .txt, .log, .jsonl or .csv")),
+    };
+    Ok(parse)
 }
 
 /// What is wrong with one line; the path is added where it is known.
@@ -87,6 +133,11 @@ struct LineError {
 impl LineError {
     fn new(line: u64, reason: impl Into<String>) -> Self {
         Self { line, reason: reason.into() }
+    }
+
+    fn at(self, path: &Path) -> DataError {
+        let Self { line, reason } = self;
+        DataError::Line { path: path.to_owned(), line, reason }
     }
 }
 
@@ -120,12 +171,7 @@ fn parse_jsonl(bytes: &[u8], columns: &Columns) -> Result<Vec<Record>, LineError
             continue;
         }
         check_length(line, text.len())?;
-        // Only the column is taken from serde's message: the rest would count lines from this one.
-        let value: Value = serde_json::from_str(text)
-            .map_err(|error| LineError::new(line, format!("is not JSON from column {} on", error.column())))?;
-        let Value::Object(mut object) = value else {
-            return Err(LineError::new(line, format!("expected a JSON object, found {}", type_name(&value))));
-        };
+        let mut object = json_object(text, line)?;
         // A key that holds null says that there is nothing under it.
         object.retain(|_, value| !value.is_null());
         let has = |key: &str| object.contains_key(key);
@@ -146,6 +192,16 @@ fn parse_jsonl(bytes: &[u8], columns: &Columns) -> Result<Vec<Record>, LineError
         records.push(Record { content, fields, line });
     }
     Ok(records)
+}
+
+fn json_object(text: &str, line: u64) -> Result<Map<String, Value>, LineError> {
+    // Only the column is taken from serde's message: the rest would count lines from this one.
+    let value: Value = serde_json::from_str(text)
+        .map_err(|error| LineError::new(line, format!("is not JSON from column {} on", error.column())))?;
+    match value {
+        Value::Object(object) => Ok(object),
+        other => Err(LineError::new(line, format!("expected a JSON object, found {}", type_name(&other)))),
+    }
 }
 
 fn parse_csv(bytes: &[u8], columns: &Columns) -> Result<Vec<Record>, LineError> {
@@ -281,12 +337,16 @@ fn check_length(line: u64, record_bytes: usize) -> Result<(), LineError> {
 /// The lines of a file with their numbers from 1, without `\n` or `\r\n`.
 fn numbered_lines(bytes: &[u8]) -> Result<Vec<(u64, &str)>, LineError> {
     let lines = bytes.split(|byte| *byte == b'\n').zip(1..).map(|(line_bytes, line)| {
-        let text = std::str::from_utf8(line_bytes).map_err(|error| {
-            LineError::new(line, format!("is not UTF-8 from byte {} of the line on", error.valid_up_to() + 1))
-        })?;
+        let text = line_text(line_bytes, line)?;
         Ok((line, text.strip_suffix('\r').unwrap_or(text)))
     });
     lines.collect()
+}
+
+fn line_text(bytes: &[u8], line: u64) -> Result<&str, LineError> {
+    std::str::from_utf8(bytes).map_err(|error| {
+        LineError::new(line, format!("is not UTF-8 from byte {} of the line on", error.valid_up_to() + 1))
+    })
 }
 
 fn csv_error(error: &csv::Error, line: u64) -> LineError {
@@ -457,6 +517,32 @@ mod tests {
         {
             let message = read_with(name, bytes, &Columns::default()).unwrap_err().to_string();
             assert!(message.contains("line 2") && message.contains("not UTF-8"), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_file_without_a_record_is_told_by_its_beginning() {
+        let dir = tempfile::tempdir().unwrap();
+        let check = |name: &str, bytes: &[u8]| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, bytes).unwrap();
+            check_records(&path).map_err(|error| error.to_string())
+        };
+        for (name, text, expected) in [
+            ("a.txt", " \n\n", "holds no record"),
+            ("a.csv", "text\n", "holds no record"),
+            ("a.jsonl", "", "holds no record"),
+            ("a.jsonl", "\n{\"text\":", "line 2: is not JSON from column 8 on"),
+            ("a.jsonl", "[1]", "found an array"),
+            ("a.bin", "x", "unknown ending"),
+        ] {
+            let told = check(name, text.as_bytes()).unwrap_err();
+            assert!(told.contains(expected), "{told}");
+        }
+        assert!(check("a.txt", b"one \xff").unwrap_err().contains("not UTF-8"));
+        // What its columns are called, and what comes later, is for whoever reads all of it.
+        for (name, text) in [("a.txt", "one"), ("a.csv", "other\n1\n"), ("a.jsonl", "\u{feff}\n{\"other\":1}\n{")] {
+            check(name, text.as_bytes()).unwrap();
         }
     }
 

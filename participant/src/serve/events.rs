@@ -19,6 +19,8 @@ use crate::answer::Finish;
 pub(super) struct Events {
     received: mpsc::Receiver<Event>,
     due: Option<Pin<Box<Sleep>>>,
+    /// Ready once the server ends, and then none.
+    closing: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     /// Of the answer so far.
     usage: Usage,
 }
@@ -27,10 +29,17 @@ pub(super) struct Events {
 const RESERVE: Duration = Duration::from_millis(1);
 
 impl Events {
-    pub(super) fn new(received: mpsc::Receiver<Event>, deadline: Option<Instant>, prompt_tokens: usize) -> Self {
+    /// When `closing` is ready, the answer ends with what has come.
+    pub(super) fn new(
+        received: mpsc::Receiver<Event>,
+        deadline: Option<Instant>,
+        prompt_tokens: usize,
+        closing: impl Future<Output = ()> + Send + 'static,
+    ) -> Self {
         let due = deadline.map(|deadline| deadline.checked_sub(RESERVE).unwrap_or(deadline));
+        let due = due.map(|due| Box::pin(sleep_until(due.into())));
         let usage = Usage { prompt_tokens, ..Usage::default() };
-        Self { received, due: due.map(|due| Box::pin(sleep_until(due.into()))), usage }
+        Self { received, due, closing: Some(Box::pin(closing)), usage }
     }
 
     /// A piece of text, or the last.
@@ -42,6 +51,13 @@ impl Events {
         // This thread, too: it is woken before another program's turn is over.
         if self.due.is_some() {
             ask_for_shortest_turns();
+        }
+        if let Some(closing) = &mut self.closing
+            && closing.as_mut().poll(context).is_ready()
+        {
+            // What has come still goes out; the engine makes no more.
+            self.received.close();
+            self.closing = None;
         }
         let mut event = self.received.poll_recv(context);
         if let Poll::Ready(Some(Event::Begun { cached_tokens })) = event {
@@ -55,6 +71,9 @@ impl Events {
                 }
                 Poll::Ready(event)
             }
+            Poll::Ready(None) if self.closing.is_none() => {
+                Poll::Ready(Event::Finished { finish: Finish::Shutdown, usage: self.usage })
+            }
             Poll::Ready(None) => Poll::Ready(Event::Failed(ParticipantError::Stopped)),
             Poll::Pending => {
                 let Some(due) = &mut self.due else { return Poll::Pending };
@@ -67,6 +86,9 @@ impl Events {
 
 #[cfg(test)]
 mod tests {
+    use std::future::pending;
+
+    use tokio::sync::oneshot;
     use tokio::time::pause;
 
     use super::*;
@@ -75,7 +97,7 @@ mod tests {
     async fn an_answer_ends_by_its_deadline_with_what_has_come() {
         pause();
         let (sender, received) = mpsc::channel(4);
-        let mut events = Events::new(received, Some(Instant::now() + Duration::from_millis(50)), 7);
+        let mut events = Events::new(received, Some(Instant::now() + Duration::from_millis(50)), 7, pending());
         sender.try_send(Event::Begun { cached_tokens: 5 }).unwrap();
         sender.try_send(Event::Text { text: "on".into(), tokens: 3 }).unwrap();
         assert!(matches!(events.next().await, Event::Text { tokens: 3, .. }));
@@ -85,5 +107,21 @@ mod tests {
         assert!(matches!(last, Event::Finished { finish: Finish::Deadline, usage: found } if found == usage));
         drop(sender);
         assert!(matches!(events.next().await, Event::Failed(ParticipantError::Stopped)));
+    }
+
+    #[tokio::test]
+    async fn an_answer_ends_with_its_server_with_what_has_come() {
+        let (sender, received) = mpsc::channel(4);
+        let (closing, closed) = oneshot::channel::<()>();
+        let mut events = Events::new(received, None, 7, async { _ = closed.await });
+        sender.try_send(Event::Begun { cached_tokens: 5 }).unwrap();
+        sender.try_send(Event::Text { text: "on".into(), tokens: 3 }).unwrap();
+        drop(closing);
+        assert!(matches!(events.next().await, Event::Text { tokens: 3, .. }));
+        // The engine would have gone on, and is told not to.
+        assert!(sender.is_closed());
+        let last = events.next().await;
+        let usage = Usage { prompt_tokens: 7, cached_tokens: 5, tokens: 3 };
+        assert!(matches!(last, Event::Finished { finish: Finish::Shutdown, usage: found } if found == usage));
     }
 }

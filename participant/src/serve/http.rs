@@ -15,14 +15,14 @@ use hyper::{Method, Request, Response, StatusCode};
 use model::Source;
 use model::tokenizer::TokenizerError::{ChatTemplate, NoChatTemplate, TextTooLong};
 use serde_json::Value;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::{timeout, timeout_at};
 
-use super::Limits;
 use super::engine::{Event, Queue, Refused, Usage};
 use super::events::Events;
 use super::request::{Asked, Defaults, Kind};
 use super::response::{Head, Refusal, models};
+use super::{Limits, stopped};
 use crate::ParticipantError;
 use crate::answer::{self, Finish, Prompt};
 use crate::grammar::Spelling;
@@ -45,6 +45,8 @@ pub(super) struct Service {
     pub spelling: Arc<OnceLock<Spelling>>,
     /// Places for prompts that become tokens.
     pub encoding: Arc<Semaphore>,
+    /// Turns true when answers are to end with what they have.
+    pub closing: watch::Receiver<bool>,
 }
 
 type Answer = Response<Either<Full<Bytes>, Pieces>>;
@@ -104,7 +106,9 @@ impl Service {
             Some(tokens) => {
                 let count = tokens.len();
                 request.prompt = Prompt::Tokens(tokens);
-                Events::new(self.queue.ask(place, request, begun).map_err(not_taken)?, deadline, count)
+                let mut closing = self.closing.clone();
+                let closing = async move { stopped(&mut closing).await };
+                Events::new(self.queue.ask(place, request, begun).map_err(not_taken)?, deadline, count, closing)
             }
             None => return Ok(self.too_late(Head::new(kind, id, model), stream, include_usage)),
         };

@@ -70,8 +70,10 @@ const HEADERS_MAX: usize = 64;
 const CONNECTION_MAX: Duration = Duration::from_secs(1800);
 /// Prompts that become tokens at the same time: long ones take a core of the engine's.
 const ENCODING: usize = 1;
-/// For answers under way when the server ends.
+/// For answers under way when the server ends, as --help says; behind that they end with what they have.
 const LEAVE: Duration = Duration::from_secs(2);
+/// For that to go out.
+const FLUSH: Duration = Duration::from_secs(1);
 
 impl Server {
     /// Begins to serve whoever connects; [`Serving::run`] lets them.
@@ -85,13 +87,13 @@ impl Server {
             return Err(ParticipantError::Usage(what.into()));
         }
         if runner.adapters().contains(&base) {
-            let what = format!("the model and an adapter are both called `{base}`; give --name, or --adapter NAME=DIR");
-            return Err(ParticipantError::Usage(what));
+            return Err(ParticipantError::Usage(called_like_an_adapter(&base)));
         }
         let only_local = listener.local_addr().is_ok_and(|address| address.ip().is_loopback());
         let models = std::iter::once(base).chain(runner.adapters().iter().cloned()).collect();
         let (source, spelling) = (runner.source.clone(), runner.shared_spelling());
         let (queue, worker) = Queue::start(runner, limits)?;
+        let (close, closing) = watch::channel(false);
         let service = Arc::new(Service {
             queue,
             source,
@@ -104,9 +106,14 @@ impl Server {
             only_local,
             requests: AtomicU64::new(0),
             encoding: Arc::new(Semaphore::new(ENCODING)),
+            closing,
         });
-        Ok(Serving { listener, service, worker, limits, stop })
+        Ok(Serving { listener, service, worker, limits, stop, close })
     }
+}
+
+pub(crate) fn called_like_an_adapter(base: &str) -> String {
+    format!("the model and an adapter are both called `{base}`; give --name, or --adapter NAME=DIR")
 }
 
 /// A server that nothing is in the way of any more.
@@ -116,6 +123,8 @@ pub struct Serving {
     worker: JoinHandle<()>,
     limits: Limits,
     stop: watch::Receiver<bool>,
+    /// Ends answers with what they have.
+    close: watch::Sender<bool>,
 }
 
 impl Serving {
@@ -126,7 +135,7 @@ impl Serving {
 
     /// Answers until it is stopped.
     pub async fn run(self) {
-        let Self { listener, service, worker, limits, mut stop } = self;
+        let Self { listener, service, worker, limits, mut stop, close } = self;
         let connections = Arc::new(Semaphore::new(limits.connections));
         let mut tasks = JoinSet::new();
         loop {
@@ -174,14 +183,23 @@ impl Serving {
             while tasks.try_join_next().is_some() {}
         }
         drop(listener);
-        // Answers under way have a moment to end.
-        let _ = timeout(LEAVE, async { while tasks.join_next().await.is_some() {} }).await;
+        tracing::info!("the server ends; answers under way have {} s more", LEAVE.as_secs());
+        if timeout(LEAVE, all(&mut tasks)).await.is_err() {
+            tracing::warn!(connections = tasks.len(), "answers that are under way end with what they have");
+            let _ = close.send(true);
+            let _ = timeout(FLUSH, all(&mut tasks)).await;
+        }
         tasks.shutdown().await;
         drop(service);
         // The queue is closed, and nobody waits for an answer any more: the worker ends after its step.
         let joined = tokio::task::spawn_blocking(move || worker.join());
         let _ = timeout(LEAVE, joined).await;
     }
+}
+
+/// Returns when all of them have ended.
+async fn all(tasks: &mut JoinSet<()>) {
+    while tasks.join_next().await.is_some() {}
 }
 
 async fn stopped(stop: &mut watch::Receiver<bool>) {

@@ -45,16 +45,22 @@ const DEADLINE_MS_MAX: f64 = 3_600_000.0;
 
 /// Fields of OpenAI's interface, and of llama.cpp's, that change an answer and are not supported, with the values that ask
 /// for nothing.
-const UNSUPPORTED: [(&str, AsksNothing); 21] = [
+const UNSUPPORTED: &[(&str, AsksNothing)] = &[
     ("n", |value| value == 1),
+    ("n_cmpl", |value| value == 1),
     ("best_of", |value| value == 1),
     ("echo", |value| value == false),
     ("suffix", |value| value == ""),
     ("logprobs", |value| value == false),
     ("top_logprobs", is_zero),
+    ("n_probs", is_zero),
     ("frequency_penalty", is_zero),
     ("presence_penalty", is_zero),
-    ("logit_bias", |value| value.as_object().is_some_and(Map::is_empty)),
+    ("logit_bias", |value| is_empty_list(value) || is_empty_object(value)),
+    ("modalities", |value| *value == serde_json::json!(["text"])),
+    ("audio", |_| false),
+    // An empty object asks for a search.
+    ("web_search_options", |_| false),
     ("tools", is_empty_list),
     // Without tools there is nothing to choose from.
     ("tool_choice", |value| value == "none" || value == "auto"),
@@ -69,6 +75,82 @@ const UNSUPPORTED: [(&str, AsksNothing); 21] = [
     ("dynatemp_range", is_zero),
     ("dry_multiplier", is_zero),
     ("xtc_probability", is_zero),
+    ("top_n_sigma", is_zero_or_less),
+    ("adaptive_target", |value| value.as_f64().is_some_and(|target| target < 0.0)),
+    ("min_keep", is_zero),
+    ("n_indent", is_zero),
+    // All tokens count.
+    ("repeat_last_n", |value| value == -1),
+    ("samplers", |value| value == "" || is_empty_list(value)),
+    ("t_max_predict_ms", is_zero_or_less),
+    ("t_max_prompt_ms", is_zero_or_less),
+    ("lora", is_empty_list),
+    ("response_fields", is_empty_list),
+    ("return_tokens", |value| value == false),
+    ("chat_template_kwargs", is_empty_object),
+    ("generation_prompt", |value| value == ""),
+    ("add_generation_prompt", |value| value == true),
+    ("continue_final_message", |value| value == false),
+];
+
+/// Fields of the same interfaces that change no answer here, whatever they say: notes for who keeps books, hints about speed
+/// and effort, and details of what is refused above.
+const WITHOUT_EFFECT: &[&str] = &[
+    "user",
+    "safety_identifier",
+    "metadata",
+    "store",
+    "service_tier",
+    "prediction",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "reasoning_effort",
+    "verbosity",
+    "parallel_tool_calls",
+    "parse_tool_calls",
+    "reasoning_format",
+    "reasoning_control",
+    "cache_prompt",
+    "n_cache_reuse",
+    "n_keep",
+    "n_discard",
+    "id_slot",
+    "timings_per_token",
+    "return_progress",
+    "sse_ping_interval",
+    "backend_sampling",
+    "post_sampling_probs",
+    "mirostat_tau",
+    "mirostat_eta",
+    "dynatemp_exponent",
+    "xtc_threshold",
+    "adaptive_decay",
+    "dry_base",
+    "dry_allowed_length",
+    "dry_penalty_last_n",
+    "dry_sequence_breakers",
+];
+
+/// What [`Asked::parse`] reads.
+const READ: &[&str] = &[
+    "model",
+    "messages",
+    "prompt",
+    "max_completion_tokens",
+    "max_tokens",
+    "n_predict",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "repeat_penalty",
+    "seed",
+    "deadline_ms",
+    "stop",
+    "response_format",
+    "stream",
+    "stream_options",
 ];
 
 type AsksNothing = fn(&Value) -> bool;
@@ -77,27 +159,45 @@ fn is_empty_list(value: &Value) -> bool {
     value.as_array().is_some_and(Vec::is_empty)
 }
 
+fn is_empty_object(value: &Value) -> bool {
+    value.as_object().is_some_and(Map::is_empty)
+}
+
 fn is_zero(value: &Value) -> bool {
     value.as_f64() == Some(0.0)
 }
 
+fn is_zero_or_less(value: &Value) -> bool {
+    value.as_f64().is_some_and(|number| number <= 0.0)
+}
+
 impl Asked {
     pub(super) fn parse(kind: Kind, body: &[u8], defaults: &Defaults<'_>) -> Result<Self, Refusal> {
-        let value: Value = serde_json::from_slice(body)
-            .map_err(|error| Refusal::invalid(None, format!("the body is not JSON: {error}")))?;
+        let value: Value = serde_json::from_slice(body).map_err(|error| {
+            let told = error.to_string();
+            // It is JSON all the same, which has no largest number.
+            let what = match told.starts_with("number out of range") {
+                true => format!("the body has a {told}; give one that is nearer to 0"),
+                false => format!("the body is not JSON: {told}"),
+            };
+            Refusal::invalid(None, what)
+        })?;
         let Value::Object(fields) = value else {
             return Err(Refusal::invalid(None, "the body is JSON, but no object".into()));
         };
         let fields = Fields(fields);
-        for (name, asks_nothing) in UNSUPPORTED {
+        for &(name, asks_nothing) in UNSUPPORTED {
             if fields.get(name).is_some_and(|value| !asks_nothing(value)) {
                 let instead = match name {
                     "json_schema" | "grammar" => "say it as `response_format`, or leave it out",
+                    "t_max_predict_ms" | "t_max_prompt_ms" => "say it as `deadline_ms`, or leave it out",
+                    "lora" => "name an adapter as `model`, or leave it out",
                     _ => "leave it out",
                 };
                 return Err(Refusal::invalid(Some(name), format!("`{name}` is not supported; {instead}")));
             }
         }
+        fields.check_names()?;
         let model = fields.string("model")?.ok_or_else(|| missing("model"))?.to_owned();
         let place = defaults.models.iter().position(|known| *known == model);
         let place = place.ok_or_else(|| Refusal::unknown_model(&model, defaults.models))?;
@@ -159,6 +259,22 @@ fn wrong(name: &str, expected: &str) -> Refusal {
 }
 
 impl Fields {
+    /// What nobody knows is not ignored: a misspelt limit would be none.
+    fn check_names(&self) -> Result<(), Refusal> {
+        let known = |name: &str| {
+            let unsupported = || UNSUPPORTED.iter().any(|(known, _)| *known == name);
+            READ.contains(&name) || WITHOUT_EFFECT.contains(&name) || unsupported()
+        };
+        match self.0.keys().find(|name| !known(name)) {
+            Some(name) => {
+                let name = &name[..name.floor_char_boundary(64)];
+                let what = format!("`{name}` is no field of this interface; check its spelling, or leave it out");
+                Err(Refusal::invalid(Some(name), what))
+            }
+            None => Ok(()),
+        }
+    }
+
     /// None where it is null as well.
     fn get(&self, name: &str) -> Option<&Value> {
         self.0.get(name).filter(|value| !value.is_null())
@@ -185,7 +301,8 @@ impl Fields {
         self.get(name).map(value).transpose()
     }
 
-    /// Any whole number: negative ones have a seed of their own.
+    /// Any whole number: negative ones have a seed of their own. -1 is one of them, as for OpenAI, and asks for no other seed
+    /// each time, as it does of llama.cpp: who wants that gives none.
     fn seed(&self) -> Result<Option<u64>, Refusal> {
         let seed = |value: &Value| value.as_u64().or_else(|| value.as_i64().map(|seed| seed as u64));
         self.get("seed").map(|value| seed(value).ok_or_else(|| wrong("seed", "a whole number"))).transpose()
@@ -227,7 +344,11 @@ impl Fields {
                 check_known(format, &["type", "json_schema"])?;
                 let named = &format["json_schema"];
                 check_known(named, &["name", "description", "strict", "schema"])?;
-                Grammar::schema(&named["schema"])
+                let Some(schema) = named.get("schema").filter(|schema| !schema.is_null()) else {
+                    let what = "`response_format` has no `json_schema` with a `schema`; give one, or json_object";
+                    return Err(Refusal::invalid(Some(name), what.into()));
+                };
+                Grammar::schema(schema)
             }
             _ => return Err(wrong(name, "of the type text, json_object or json_schema")),
         };

@@ -104,7 +104,7 @@ impl Head {
                 // OpenAI knows two reasons; the exact one stands beside it.
                 choice["finish_reason"] = json!(finish.map(|finish| match finish {
                     Finish::Ended | Finish::Stopped => "stop",
-                    Finish::Length | Finish::Context | Finish::Deadline => "length",
+                    Finish::Length | Finish::Context | Finish::Deadline | Finish::Shutdown => "length",
                 }));
                 if let Some(finish) = finish {
                     choice["finish_detail"] = json!(finish.name());

@@ -11,7 +11,7 @@ use wire::{FrameKind, FromParticipant, Request, TensorInfo, UpdateReply};
 
 use super::{Keep, RoundWork};
 use crate::ParticipantError;
-use crate::keep::RETRY;
+use crate::keep::{RETRY, told};
 use crate::outgoing::Outgoing;
 
 /// What the file holds: pairs of digests, a run's and its adapter's.
@@ -82,6 +82,7 @@ impl Measured {
                     return Err(error.into());
                 }
                 if !std::mem::replace(&mut is_degraded, true) {
+                    let error = told(&error);
                     tracing::warn!(%error, "storage degraded; nothing is measured before the device's disk takes a note of it");
                 }
                 tokio::time::sleep(RETRY).await;

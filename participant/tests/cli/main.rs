@@ -296,6 +296,9 @@ fn a_server_says_that_it_listens_once_it_can_serve() {
         check_failure(&output, arguments, expected);
         assert_eq!(String::from_utf8_lossy(&output.stdout), "", "participant {arguments}");
     }
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let arguments = format!("serve --model hf --bind {}", taken.local_addr().unwrap());
+    desk.check_fails(&arguments, &["failed to listen on 127.0.0.1:", "in use", "; give another --bind"]);
 }
 
 #[test]
@@ -357,7 +360,7 @@ fn an_argument_that_makes_no_sense_is_named() {
     fs::create_dir(desk.path("trained")).unwrap();
     desk.write("trained/adapter_config.json", "{}");
     desk.write("named.toml", SMOKE.replace("held_out = 0.2", "held_out = 0.2\ncolumns = { text = \"words\" }"));
-    let cases: [(&str, &[&str]); 30] = [
+    let cases: [(&str, &[&str]); 35] = [
         (
             "evaluate --model hf --data data.jsonl --sequence-tokens-max 100000",
             &["--sequence-tokens-max is 100000", "the model's context is"],
@@ -384,7 +387,12 @@ fn an_argument_that_makes_no_sense_is_named() {
         ("device-log --out smoke.toml/logs", &["smoke.toml/logs", "move it away"]),
         ("device-log --out real", &["real/press-1.jsonl", "already there", "--force"]),
         ("train smoke.toml --data data.jsonl --dump-batches data.jsonl", &["--dump-batches", "replace what --data"]),
-        ("train smoke.toml --data data.jsonl --out data.jsonl", &["data.jsonl", "move it away"]),
+        ("train smoke.toml --data data.jsonl --out data.jsonl", &["data.jsonl is a file; name a directory"]),
+        ("init-adapter smoke.toml --out smoke.toml", &["smoke.toml is a file; name a directory"]),
+        ("join invites --data data.jsonl", &["invites: it is a directory", "name the invitation in it"]),
+        ("join press-1.invite --data empty.jsonl", &["empty.jsonl", "holds no record"]),
+        ("serve --model base.gguf --bind foo", &["--bind", "127.0.0.1:8080"]),
+        ("bench infer --model nofile.gguf", &["nofile.gguf", "check the path"]),
         ("join press-1.invite --data data.jsonl --address coordinator", &["--address", "is not host:port"]),
         ("logits --model hf --out l --prompts foreign.jsonl", &["foreign.jsonl, line 2", "token 99999", "of 259"]),
         ("logits --model hf --out l --prompts none.jsonl", &["none.jsonl, line 1", "at least one token"]),
@@ -419,6 +427,41 @@ fn output_that_cannot_be_written_is_an_error_and_no_panic() {
         "evaluate > /dev/full",
         &["failed to print", "No space left"],
     );
+}
+
+#[test]
+fn who_stops_reading_is_no_failure() {
+    let desk = Desk::new();
+    for arguments in ["--max-tokens 5", "--max-tokens 5 --json"] {
+        let mut command = desk.command(&format!("generate --model hf --prompt hi --raw {arguments}"));
+        let mut process = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(process.stdout.take());
+        let output = process.wait_with_output().unwrap();
+        assert!(output.status.success() && !String::from_utf8_lossy(&output.stderr).contains("error"), "{output:?}");
+    }
+}
+
+#[test]
+fn what_becomes_of_the_records_is_told_once() {
+    let desk = Desk::new();
+    desk.save_adapter("one", SMOKE);
+    desk.save_adapter("two", SMOKE);
+    let long = format!("{{\"text\": \"{}\"}}\n", "a".repeat(500));
+    desk.write("long.jsonl", format!("{long}{{\"text\": \"b\"}}\n{long}"));
+    desk.write("one.jsonl", "{\"text\": \"a single record\"}\n");
+    let cut = "2 of 3 records are cut to 128 tokens (data.sequence_tokens_max)";
+    let cut_to_64 = "2 of 3 records are cut to 64 tokens (--sequence-tokens-max)";
+    for (arguments, expected) in [
+        ("train smoke.toml --steps 1 --out a --data long.jsonl", cut),
+        ("train smoke.toml --steps 1 --out b --data one.jsonl", "no record is held out: of 1, data.held_out = 0.2"),
+        ("evaluate --model hf --adapter one --adapter two --sequence-tokens-max 64 --data long.jsonl", cut_to_64),
+        ("calibrate --model hf --out matrix.gguf --sequence-tokens-max 64 --data long.jsonl", cut_to_64),
+    ] {
+        let output = desk.command(arguments).output().unwrap();
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && told.matches(expected).count() == 1, "participant {arguments}\n{told}");
+        assert!(!told.contains("aaaa"), "{told}");
+    }
 }
 
 #[test]

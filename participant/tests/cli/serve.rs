@@ -214,6 +214,15 @@ fn wrong_requests_are_told_what_is_wrong() {
         (ask("deadline_ms", json!(0)), 400, "deadline_ms is 0"),
         (ask("deadline_ms", json!(1e300)), 400, "deadline_ms is 1e+300; give"),
         (ask("n", json!(2)), 400, "`n` is not supported"),
+        (ask("max_token", json!(2000)), 400, "`max_token` is no field of this interface; check its spelling"),
+        (ask("max_token", json!(null)), 400, "`max_token` is no field"),
+        (ask(&"ä".repeat(1000), json!(1)), 400, "is no field of this interface"),
+        (ask("seed", json!(0.5)), 400, "`seed` is not a whole number"),
+        (ask("modalities", json!(["text", "audio"])), 400, "`modalities` is not supported"),
+        (ask("web_search_options", json!({})), 400, "`web_search_options` is not supported"),
+        (ask("t_max_predict_ms", json!(5)), 400, "say it as `deadline_ms`"),
+        (ask("lora", json!([{"id": 0, "scale": 0.5}])), 400, "name an adapter as `model`"),
+        (request(TEXT, r#"{"model": "base", "prompt": "x", "temperature": 1e999}"#), 400, "number out of range"),
         (ask("json_schema", json!({})), 400, "`json_schema` is not supported; say it as `response_format`"),
         (ask("grammar", json!("root ::= \"a\"")), 400, "`grammar` is not supported; say it as `response_format`"),
         (ask("functions", json!([{"name": "x"}])), 400, "`functions` is not supported"),
@@ -224,7 +233,8 @@ fn wrong_requests_are_told_what_is_wrong() {
         (ask("repeat_penalty", json!(0)), 400, "repetition_penalty is 0"),
         (ask("n_predict", json!(-1)), 400, "`n_predict` is not a whole number"),
         (ask("response_format", json!({"type": "xml"})), 400, "json_object or json_schema"),
-        (ask("response_format", json!({"type": "json_schema"})), 400, "is no schema"),
+        (ask("response_format", json!({"type": "json_schema"})), 400, "has no `json_schema` with a `schema`"),
+        (schema(Value::Null), 400, "has no `json_schema` with a `schema`"),
         (
             ask("response_format", json!({"type": "json_schema", "json_schema": {"schema": {"pattern": "a"}}})),
             400,
@@ -259,8 +269,17 @@ fn wrong_requests_are_told_what_is_wrong() {
         "model": "base", "prompt": "x", "max_tokens": 1, "n": 1, "tools": [], "functions": [], "function_call": "none",
         "grammar": "", "json_schema": null, "tool_choice": "auto", "ignore_eos": false, "mirostat": 0, "typical_p": 1.0,
         "dynatemp_range": 0, "dry_multiplier": 0.0, "xtc_probability": 0, "top_logprobs": 0, "repeat_penalty": 1.0,
+        "logprobs": null, "stream_options": null, "user": "press-1", "metadata": {"a": "b"}, "store": false,
+        "service_tier": "auto", "modalities": ["text"], "samplers": [], "t_max_predict_ms": -1, "cache_prompt": true,
+        "chat_template_kwargs": {}, "seed": 5,
     });
     assert_eq!(served.post(TEXT, &asks_nothing).status, 200);
+    let by_seed = |seed: i64| {
+        let body = json!({"model": "base", "prompt": "x", "max_tokens": 30, "seed": seed});
+        served.post(TEXT, &body).json()["choices"][0]["text"].clone()
+    };
+    assert_eq!(by_seed(-1), by_seed(-1));
+    assert_ne!(by_seed(-1), by_seed(1));
     let by_llama_cpps_name = json!({"model": "base", "prompt": "x", "n_predict": 2, "temperature": 0});
     assert_eq!(served.post(TEXT, &by_llama_cpps_name).json()["usage"]["completion_tokens"], 2);
 }
@@ -419,5 +438,31 @@ fn an_interruption_ends_it_in_good_order() {
     half.write_all(b"POST /v1/comp").unwrap();
     let id = served.process.id().to_string();
     assert!(Command::new("kill").args(["-INT", &id]).status().unwrap().success());
+    assert_eq!(served.process.wait().unwrap().code(), Some(0));
+}
+
+#[cfg(unix)]
+#[test]
+fn answers_under_way_end_with_what_they_have() {
+    let mut served = Served::start("--concurrent 16");
+    // So many tokens take longer than a server that ends waits, unless the machine is a fast one.
+    let format = json!({"type": "json_schema", "json_schema": {"schema": {"type": "string", "minLength": 2000}}});
+    let body = json!({"model": "base", "prompt": "x", "max_tokens": 2000, "stream": true, "response_format": format});
+    let begun = || {
+        let mut stream = served.connect();
+        stream.write_all(request(TEXT, &body.to_string()).as_bytes()).unwrap();
+        stream
+    };
+    let streams: Vec<TcpStream> = (0..16).map(|_| begun()).collect();
+    for stream in &streams {
+        stream.peek(&mut [0]).unwrap();
+    }
+    let id = served.process.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &id]).status().unwrap().success());
+    let reading: Vec<_> = streams.into_iter().map(|stream| std::thread::spawn(|| Response::read(stream))).collect();
+    for answer in reading {
+        let pieces = answer.join().unwrap().pieces();
+        assert_eq!(pieces.last().unwrap()["choices"][0]["finish_reason"], "length");
+    }
     assert_eq!(served.process.wait().unwrap().code(), Some(0));
 }

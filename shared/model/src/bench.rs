@@ -154,7 +154,8 @@ impl Workload {
         let Shape { sequences, tokens, rank, ref targets } = shape;
         if tokens > config.context {
             let context = config.context;
-            return Err(ModelError::Mismatch(format!("sequences of {tokens} tokens exceed the context of {context}")));
+            let what = format!("sequences of {tokens} tokens exceed the context of {context}; give a smaller --batch");
+            return Err(ModelError::Mismatch(what));
         }
         let segments = Segments::new(vec![tokens; sequences])?;
         let adapter = AdapterConfig {
