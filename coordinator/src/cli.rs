@@ -4,7 +4,7 @@ mod watcher;
 
 use std::fmt::Display;
 use std::future::Future;
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -20,7 +20,7 @@ use time::format_description::well_known::Rfc3339;
 
 use crate::export::{Budget, Calibration, Checks, ExportError, Exported, Format, Options, export, quantize};
 use crate::fetch::fetch;
-use crate::home::{ADDRESS_DEFAULT, Home, INVITATION_VALID};
+use crate::home::{ADDRESS_DEFAULT, Home, HomeError, INVITATION_VALID};
 use crate::report::Report;
 use crate::run::{CONNECTIONS_MAX, Ended, Run, Watcher};
 use crate::status::status;
@@ -104,26 +104,36 @@ struct BenchBodyArguments {
     #[arg(long)]
     model: Option<PathBuf>,
     /// Blocks that the participants hold
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true)]
     head_blocks: usize,
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true)]
     tail_blocks: usize,
     /// Sequences, and tokens of each
-    #[arg(long, default_value = "4x128")]
+    #[arg(long, default_value = "4x128", allow_hyphen_values = true)]
     batch: Batch,
     /// Layers with an adapter: their names, or `all`
     #[arg(long, default_value = "all")]
     lora: Layers,
-    #[arg(long, default_value = "8")]
+    #[arg(long, default_value = "8", allow_negative_numbers = true)]
     rank: Rank,
     /// Timed steps, behind one that is not
-    #[arg(long, default_value_t = 5, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
+    #[arg(
+        long,
+        default_value_t = 5,
+        allow_negative_numbers = true,
+        value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..)
+    )]
     steps: usize,
     /// native | flex | ndarray | cuda | wgpu
     #[arg(long, default_value = "native")]
     backend: String,
     /// Threads for tensor work; 0 takes all cores
-    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=1024))]
+    #[arg(
+        long,
+        default_value_t = 0,
+        allow_negative_numbers = true,
+        value_parser = clap::value_parser!(u32).range(..=1024)
+    )]
     threads: u32,
     /// f32 | bf16 | int8
     #[arg(long, default_value = "f32")]
@@ -134,9 +144,10 @@ struct BenchBodyArguments {
 
 #[derive(Args)]
 struct InitArguments {
+    /// The directory to make
     home: PathBuf,
     /// HOST:PORT under which devices reach this coordinator; may be given several times, the first one is listened on
-    #[arg(long, default_value = ADDRESS_DEFAULT)]
+    #[arg(long, default_value = ADDRESS_DEFAULT, value_parser = address)]
     address: Vec<String>,
 }
 
@@ -144,6 +155,7 @@ struct InitArguments {
 struct FetchArguments {
     /// A model of the catalogue; a wrong name lists it
     name: String,
+    /// Where models are kept, each in a directory of its own
     #[arg(long, default_value = "models")]
     to: PathBuf,
     #[arg(long)]
@@ -152,11 +164,12 @@ struct FetchArguments {
 
 #[derive(Args)]
 struct InviteArguments {
+    /// The coordinator's home
     home: PathBuf,
     /// The device's name; with --count the first part of several names
-    name: String,
+    name: PeerName,
     /// Invite NAME-1, NAME-2, … up to this number, at most 65536
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    #[arg(long, allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     count: Option<u32>,
     /// The invitation's file, or with --count their directory [default: NAME.invite]
     #[arg(long)]
@@ -170,15 +183,17 @@ struct InviteArguments {
 
 #[derive(Args)]
 struct RevokeArguments {
+    /// The coordinator's home
     home: PathBuf,
     /// The device's name
-    name: String,
+    name: PeerName,
     #[arg(long)]
     json: bool,
 }
 
 #[derive(Args)]
 struct RenewCaArguments {
+    /// The coordinator's home
     home: PathBuf,
     /// The root's key: the file ca.key that `coordinator init` has made
     #[arg(long, value_name = "FILE")]
@@ -197,6 +212,7 @@ enum AuditLogCommand {
 
 #[derive(Args)]
 struct AuditLogArguments {
+    /// The coordinator's home
     home: PathBuf,
     /// The hash of a line, as an earlier `verify` has printed it and somebody has kept it elsewhere
     #[arg(long, value_name = "HASH", value_parser = hash)]
@@ -207,7 +223,9 @@ struct AuditLogArguments {
 
 #[derive(Args)]
 struct RunArguments {
+    /// The experiment's TOML file
     experiment: PathBuf,
+    /// The coordinator's home
     #[arg(long, default_value = "home")]
     home: PathBuf,
     /// Where run directories are made
@@ -223,6 +241,7 @@ struct RunArguments {
 
 #[derive(Args)]
 struct StatusArguments {
+    /// The run's directory, such as runs/demo
     run: PathBuf,
     #[arg(long)]
     json: bool,
@@ -230,6 +249,7 @@ struct StatusArguments {
 
 #[derive(Args)]
 struct ReportArguments {
+    /// The run's directory, such as runs/demo
     run: PathBuf,
     /// The page [default: RUN/report.html]
     #[arg(long)]
@@ -240,6 +260,7 @@ struct ReportArguments {
 
 #[derive(Args)]
 struct ExportArguments {
+    /// The run's directory, such as runs/demo
     run: PathBuf,
     #[command(flatten)]
     files: FileArguments,
@@ -248,7 +269,7 @@ struct ExportArguments {
     #[arg(long, value_delimiter = ',', value_name = "FILE")]
     imatrix: Vec<PathBuf>,
     /// A finished round [default: the newest]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     round: Option<u32>,
 }
 
@@ -274,7 +295,7 @@ struct FileArguments {
     format: Vec<Format>,
     /// Also write model-budget.gguf, of so many bytes at most (60MB, 60MiB, or 25% of its size in f16): types are chosen for
     /// each tensor, by what errors in it cost
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
     budget: Option<Budget>,
     /// How gguf files choose their codes
     #[arg(long, value_enum, default_value_t = Quantizer::Search)]
@@ -282,6 +303,7 @@ struct FileArguments {
     /// What the search measures activations on: text that the model writes (`self`), a text file, or `none`
     #[arg(long, default_value = "self", value_name = "self|none|FILE")]
     calibrate: String,
+    /// The directory of the files; it is made if it is not there
     #[arg(long)]
     out: PathBuf,
     /// Replace files that are there
@@ -291,13 +313,17 @@ struct FileArguments {
     #[arg(long, value_name = "FILE")]
     check_text: Option<PathBuf>,
     /// Nats per token that a file's predictions may be off (KL) [default: by format, from 0.00001 for f32 to 3 for q2_k]
-    #[arg(long, value_name = "NATS", value_parser = nats)]
+    #[arg(long, value_name = "NATS", allow_negative_numbers = true, value_parser = nats)]
     limit_kl: Option<f64>,
     /// Do not read the files back
     #[arg(long, conflicts_with_all = ["check_text", "limit_kl"])]
     no_check: bool,
     #[arg(long)]
     json: bool,
+}
+
+fn address(text: &str) -> Result<String, String> {
+    net::check_address(text).map(|()| text.to_owned())
 }
 
 /// Beyond a number that is none, nothing ever is.
@@ -379,7 +405,11 @@ impl Command {
     fn perform(self) -> anyhow::Result<()> {
         match self {
             Self::Init(InitArguments { home, address }) => {
-                let home = Home::init(&home, address, OffsetDateTime::now_utc()).map_err(failed)?;
+                let home = Home::init(&home, address, OffsetDateTime::now_utc()).map_err(|error| match error {
+                    // They are in no file yet.
+                    HomeError::Addresses { reason, .. } => anyhow::anyhow!("failed to accept --address: {reason}"),
+                    error => failed(error),
+                })?;
                 print(format_args!("{}: a CA, an identity and experiment.toml", home.path().display()))?;
                 print(
                     "ca.key is needed again only for `coordinator renew-ca`: move it to a safe place, off this machine",
@@ -399,7 +429,8 @@ impl Command {
             }
             Self::Invite(arguments) => invite(arguments),
             Self::Revoke(RevokeArguments { home, name, json }) => {
-                let (home, name) = (Home::open(&home).map_err(failed)?, PeerName::new(&name)?);
+                let home = Home::open(&home).map_err(failed)?;
+                warn_of_audit_log(&home);
                 let now = OffsetDateTime::now_utc();
                 home.revoke(&name, now).map_err(failed)?;
                 match json {
@@ -462,20 +493,25 @@ impl Command {
 fn invite(arguments: InviteArguments) -> anyhow::Result<()> {
     let InviteArguments { home, name, count, out, replace, json } = arguments;
     let home = Home::open(&home).map_err(failed)?;
+    warn_of_audit_log(&home);
     let names = match count {
-        None => vec![name.clone()],
-        Some(count) => (1..=count).map(|i| format!("{name}-{i}")).collect(),
+        None => vec![name],
+        Some(count) => (1..=count).map(|i| PeerName::new(&format!("{name}-{i}"))).collect::<Result<Vec<_>, _>>()?,
     };
     for name in names {
-        let name = PeerName::new(&name)?;
         let path = match (&out, count) {
             (Some(directory), Some(_)) => directory.join(format!("{name}.invite")),
             (Some(file), None) => file.clone(),
             (None, _) => PathBuf::from(format!("{name}.invite")),
         };
-        if let Some(directory) = path.parent() {
+        if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
             let failed = || format!("cannot make the directory {}; give another --out", directory.display());
-            std::fs::create_dir_all(directory).with_context(failed)?;
+            // A directory of many files is made; that of one is there unless its path is mistyped.
+            if count.is_some() {
+                std::fs::create_dir_all(directory).with_context(failed)?;
+            } else if !directory.is_dir() {
+                bail!("failed to write {}: its directory is not there; make it, or give another --out", path.display());
+            }
         }
         let file = InvitationFile::create(&path, &name, replace)?;
         let invitation = home.invite(&name, OffsetDateTime::now_utc(), INVITATION_VALID, replace).map_err(failed)?;
@@ -490,6 +526,19 @@ fn invite(arguments: InviteArguments) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whoever adds to a log whose end was changed is told so; what is further back, `audit-log verify` finds.
+fn warn_of_audit_log(home: &Home) {
+    match home.check_audit_end() {
+        Ok(()) => {}
+        Err(HomeError::Audit { path, tampered }) => {
+            let (path, home) = (path.display(), quoted(home.path()));
+            tracing::warn!("{path}: {tampered}; look into it: coordinator audit-log verify {home}");
+        }
+        // What is to be added next fails for the same reason, and says so.
+        Err(error) => tracing::debug!(%error, "the audit log is not looked at"),
+    }
 }
 
 /// The path without links and dots; of a file that is not there yet, where it will be.
@@ -556,10 +605,13 @@ fn bench_body(arguments: BenchBodyArguments) -> anyhow::Result<()> {
     }
 }
 
-/// A line on the standard output. A closed pipe or a full disk behind it is an error like any other, where `println!`
-/// would panic.
+/// A line on the standard output. A full disk behind it is an error like any other, where `println!` would panic; a closed
+/// pipe is none, because somebody has read enough.
 fn print(line: impl Display) -> anyhow::Result<()> {
-    writeln!(std::io::stdout(), "{line}").context("failed to print")
+    match writeln!(std::io::stdout(), "{line}") {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        printed => printed.context("failed to print"),
+    }
 }
 
 fn unix_ms() -> u64 {

@@ -179,13 +179,14 @@ impl Home {
         let unusable = |path: &Path| {
             let path = path.to_owned();
             let next_step =
-                "renew it with the root's key (coordinator renew-ca), or restore it and its key from a backup";
+                "renew it with the root's key (coordinator renew-ca), or restore certificate and key from a backup";
             move |source| HomeError::Identity { path, source, next_step }
         };
         let root_pem = read(&root)?;
         Root::check(&root_pem).map_err(unusable(&root))?;
         let authority = Authority::from_pem(&root_pem, &read(&certificate)?, &read(&key)?);
-        let authority = authority.map_err(unusable(&certificate))?;
+        let authority =
+            authority.map_err(|source| unusable(if source.is_of_key() { &key } else { &certificate })(source))?;
         let admission = Arc::new(Admission::new(Revocations::read(&path.join(REVOKED))?));
         Ok(Self { path: path.to_owned(), addresses, authority, admission })
     }
@@ -239,12 +240,14 @@ impl Home {
     }
 
     /// The coordinator's own certificate and key: those in the directory, or new ones where these are a month old
-    /// or their certificate has been deleted.
+    /// or one of them has been deleted.
     pub fn identity(&self, now: OffsetDateTime) -> Result<Identity, HomeError> {
         let _lock = self.lock()?;
         let [certificate, key] = COORDINATOR.map(|name| self.path.join(name));
-        if !certificate.try_exists().map_err(file("look for", &certificate))? {
-            return issue_coordinator(&self.path, &self.authority, now);
+        for path in [&certificate, &key] {
+            if !path.try_exists().map_err(file("look for", path))? {
+                return issue_coordinator(&self.path, &self.authority, now);
+            }
         }
         let next_step = "delete it, and the next start makes a new one";
         let identity = Identity::from_pem(&read(&certificate)?, &read(&key)?, self.authority.root_pem())
@@ -252,7 +255,10 @@ impl Home {
                 PeerIdentity::Coordinator => Ok(identity),
                 other => Err(IdentityError::Certificate { reason: format!("it is that of {other}") }),
             })
-            .map_err(|source| HomeError::Identity { path: certificate, source, next_step })?;
+            .map_err(|source| {
+                let path = if source.is_of_key() { key } else { certificate };
+                HomeError::Identity { path, source, next_step }
+            })?;
         if identity.not_after() - now < RENEWAL {
             return issue_coordinator(&self.path, &self.authority, now);
         }

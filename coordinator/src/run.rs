@@ -6,6 +6,7 @@
 mod conductor;
 mod ledger;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, RwLock, atomic::AtomicU64};
 use std::time::Duration;
@@ -171,13 +172,13 @@ impl Run {
             };
             listener.close(code, &reason).await;
         });
-        watcher.note(&format!("listening on {address}"));
         if home.authority_not_after() - OffsetDateTime::now_utc() < AUTHORITY_WARNING {
             let (until, path) = (home.authority_not_after(), home.path().display());
             let next_step = format!("then nobody gets in. Renew it: coordinator renew-ca {path} --root-key ca.key");
             watcher.note(&format!("the issuing authority expires at {until}, {next_step}"));
         }
-        let ended = self.serve(experiment, source, home, connections, watcher, shutdown).await;
+        let at = (home, Some(address));
+        let ended = self.serve_at(experiment, source, at, connections, watcher, shutdown).await;
         // Where the task has ended by itself there is nothing left to close.
         let closing = match &ended {
             Ok(_) => (CloseCode::Done, "the run is over".to_owned()),
@@ -195,6 +196,19 @@ impl Run {
         experiment: Arc<Experiment>,
         source: Arc<dyn Source>,
         home: Home,
+        connections: mpsc::Receiver<Connection>,
+        watcher: Box<dyn Watcher>,
+        shutdown: impl Future<Output = ()>,
+    ) -> Result<Ended, RunError> {
+        self.serve_at(experiment, source, (home, None), connections, watcher, shutdown).await
+    }
+
+    /// Beside the home stands what is listened on: it is told of once nothing is in the run's way.
+    async fn serve_at(
+        &self,
+        experiment: Arc<Experiment>,
+        source: Arc<dyn Source>,
+        (home, address): (Home, Option<SocketAddr>),
         connections: mpsc::Receiver<Connection>,
         mut watcher: Box<dyn Watcher>,
         shutdown: impl Future<Output = ()>,
@@ -273,7 +287,7 @@ impl Run {
             Conductor::new(rounds, (directory, metrics), aggregator, adapter, finished, shared.clone(), watcher);
         let attempt = recovered.open.as_ref().map_or(recovered.next_attempt, |open| open.interrupted.attempt);
         conductor.remember(attempt)?;
-        conductor.announce()?;
+        conductor.announce(address)?;
         if let Some(open) = recovered.open {
             conductor.recover(open).await?;
         }

@@ -136,8 +136,8 @@ pub enum StatusError {
     Run(#[from] experiment::Error),
     #[error("read the status {}: {source}; check who may read it", path.display())]
     Unreadable { path: PathBuf, source: std::io::Error },
-    #[error("parse the status {}: {source}; it was written by another version: use that one, or let the run \
-        replace it", path.display())]
+    #[error("parse the status {}: {source}; it is damaged, or another version has written it: use that one, or let \
+        `coordinator run` replace it", path.display())]
     Foreign { path: PathBuf, source: serde_json::Error },
 }
 

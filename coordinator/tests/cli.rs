@@ -16,7 +16,7 @@ const SMOKE: &str = include_str!("../../configs/smoke.toml");
 fn a_home_is_neither_overwritten_nor_taken_for_granted() {
     let desk = Desk::new();
     desk.write("file", "");
-    let cases: [(&str, &[&str]); 5] = [
+    let cases: [(&str, &[&str]); 6] = [
         (
             "init home",
             &[
@@ -26,7 +26,8 @@ fn a_home_is_neither_overwritten_nor_taken_for_granted() {
             ],
         ),
         ("init file", &["failed to make the directory file", "move it away"]),
-        ("init new --address nonsense", &["\"nonsense\" is not host:port", "192.0.2.7:4433"]),
+        ("init new --address nonsense", &["\"nonsense\" is not host:port", "192.0.2.7:4433", "--address"]),
+        ("init new --address 0.0.0.0:4433", &["failed to accept --address", "add after it one"]),
         ("invite nowhere press-1", &["failed to open nowhere", "`coordinator init nowhere`"]),
         ("run smoke.toml --home nowhere", &["failed to open nowhere", "`coordinator init nowhere`"]),
     ];
@@ -54,6 +55,12 @@ fn a_device_is_revoked_by_its_name_and_the_audit_log_says_so() {
         &["failed to believe home/audit.jsonl", "no line up to here has the hash 0000"],
     );
     desk.write("home/audit.jsonl", log.replacen("press-1", "press-9", 1));
+    let output = desk.command("invite home mill-1").output().unwrap();
+    let warned = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{warned}");
+    for expected in ["home/audit.jsonl: line 2: its hash is another", "coordinator audit-log verify home"] {
+        assert!(warned.contains(expected), "{expected:?} is missing from: {warned}");
+    }
     desk.check_fails("audit-log verify home", &["failed to believe home/audit.jsonl", "line 2", "its hash is another"]);
     desk.check_fails("renew-ca home --root-key new.invite", &["failed to use new.invite", "--root-key"]);
 }
@@ -67,14 +74,42 @@ fn a_device_is_invited_once_unless_its_invitation_is_replaced() {
         ("invite home mill-1 --replace --out press-1.invite", &["press-1.invite: an invitation for press-1", "--out"]),
         ("invite home press-1", &["press-1.invite: already there", "--out", "--replace"]),
         ("invite home press-1 --out other", &["failed to invite press-1", "--replace makes a new one"]),
-        ("invite home ../press", &["\"../press\" is not a name", "ASCII letters"]),
+        (
+            "invite home press-2 --out none/press-2.invite",
+            &["none/press-2.invite: its directory is not there", "--out"],
+        ),
         ("invite home press --count 0", &["0 is not in 1..", "--count"]),
         ("invite home press-1 --count two", &["invalid value 'two'", "--count"]),
     ];
     for (arguments, expected) in cases {
         desk.check_fails(arguments, expected);
     }
+    assert!(!desk.path("none").exists());
     desk.check_works("invite home press-1 --replace");
+    desk.check_works("invite home lathe --count 2 --out invites/of-lathes");
+    assert!(desk.path("invites/of-lathes/lathe-2.invite").exists());
+}
+
+#[test]
+fn what_cannot_be_read_on_the_command_line_is_a_mistake_of_usage() {
+    let desk = Desk::new();
+    for (arguments, expected) in [
+        (&["invite", "home", ""][..], &["\"\" is not a name", "<NAME>"][..]),
+        (&["invite", "home", "../press"], &["\"../press\" is not a name", "ASCII letters"]),
+        (&["revoke", "home", "a b"], &["\"a b\" is not a name", "<NAME>"]),
+        (&["init", "new", "--address", "foo"], &["\"foo\" is not host:port", "--address"]),
+        (&["invite", "home", "press", "--count", "-1"], &["-1 is not in 1..", "--count"]),
+        (&["export", "runs/smoke", "--budget", "-5%", "--out", "out"], &["invalid value '-5%'", "--budget"]),
+        (&["export", "runs/smoke", "--format", "hf", "--round", "-1", "--out", "x"], &["-1 is not in 0..", "--round"]),
+        (&["export", "runs/smoke", "--format", "hf", "--limit-kl", "-1", "--out", "out"], &["--limit-kl", "0 or more"]),
+        (&["bench", "body", "--threads", "-1"], &["-1 is not in 0..", "--threads"]),
+        (&["bench", "body", "--rank", "-1"], &["--rank", "give a rank of 1 to 1024"]),
+    ] {
+        let output = desk.command("").args(arguments).output().unwrap();
+        check_failure(&output, &arguments.join(" "), expected);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+    }
+    assert!(!desk.path("new").exists() && !desk.path("out").exists());
 }
 
 #[test]
@@ -149,8 +184,11 @@ fn what_no_run_holds_is_not_shown_and_not_exported() {
     let desk = Desk::new();
     RunDirectory::create(&desk.path("begun"), &smoke(SMOKE)).unwrap();
     desk.check_works("export runs/smoke --format peft,gguf:q8_0 --out exports");
-    let cases: [(&str, &[&str]); 16] = [
-        ("status home", &["look at a run in home", "runs/NAME"]),
+    fs::create_dir_all(desk.path("runs/damaged/rounds")).unwrap();
+    desk.write("runs/damaged/experiment.toml", SMOKE);
+    desk.write("runs/damaged/status.json", "{\"state\": \"tra");
+    let cases: [(&str, &[&str]); 18] = [
+        ("status home", &["look at a run in home", "it has no rounds", "runs/NAME"]),
         ("report home", &["look at a run in home", "runs/NAME"]),
         ("export home --format hf --out out", &["look at a run in home", "runs/NAME"]),
         (
@@ -165,11 +203,13 @@ fn what_no_run_holds_is_not_shown_and_not_exported() {
             "export runs/smoke --format gguf:q4_0 --calibrate none.txt --out out",
             &["failed to read none.txt", "check the path"],
         ),
-        ("status runs/none", &["runs/none/experiment.toml", "check the path"]),
-        ("report runs/none", &["runs/none/experiment.toml", "check the path"]),
+        ("status .", &["look at a run in .: it has no experiment.toml, so it is no run directory", "runs/NAME"]),
+        ("status runs/none", &["look at a run in runs/none", "no run directory", "check the path"]),
+        ("status runs/damaged", &["runs/damaged/status.json", "it is damaged", "`coordinator run`"]),
+        ("report runs/none", &["look at a run in runs/none", "no run directory", "check the path"]),
         ("report runs/smoke --out none/page.html", &["none/page.html", "its directory is not there; make it"]),
         ("report runs/smoke --out runs/smoke/metrics.jsonl", &["runs/smoke/metrics.jsonl lies in the run", "--out"]),
-        ("export runs/none --format hf --out out", &["runs/none/experiment.toml", "check the path"]),
+        ("export runs/none --format hf --out out", &["look at a run in runs/none", "check the path"]),
         (
             "export begun/smoke --format hf --out out",
             &["begun/smoke", "no round has finished", "let the run finish one"],
@@ -259,6 +299,15 @@ fn output_that_cannot_be_written_is_an_error_and_no_panic() {
     let Ok(full) = fs::OpenOptions::new().write(true).open("/dev/full") else { return };
     let mut command = desk.command("report runs/smoke --json");
     check_failure(&command.stdout(full).output().unwrap(), "report > /dev/full", &["failed to print", "No space left"]);
+}
+
+#[test]
+fn who_has_read_enough_of_the_output_is_told_no_error() {
+    let desk = Desk::new();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = desk.command("report runs/smoke").stdout(writer).output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use experiment::Row;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::print;
-use crate::report::units::printable;
+use crate::report::units::{counted, printable};
 use crate::run::Watcher;
 
 /// Rows as JSON, one a line.
@@ -54,7 +54,8 @@ impl LineWatcher {
     fn tell_evaluation(&mut self) {
         if let (sum, count @ 1.., Some(round)) = std::mem::take(&mut self.evaluated) {
             let mean = sum / f64::from(count);
-            self.line(&format!("after round {round}: held-out loss {mean:.4} nats per token, mean of {count} devices"));
+            let devices = counted(u64::from(count), "device");
+            self.line(&format!("after round {round}: held-out loss {mean:.4} nats per token, mean of {devices}"));
         }
     }
 }
@@ -74,9 +75,9 @@ impl Watcher for LineWatcher {
                 let rate = *tokens as f64 / duration_ms * 1e3;
                 let error =
                     aggregation_error.map(|error| format!(", aggregation error {error:.2e}")).unwrap_or_default();
+                let updates = counted(members.len() as u64, "update");
                 self.line(&format!(
-                    "round {round}: loss {loss_nats:.4}, {} updates, {tokens} tokens at {rate:.0} tokens/s in {:.1} s{error}",
-                    members.len(),
+                    "round {round}: loss {loss_nats:.4}, {updates}, {tokens} tokens at {rate:.0} tokens/s in {:.1} s{error}",
                     duration_ms / 1e3
                 ));
             }
@@ -89,9 +90,8 @@ impl Watcher for LineWatcher {
                 let bytes: u64 = self.bytes.values().sum();
                 let megabytes = bytes as f64 / 1e6;
                 let minutes = self.began.elapsed().as_secs_f64() / 60.0;
-                self.line(&format!(
-                    "{reason}: {rounds} rounds, {megabytes:.1} MB over the network, {minutes:.1} minutes"
-                ));
+                let rounds = counted(u64::from(*rounds), "round");
+                self.line(&format!("{reason}: {rounds}, {megabytes:.1} MB over the network, {minutes:.1} minutes"));
             }
             _ => {}
         }

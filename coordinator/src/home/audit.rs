@@ -101,6 +101,33 @@ impl Home {
         append(&self.path, now, event, name, detail)
     }
 
+    /// Looks at the last lines alone, however long the log is: whether each is as it was written and follows the one before.
+    pub fn check_audit_end(&self) -> Result<(), HomeError> {
+        let _lock = self.lock()?;
+        let path = self.path.join(LOG);
+        let mut log = File::open(&path).map_err(file("open", &path))?;
+        let (from, tail) = read_tail(&mut log).map_err(file("read", &path))?;
+        // The first line is whole only where the log begins with it, and the last one where no crash has cut it.
+        let lines = tail.split_inclusive(|&byte| byte == b'\n').skip(usize::from(from > 0));
+        let mut before: Option<Entry> = None;
+        for line in lines.filter(|line| line.ends_with(b"\n")) {
+            let number = before.as_ref().map_or(u64::from(from == 0), |before| before.number.saturating_add(1));
+            let tampered = |reason: &str| HomeError::Audit {
+                path: path.clone(),
+                tampered: Tampered { line: number, reason: reason.into() },
+            };
+            let entry: Entry = serde_json::from_slice(line).map_err(|_| tampered("it is no line of an audit log"))?;
+            if entry.hash != entry.digest() {
+                return Err(tampered("its hash is another"));
+            }
+            if before.is_some_and(|before| entry.previous != before.hash) {
+                return Err(tampered("it does not follow the line before it"));
+            }
+            before = Some(entry);
+        }
+        Ok(())
+    }
+
     /// All lines, verified to the last, against `audit.head`, and against the hash of a line where one was noted
     /// elsewhere.
     pub fn audit_log(&self, noted: Option<&str>) -> Result<Vec<Entry>, HomeError> {

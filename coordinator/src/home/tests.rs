@@ -213,6 +213,33 @@ fn an_interrupted_renewal_is_done_again() {
 }
 
 #[test]
+fn a_damaged_file_of_the_identity_is_named_and_made_anew_once_it_is_deleted() {
+    let (_directory, home) = new_home();
+    let mut fingerprint = home.identity(now()).unwrap().fingerprint();
+    for name in ["coordinator.key", "coordinator.pem"] {
+        let path = home.path().join(name);
+        let whole = read(&path).unwrap();
+        fs::write(&path, &whole[..whole.len() - 40]).unwrap();
+        let error = home.identity(now()).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains("it breaks off") && error.contains("delete it"), "{error}");
+        fs::remove_file(&path).unwrap();
+        let anew = home.identity(now()).unwrap();
+        assert_ne!(std::mem::replace(&mut fingerprint, anew.fingerprint()), anew.fingerprint(), "{name}");
+        assert_eq!(home.identity(now()).unwrap().fingerprint(), fingerprint, "{name}");
+    }
+}
+
+#[test]
+fn a_damaged_key_of_the_issuing_authority_is_named() {
+    let (_directory, home) = new_home();
+    let path = home.path().join("issuing.key");
+    let whole = read(&path).unwrap();
+    fs::write(&path, &whole[..whole.len() - 40]).unwrap();
+    let error = Home::open(home.path()).err().unwrap().to_string();
+    assert!(error.contains("issuing.key") && error.contains("coordinator renew-ca"), "{error}");
+}
+
+#[test]
 fn a_certificate_of_somebody_else_is_refused() {
     let (_directory, home) = new_home();
     let alice = PeerName::new("alice").unwrap();

@@ -11,9 +11,12 @@ pub mod table;
 mod traffic;
 pub mod units;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
-use experiment::RunDirectory;
+use experiment::{Row, RunDirectory};
+
+use crate::checkpoint::load_row;
 
 pub use summary::{BodyTime, HeldOut, Loss, Participant, Round, Summary};
 pub use traffic::{Directions, Traffic};
@@ -35,8 +38,13 @@ impl Report {
 
     pub fn of_run(run: &Path) -> Result<Self, ReportError> {
         let run = RunDirectory::open(run)?;
-        let rows = run.rows()?.collect::<Result<Vec<_>, _>>()?;
-        let summary = Summary::new(run.experiment(), &rows);
+        // Before the rows are read, so that a round that ends meanwhile is not missed in them.
+        let finished = run.finished_rounds()?;
+        let mut rows = run.rows()?.collect::<Result<Vec<_>, _>>()?;
+        let lost = lost_rounds(&rows, finished);
+        // Where a round's directory has no row either, what it was is not known.
+        rows.extend(lost.iter().filter_map(|round| load_row(&run, *round).ok().flatten()));
+        let summary = Summary { lost_rounds: lost, ..Summary::new(run.experiment(), &rows) };
         let text = table::to_text(&summary);
         let page = page::to_html(&summary, &curves::Curves::new(&rows))?;
         Ok(Self { summary, text, page })
@@ -45,6 +53,17 @@ impl Report {
     pub fn write_page(&self, path: &Path) -> Result<(), ReportError> {
         Ok(experiment::write_atomically(path, self.page.as_bytes())?)
     }
+}
+
+/// Finished rounds that the rows do not tell of.
+fn lost_rounds(rows: &[Row], finished: u32) -> Vec<u32> {
+    let mut lost: BTreeSet<u32> = (1..=finished).collect();
+    for row in rows {
+        if let Row::Round { round, .. } = row {
+            lost.remove(round);
+        }
+    }
+    lost.into_iter().collect()
 }
 
 /// Why a run could not be reported on.

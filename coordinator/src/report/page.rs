@@ -9,8 +9,8 @@ use super::ReportError;
 use super::curves::{Curve, Curves};
 use super::figure::{self, Axes, Bar, LINES_MAX, bars, lines};
 use super::summary::{HeldOut, Loss, Summary};
-use super::table::{NOTHING, error, ledger, progress, whole_bytes};
-use super::units::{bytes, change, count, duration, energy, loss, percent, perplexity, printable, rate};
+use super::table::{NOTHING, error, ledger, lost, progress, whole_bytes};
+use super::units::{bytes, change, count, counted, duration, energy, loss, percent, perplexity, printable, rate};
 
 pub(super) fn to_html(summary: &Summary, curves: &Curves) -> Result<String, ReportError> {
     let mut main = header(summary);
@@ -47,7 +47,8 @@ fn header(summary: &Summary) -> String {
         SplitMode::Whole => "no split: only adapters cross",
     };
     let (title, progress) = (escaped(&summary.experiment), escaped(&progress(summary)));
-    format!("<header>\n<h1>{title}</h1>\n<p>{progress}. {split}.</p>\n</header>\n")
+    let lost = lost(summary).map(|lost| format!("<p>{}.</p>\n", escaped(&lost))).unwrap_or_default();
+    format!("<header>\n<h1>{title}</h1>\n<p>{progress}. {split}.</p>\n{lost}</header>\n")
 }
 
 /// The handful of numbers that one looks for first.
@@ -55,16 +56,16 @@ fn cards(summary: &Summary) -> String {
     let mut cards = Vec::new();
     if let Some(HeldOut { before, after, change_percent, .. }) = summary.held_out {
         let detail = format!(
-            "{} \u{2192} {} nats per token, mean of {} devices",
+            "{} \u{2192} {} nats per token, mean of {}",
             loss(before.nats),
             loss(after.nats),
-            summary.held_out_participants
+            counted(summary.held_out_participants as u64, "device")
         );
         cards.push(("held-out loss", change(change_percent), detail));
     }
     let speed = summary.tokens_per_s.map(|tokens_per_s| format!("{} tokens per second", rate(tokens_per_s)));
     cards.push(("trained tokens", count(summary.tokens), speed.unwrap_or_default()));
-    let participants = format!("{} participants", summary.participants.len());
+    let participants = counted(summary.participants.len() as u64, "participant");
     cards.push(("duration", duration(summary.duration_ms), participants));
     if let Some(bytes_per_token) = summary.bytes_per_token {
         let total = format!("{} of messages in all", bytes(summary.traffic.messages.total_bytes()));

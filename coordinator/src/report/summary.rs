@@ -21,6 +21,8 @@ pub struct Summary {
     /// How often the coordinator was started.
     pub starts: usize,
     pub rounds_planned: u32,
+    /// Finished rounds whose rows the metrics lack: of what they have cost, only what their directories say is known.
+    pub lost_rounds: Vec<u32>,
     /// Why the run ended; none while it goes on, or when it was broken off.
     pub finished: Option<String>,
     /// From the start to the end of a finished run, of all rounds otherwise.
@@ -133,6 +135,8 @@ impl Summary {
         let mut traffic = Traffic::default();
         participants.iter().for_each(|participant| traffic.add(&participant.traffic));
         let tokens = participants.iter().map(|participant| participant.tokens).fold(0, u64::saturating_add);
+        // Where the rows of steps are lost, the rounds were trained all the same.
+        let tokens = tokens.max(rounds.iter().map(|round| round.tokens).fold(0, u64::saturating_add));
         let held_out: Vec<_> = participants.iter().filter_map(|participant| participant.held_out).collect();
         let energies = participants.iter().filter_map(|participant| participant.energy_j).chain(coordinator_energy_j);
         let some_udp = traffic.udp.total_bytes() > 0;
@@ -145,6 +149,7 @@ impl Summary {
             model_digest,
             starts,
             rounds_planned: experiment.federation.rounds,
+            lost_rounds: Vec::new(),
             duration_ms: finished.as_ref().map_or(rounds_ms, |(_, duration_ms)| *duration_ms),
             finished: finished.map(|(reason, _)| reason),
             held_out: HeldOut::mean(&held_out),

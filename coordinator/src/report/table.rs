@@ -6,7 +6,7 @@ use comfy_table::{Cell, CellAlignment, Table, TableComponent, presets};
 
 use super::summary::{HeldOut, Loss, Summary};
 use super::traffic::Directions;
-use super::units::{bytes, change, count, duration, energy, loss, percent, perplexity, printable, rate};
+use super::units::{bytes, change, count, counted, duration, energy, loss, percent, perplexity, printable, rate};
 
 /// Everything in a summary, in the order in which one asks for it.
 pub fn to_text(summary: &Summary) -> String {
@@ -46,16 +46,33 @@ pub(super) fn progress(summary: &Summary) -> String {
     }
 }
 
+/// That the metrics are not all there, and what to do.
+pub(super) fn lost(summary: &Summary) -> Option<String> {
+    let rounds = &summary.lost_rounds;
+    let (first, last) = (rounds.first()?, rounds.last()?);
+    let which = match rounds.len() {
+        1 => format!("round {first}"),
+        count => format!("{count} finished rounds from {first} to {last}"),
+    };
+    Some(format!(
+        "metrics.jsonl lacks the row of {which}, which is taken from rounds/ if it is there; steps, bytes and evaluations may \
+         be missing, too: bring metrics.jsonl back from a backup"
+    ))
+}
+
 fn headline(summary: &Summary) -> String {
     let mut text =
         format!("{}: {}, {}\n", printable(&summary.experiment), progress(summary), duration(summary.duration_ms));
+    if let Some(lost) = lost(summary) {
+        let _ = writeln!(text, "{lost}");
+    }
     match &summary.held_out {
         Some(mean) => {
             let HeldOut { before, after, change_percent, .. } = mean;
             let _ = writeln!(
                 text,
-                "held-out loss, mean of {} devices: {} -> {} nats/token ({})",
-                summary.held_out_participants,
+                "held-out loss, mean of {}: {} -> {} nats/token ({})",
+                counted(summary.held_out_participants as u64, "device"),
                 loss(before.nats),
                 loss(after.nats),
                 change(*change_percent)

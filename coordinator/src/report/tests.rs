@@ -7,6 +7,7 @@ use experiment::{Experiment, Row, RunDirectory, skeleton};
 use tempfile::TempDir;
 
 use super::{HeldOut, Loss, Report, Summary};
+use crate::checkpoint::save_row;
 
 fn experiment() -> Experiment {
     Experiment::from_toml(skeleton(), "the skeleton").unwrap()
@@ -150,6 +151,31 @@ fn every_beginning_of_a_run_has_a_report() {
         serde_json::to_string(&report.summary).unwrap();
         assert!(report.text.contains("rounds") && report.page.ends_with("</html>\n"), "after {count} rows");
     }
+}
+
+#[test]
+fn rounds_whose_rows_are_lost_are_taken_from_their_directories() {
+    let (_root, run) = run_with(&[]);
+    for round in 1..=3 {
+        run.begin_round(round).unwrap();
+        // Of a round that an earlier version has finished, nothing is known.
+        if round < 3 {
+            save_row(&run, round, &aggregated(round)).unwrap();
+        }
+        run.finish_round(round).unwrap();
+    }
+    let report = Report::of_run(run.path()).unwrap();
+    let summary = &report.summary;
+    assert_eq!((summary.rounds.len(), summary.tokens, &summary.lost_rounds[..]), (2, 1_600, &[1, 2, 3][..]));
+    for told in [&report.text, &report.page] {
+        assert!(told.contains("metrics.jsonl lacks the row of 3 finished rounds from 1 to 3"), "{told}");
+    }
+
+    let mut log = run.metrics_log().unwrap();
+    (1..=3).for_each(|round| log.append(&aggregated(round)).unwrap());
+    let report = Report::of_run(run.path()).unwrap();
+    assert_eq!((report.summary.rounds.len(), report.summary.lost_rounds.len()), (3, 0));
+    assert!(!report.text.contains("lacks") && !report.page.contains("lacks"));
 }
 
 #[test]

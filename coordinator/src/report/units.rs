@@ -32,6 +32,12 @@ pub fn count(count: u64) -> String {
     text
 }
 
+/// So many of them: `noun` is what one is called.
+pub fn counted(number: u64, noun: &str) -> String {
+    let ending = if number == 1 { "" } else { "s" };
+    format!("{number} {noun}{ending}")
+}
+
 /// Nats per token; the unit stands in the heading.
 pub fn loss(nats: f64) -> String {
     if nats.is_finite() { format!("{nats:.4}") } else { String::from("diverged") }
@@ -89,6 +95,7 @@ mod tests {
         assert_eq!([59_999.0, 61_000.0, 7_260_000.0].map(duration), ["60.0 s", "1 min 01 s", "2 h 01 min"]);
         assert_eq!([7, 1_234, 1_234_567].map(count), ["7", "1\u{202f}234", "1\u{202f}234\u{202f}567"]);
         assert_eq!([-12.34, 0.5].map(change), ["\u{2212}12.3 %", "+0.5 %"]);
+        assert_eq!([0, 1, 2].map(|number| counted(number, "device")), ["0 devices", "1 device", "2 devices"]);
     }
 
     #[test]

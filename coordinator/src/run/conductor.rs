@@ -13,6 +13,7 @@ mod said;
 mod updates;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,6 +31,7 @@ use crate::aggregate::Aggregator;
 use crate::body::RoundKey;
 use crate::home::audit;
 use crate::journal::{Entry, Health, Record};
+use crate::report::units::counted;
 use crate::round::{Action, DeviceId, Event, FinishReason, ParticipantName, Rounds};
 use crate::serve::{self, Departure, Incoming, Shared, ToParticipant};
 use crate::status::ParticipantStatus;
@@ -65,6 +67,10 @@ pub(super) struct Conductor {
     reported: BTreeMap<ParticipantName, u64>,
     /// Round, attempt and sender of the updates that a coordinator before this one has recorded, where the round is not over.
     delivered: BTreeSet<(u32, u32, String)>,
+    /// Steps that it has recorded, where the round is not over: a round that is begun anew is trained to the same losses.
+    trained: BTreeSet<recovery::TrainedStep>,
+    /// The row of the round that is not over, where it was: its files were damaged, and it is made again.
+    remade: Option<Row>,
     /// Refused updates since a round was last finished: which one, and how many.
     refused: BTreeMap<ParticipantName, (u32, u32)>,
     /// Rows that a full disk has not taken.
@@ -131,6 +137,8 @@ impl Conductor {
             evaluated: BTreeSet::new(),
             reported: BTreeMap::new(),
             delivered: BTreeSet::new(),
+            trained: BTreeSet::new(),
+            remade: None,
             refused: BTreeMap::new(),
             unwritten: VecDeque::new(),
             health: shared.journal.health(),
@@ -160,7 +168,10 @@ impl Conductor {
         }
     }
 
-    pub(super) fn announce(&mut self) -> Result<(), RunError> {
+    pub(super) fn announce(&mut self, address: Option<SocketAddr>) -> Result<(), RunError> {
+        if let Some(address) = address {
+            self.watcher.note(&format!("listening on {address}"));
+        }
         let experiment = self.shared.experiment.clone();
         let model_digest = hex(&self.shared.manifest.digest());
         let row = Row::Run {
@@ -177,7 +188,7 @@ impl Conductor {
             self.watcher.note(&format!("{} of {} rounds are finished", self.finished, experiment.federation.rounds));
         }
         let cohort = experiment.federation.cohort;
-        self.watcher.note(&format!("waiting for {cohort} participants"));
+        self.watcher.note(&format!("waiting for {}", counted(u64::from(cohort), "participant")));
         self.write_status(true)
     }
 
@@ -415,7 +426,7 @@ impl Conductor {
                         true => "the end of the run".to_owned(),
                         false => format!("round {round}"),
                     };
-                    self.watcher.note(&format!("{what} waits for {missing} more participants"));
+                    self.watcher.note(&format!("{what} waits for {}", counted(missing as u64, "more participant")));
                     self.write_status(true)?;
                 }
                 Action::StartRound { round, attempt, cohort, first_step, evaluate } => {

@@ -1,5 +1,6 @@
 //! Runs in which something happens: departures, restarts, other modes and strategies.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use experiment::{Row, RunDirectory};
@@ -156,6 +157,79 @@ async fn rows_of_finished_rounds_that_were_lost_are_recorded_again() {
     lose_rounds(&run);
     world.coordinator().stop().await.unwrap();
     assert_eq!(recorded_rounds(&run), recorded[1..]);
+}
+
+/// What the rows on the disk say of rounds, steps and accepted updates: each of them once, or it is named.
+fn recorded_twice(run: &RunDirectory) -> Vec<String> {
+    let (mut known, mut twice) = (BTreeSet::new(), Vec::new());
+    for row in run.rows().unwrap() {
+        let what = match row.unwrap() {
+            Row::Round { round, .. } => format!("round {round}"),
+            Row::Step { round, attempt, step, participant, .. } => {
+                format!("step {step} of round {round}, attempt {attempt}, of {participant}")
+            }
+            Row::Update { round, attempt, participant, accepted: true, .. } => {
+                format!("the update of {participant} for round {round}, attempt {attempt}")
+            }
+            _ => continue,
+        };
+        if !known.insert(what.clone()) {
+            twice.push(what);
+        }
+    }
+    twice
+}
+
+fn duration_ms(run: &RunDirectory, wanted: u32) -> f64 {
+    let row = std::fs::read(run.round_path(wanted).join("row.json")).unwrap();
+    match serde_json::from_slice::<Row>(&row).unwrap() {
+        Row::Round { round, duration_ms, .. } if round == wanted => duration_ms,
+        row => panic!("{row:?} is not that of round {wanted}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_round_that_is_made_again_is_on_record_once() {
+    let calm = World::new(long);
+    run_to_the_end(&calm, &TWO).await;
+    for journal_is_lost in [false, true] {
+        let world = World::new(long);
+        let mut coordinator = world.coordinator();
+        let mut joined = Vec::new();
+        for name in TWO {
+            joined.push(coordinator.join(world.participant(name).0).await);
+        }
+        // The second step of the third round.
+        coordinator.until(|row| is_step(row, "press-1", 11)).await;
+        let stopped = coordinator.stop().await.unwrap();
+        let mut devices = Vec::new();
+        for joined in joined {
+            devices.push(joined.await.unwrap().0);
+        }
+        let run = RunDirectory::open(&stopped.directory).unwrap();
+        let newest = stopped.rounds;
+        assert!((2..8).contains(&newest), "{stopped:?}");
+        let before_ms = duration_ms(&run, newest);
+        std::fs::write(run.round_path(newest).join("state.safetensors"), "damaged").unwrap();
+        if journal_is_lost {
+            std::fs::remove_dir_all(run.path().join("journal")).unwrap();
+        }
+
+        let coordinator = world.coordinator();
+        let mut again = Vec::new();
+        for device in devices {
+            again.push(coordinator.join(device).await);
+        }
+        assert_eq!(coordinator.end().await.unwrap().rounds, 8);
+        for joined in again {
+            assert_eq!(joined.await.unwrap().1.unwrap(), "completed");
+        }
+        assert!(run.round_path(newest).with_extension("damaged").exists());
+        assert_eq!(recorded_twice(&run), Vec::<String>::new(), "{journal_is_lost}");
+        assert_eq!(recorded_rounds(&run).len(), 8, "{journal_is_lost}");
+        assert!((duration_ms(&run, newest) - before_ms).abs() < 1e-6, "{journal_is_lost}");
+        assert_eq!(world.adapter(8), calm.adapter(8), "{journal_is_lost}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -263,17 +263,21 @@ impl Check<'_> {
         self.that(allowed.contains(&value), key, value, allowed_text)
     }
 
+    /// Much of the arithmetic is in f32, in which a greater number is infinite and a smaller one is no normal number.
     fn positive(&self, key: &'static str, value: f64) -> Result<(), Error> {
-        self.that(value.is_finite() && value > 0.0, key, value, "a finite number greater than 0")
+        let is_normal = (f32::MIN_POSITIVE..=f32::MAX).contains(&(value as f32));
+        self.that(is_normal, key, value, "a number from 1.2e-38 to 3.4e38")
     }
 
     /// The sign is looked at, not only the value: -0.0 would be equal to 0.0 and yet have another digest.
     fn not_negative(&self, key: &'static str, value: f64) -> Result<(), Error> {
-        self.that(value.is_finite() && value.is_sign_positive(), key, value, "a finite number, 0 or greater")
+        let holds = (value as f32).is_finite() && value.is_sign_positive();
+        self.that(holds, key, value, "a number from 0 to 3.4e38")
     }
 
     fn below_one(&self, key: &'static str, value: f64) -> Result<(), Error> {
-        self.that(value.is_sign_positive() && value < 1.0, key, value, "0 or greater, and less than 1")
+        let holds = value.is_sign_positive() && (value as f32) < 1.0;
+        self.that(holds, key, value, "0 or greater, and less than 1 (at most 0.9999999)")
     }
 
     fn that(&self, holds: bool, key: &'static str, value: impl Debug, allowed: impl Into<String>) -> Result<(), Error> {
@@ -422,13 +426,13 @@ mod tests {
         for (line, key, refused) in [
             ("seed = 1", "seed", &["9223372036854775808"][..]),
             ("rank = 4", "adapter.rank", &["0", "1025"]),
-            ("alpha = 8.0", "adapter.alpha", &["0.0", "-1.0", "NaN", "inf"]),
-            ("learning_rate = 0.01", "training.learning_rate", &["0.0", "-0.001", "NaN", "inf"]),
-            ("beta1 = 0.9", "training.beta1", &["1.0", "-0.1", "NaN"]),
+            ("alpha = 8.0", "adapter.alpha", &["0.0", "-1.0", "NaN", "inf", "1e39"]),
+            ("learning_rate = 0.01", "training.learning_rate", &["0.0", "-0.001", "NaN", "inf", "1e300", "1e-39"]),
+            ("beta1 = 0.9", "training.beta1", &["1.0", "-0.1", "NaN", "0.99999999"]),
             ("beta2 = 0.999", "training.beta2", &["1.0", "-0.0", "NaN"]),
             ("epsilon = 1e-8", "training.epsilon", &["0.0", "inf"]),
-            ("weight_decay = 0.0", "training.weight_decay", &["-0.1", "inf", "NaN"]),
-            ("clip_norm = 1.0", "training.clip_norm", &["-1.0", "inf", "NaN"]),
+            ("weight_decay = 0.0", "training.weight_decay", &["-0.1", "inf", "NaN", "1e39"]),
+            ("clip_norm = 1.0", "training.clip_norm", &["-1.0", "inf", "NaN", "1e39"]),
             ("batch_tokens = 256", "training.batch_tokens", &["0", "127", "1048577"]),
             ("accumulate = 1", "training.accumulate", &["0", "4097"]),
             ("warmup_steps = 0", "training.warmup_steps", &["11", "9223372036854775807"]),

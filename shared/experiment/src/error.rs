@@ -30,10 +30,10 @@ pub enum Error {
     #[error("{action} {}: {source}{}", path.display(), storage::remedy(source))]
     File { action: &'static str, path: PathBuf, source: io::Error },
     #[error(
-        "look at a run in {}: it holds an experiment, as a coordinator's home does, but no {}/; name the directory of a \
-         run, such as runs/NAME", path.display(), crate::run_directory::ROUNDS
+        "look at a run in {}: it has no {lacks}, so it is no run directory; check the path, and name the directory of a run, \
+         such as runs/NAME", path.display()
     )]
-    NotARun { path: PathBuf },
+    NotARun { path: PathBuf, lacks: &'static str },
     /// What is on the disk is not known any more. A second fsync may succeed without the bytes, so that none is tried.
     #[error("bring {} to the disk: {source}; check that disk, then start again", path.display())]
     Unsynced { path: PathBuf, source: io::Error },

@@ -63,11 +63,13 @@ impl RunDirectory {
 
     /// Opens the directory of a run that has begun, to look at it. Nothing is changed.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let experiment = Experiment::from_file(&path.join(EXPERIMENT))?;
-        // What a coordinator's home holds is an experiment that never ran.
-        if !path.join(ROUNDS).is_dir() {
-            return Err(Error::NotARun { path: path.to_path_buf() });
+        // A coordinator's home holds an experiment that never ran.
+        for lacks in [EXPERIMENT, ROUNDS] {
+            if path.join(lacks).try_exists().is_ok_and(|is_there| !is_there) {
+                return Err(Error::NotARun { path: path.to_path_buf(), lacks });
+            }
         }
+        let experiment = Experiment::from_file(&path.join(EXPERIMENT))?;
         Ok(Self { path: path.to_path_buf(), experiment, disk: Disk::default() })
     }
 
@@ -236,7 +238,7 @@ impl RunDirectory {
 }
 
 const EXPERIMENT: &str = "experiment.toml";
-pub(crate) const ROUNDS: &str = "rounds";
+const ROUNDS: &str = "rounds";
 const COMPLETE: &str = "complete";
 const IMATRIX: &str = "imatrix";
 const RESERVE: &str = "reserve";
@@ -375,9 +377,15 @@ mod tests {
     #[test]
     fn a_directory_that_is_no_run_is_not_opened() {
         let root = tempdir().unwrap();
-        let error = RunDirectory::open(root.path()).unwrap_err().to_string();
-        let expected = format!("read the experiment {}: ", root.path().join("experiment.toml").display());
-        assert!(error.starts_with(&expected), "{error}");
+        let check_lacks = |lacks: &str| {
+            let error = RunDirectory::open(root.path()).unwrap_err().to_string();
+            let expected = format!("look at a run in {}: it has no {lacks}, ", root.path().display());
+            assert!(error.starts_with(&expected), "{error}");
+        };
+        check_lacks("experiment.toml");
+        // As a coordinator's home is.
+        fs::write(root.path().join("experiment.toml"), SMOKE).unwrap();
+        check_lacks("rounds");
     }
 
     #[test]

@@ -13,7 +13,8 @@ use rustls_pki_types::CertificateSigningRequestDer;
 use time::{Duration, OffsetDateTime};
 
 use crate::identity::{
-    COORDINATOR_DNS, Identity, IdentityError, PeerIdentity, PeerName, certified_key, fingerprint, not_after,
+    COORDINATOR_DNS, Identity, IdentityError, PRIVATE_KEY, PeerIdentity, PeerName, certified_key, fingerprint,
+    not_after,
 };
 
 const ROOT_DAYS: i64 = 3650;
@@ -247,7 +248,7 @@ fn new_key() -> Result<KeyPair, IdentityError> {
 }
 
 fn key_from_pem(pem: &str) -> Result<KeyPair, IdentityError> {
-    KeyPair::from_pem(pem).map_err(|error| IdentityError::Pem { what: "private key", reason: error.to_string() })
+    KeyPair::from_pem(pem).map_err(|error| IdentityError::Pem { what: PRIVATE_KEY, reason: error.to_string() })
 }
 
 fn cannot_issue(what: &'static str) -> impl Fn(rcgen::Error) -> IdentityError {

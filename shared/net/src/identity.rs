@@ -5,7 +5,8 @@
 
 use std::{fmt, str::FromStr};
 
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use rustls_pki_types::pem::{self, PemObject};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
 use x509_parser::{extensions::GeneralName, prelude::FromDer};
@@ -14,6 +15,9 @@ use crate::authority::CLOCK_SKEW;
 
 /// The DNS name in every coordinator's certificate: participants verify the role, wherever the coordinator may listen.
 pub(crate) const COORDINATOR_DNS: &str = "coordinator.headwater";
+
+const CHAIN: &str = "certificate chain";
+pub(crate) const PRIVATE_KEY: &str = "private key";
 
 const NAME_BYTES_MAX: usize = 64;
 
@@ -62,6 +66,25 @@ pub enum IdentityError {
     Request { reason: String },
     #[error("the {what} cannot be made: {reason}")]
     Issue { what: &'static str, reason: String },
+}
+
+impl IdentityError {
+    /// Whether it is the private key that is damaged, and not a certificate.
+    pub fn is_of_key(&self) -> bool {
+        matches!(self, Self::Pem { what: PRIVATE_KEY, .. })
+    }
+
+    fn pem(what: &'static str) -> impl FnOnce(pem::Error) -> Self {
+        move |error| {
+            let reason = match error {
+                // These two would be shown as numbers.
+                pem::Error::MissingSectionEnd { .. } => "it breaks off before its end".into(),
+                pem::Error::IllegalSectionStart { .. } => "a line that begins a section is damaged".into(),
+                error => error.to_string(),
+            };
+            Self::Pem { what, reason }
+        }
+    }
 }
 
 impl PeerName {
@@ -117,7 +140,9 @@ impl PeerIdentity {
 
 impl Identity {
     pub fn from_pem(chain_pem: &str, key_pem: &str, ca_pem: &str) -> Result<Self, IdentityError> {
-        let leaf = first_certificate(chain_pem, "certificate chain")?;
+        let leaf = first_certificate(chain_pem, CHAIN)?;
+        // What is between it and the authority is sent with it.
+        certificates(chain_pem)?;
         first_certificate(ca_pem, "authority's certificate")?;
         private_key(key_pem)?;
         let parsed = parse_certificate(&leaf)?;
@@ -165,9 +190,7 @@ impl Identity {
     }
 
     pub(crate) fn chain(&self) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
-        CertificateDer::pem_slice_iter(self.chain_pem.as_bytes())
-            .collect::<Result<_, _>>()
-            .map_err(|error| IdentityError::Pem { what: "certificate chain", reason: error.to_string() })
+        certificates(&self.chain_pem)
     }
 
     pub(crate) fn key(&self) -> Result<PrivateKeyDer<'static>, IdentityError> {
@@ -217,7 +240,7 @@ impl fmt::Display for PeerIdentity {
 
 /// [`Connection::peer_key`](crate::Connection::peer_key) of whoever presents this chain.
 pub fn certified_key(chain_pem: &str) -> Result<[u8; 32], IdentityError> {
-    certified_key_der(&first_certificate(chain_pem, "certificate chain")?)
+    certified_key_der(&first_certificate(chain_pem, CHAIN)?)
 }
 
 /// SHA-256 of the public key in a certificate in DER, algorithm included: the same in every certificate of one key.
@@ -239,13 +262,16 @@ fn parse_certificate(der: &[u8]) -> Result<x509_parser::certificate::X509Certifi
 }
 
 fn first_certificate(pem: &str, what: &'static str) -> Result<CertificateDer<'static>, IdentityError> {
-    CertificateDer::from_pem_slice(pem.as_bytes())
-        .map_err(|error| IdentityError::Pem { what, reason: error.to_string() })
+    CertificateDer::from_pem_slice(pem.as_bytes()).map_err(IdentityError::pem(what))
+}
+
+fn certificates(chain_pem: &str) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
+    let chain = CertificateDer::pem_slice_iter(chain_pem.as_bytes()).collect::<Result<Vec<_>, _>>();
+    chain.map_err(IdentityError::pem(CHAIN))
 }
 
 fn private_key(pem: &str) -> Result<PrivateKeyDer<'static>, IdentityError> {
-    PrivateKeyDer::from_pem_slice(pem.as_bytes())
-        .map_err(|error| IdentityError::Pem { what: "private key", reason: error.to_string() })
+    PrivateKeyDer::from_pem_slice(pem.as_bytes()).map_err(IdentityError::pem(PRIVATE_KEY))
 }
 
 pub(crate) fn fingerprint(der: &[u8]) -> [u8; 32] {
@@ -326,7 +352,7 @@ mod tests {
         let request = key.request_der().unwrap();
         let certified_key = |request: &[u8]| {
             let chain = authority.issue_participant(&name, request, now).ok()?;
-            let leaf = first_certificate(&chain, "certificate chain").unwrap();
+            let leaf = first_certificate(&chain, CHAIN).unwrap();
             Some(parse_certificate(&leaf).unwrap().public_key().raw.to_vec())
         };
         let honest = certified_key(&request).unwrap();
@@ -342,6 +368,27 @@ mod tests {
             assert_eq!(certified_key(&request[..at]), None, "{at} bytes");
         }
         assert!(accepted < 4, "{accepted} damaged requests were accepted");
+    }
+
+    #[test]
+    fn damaged_files_are_told_apart_and_not_shown_as_numbers() {
+        let now = OffsetDateTime::now_utc();
+        let identity = Authority::create(now).unwrap().issue_coordinator(now).unwrap();
+        let (chain, key, ca) = (identity.chain_pem(), identity.key_pem(), identity.ca_pem());
+        // Before the last line: of the chain, the certificate behind the first is damaged.
+        let cut = |pem: &str| pem[..pem.len() - 40].to_owned();
+        let broken = |pem: &str| pem.replacen("PRIVATE KEY-----", "PRIVATE KEY", 1);
+        for (chain, key, ca, what) in [
+            (cut(chain), key.to_owned(), ca.to_owned(), "the certificate chain is"),
+            (chain.to_owned(), cut(key), ca.to_owned(), "the private key is"),
+            (chain.to_owned(), broken(key), ca.to_owned(), "the private key is"),
+            (chain.to_owned(), key.to_owned(), cut(ca), "the authority's certificate is"),
+        ] {
+            let error = Identity::from_pem(&chain, &key, &ca).unwrap_err();
+            assert_eq!(error.is_of_key(), what == "the private key is", "{error}");
+            let told = error.to_string();
+            assert!(told.starts_with(what) && !told.contains('['), "{told}");
+        }
     }
 
     #[test]

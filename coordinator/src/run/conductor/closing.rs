@@ -10,10 +10,12 @@ use tokio::task::JoinSet;
 use wire::{FromCoordinator, Outcome, RefusalReason};
 
 use super::super::{COMPLETED, Ended, RunError};
+use super::recovery::rough;
 use super::{Conductor, STORAGE_RETRY, milliseconds};
 use crate::aggregate::{AggregateError, Member};
 use crate::body::Closed;
 use crate::checkpoint::{Checkpoint, save_row};
+use crate::report::units::counted;
 use crate::round::{Contribution, FinishReason, ParticipantName};
 
 impl Conductor {
@@ -59,9 +61,18 @@ impl Conductor {
             body_idle_ms: milliseconds(idle),
             energy_j: None,
         };
-        self.keep_until_written(round, &row).await?;
+        let recorded = self.remade.take().filter(|recorded| is_same_round(recorded, &row));
+        self.keep_until_written(round, recorded.as_ref().unwrap_or(&row)).await?;
         self.finished = round;
-        self.record(&row)?;
+        self.trained.retain(|(of, ..)| *of > round);
+        match recorded {
+            // What it has cost was counted when it was trained.
+            Some(_) => {
+                let updates = counted(contributions.len() as u64, "update");
+                self.watcher.note(&format!("round {round} is made again of its {updates}, as it is on record"));
+            }
+            None => self.record(&row)?,
+        }
         for participant in self.connections.keys().cloned().collect::<Vec<_>>() {
             self.record_bytes(&participant)?;
         }
@@ -160,6 +171,17 @@ impl Conductor {
             reason => Ok(Ended { directory, rounds, of, stopped: reason == FinishReason::Stopped }),
         }
     }
+}
+
+/// Whether a round that was made again is the one whose row is on record.
+fn is_same_round(recorded: &Row, made: &Row) -> bool {
+    let figures = |row: &Row| match row {
+        Row::Round { round, members, loss_nats, tokens, .. } => {
+            Some((*round, members.clone(), rough(*loss_nats), *tokens))
+        }
+        _ => None,
+    };
+    figures(recorded) == figures(made)
 }
 
 /// Whose update has the largest value.

@@ -16,22 +16,40 @@ use crate::round::ParticipantName;
 /// The first minor version that can go on within a round.
 const RESUMING_MINOR: u16 = 1;
 
+/// Round, attempt, participant, step, trained tokens, and the loss, [`rough`]ly.
+pub(super) type TrainedStep = (u32, u32, String, u64, u64, u32);
+
+/// Of a loss what is the same when it is read from its row: that may be the neighbour of what was written, and is NaN where
+/// it was not finite.
+pub(super) fn rough(loss_nats: f64) -> u32 {
+    if loss_nats.is_finite() { (loss_nats as f32).to_bits() } else { f32::NAN.to_bits() }
+}
+
 impl Conductor {
-    /// Remembers what is on record already: of evaluations those that may still come, of steps those of the attempt that is
-    /// open or comes next. Rows of finished rounds that are not on record are taken from the rounds' directories.
+    /// Remembers what is on record already: of evaluations those that may still come, of steps and updates those of rounds
+    /// that are not over. These may be more than the one that is open: behind a damaged round the next one is begun anew,
+    /// too. Rows of finished rounds that are not on record are taken from the rounds' directories.
     pub(in crate::run) fn remember(&mut self, open_attempt: u32) -> Result<(), RunError> {
         let open = (self.finished + 1, open_attempt);
         let mut missing: BTreeSet<u32> = (1..=self.finished).collect();
         for row in self.directory.rows()? {
-            match row? {
+            let row = row?;
+            if matches!(row, Row::Round { round, .. } if round == self.finished + 1) {
+                self.remade = Some(row);
+                continue;
+            }
+            match row {
                 Row::Evaluation { round, participant, .. } if round >= self.finished => {
                     self.evaluated.insert((round, participant));
                 }
-                Row::Step { round, attempt, step, participant, .. } if (round, attempt) == open => {
-                    let next = self.reported.entry(ParticipantName::new(&participant)).or_insert(0);
-                    *next = (*next).max(step + 1);
+                Row::Step { round, attempt, step, participant, loss_nats, tokens, .. } if round > self.finished => {
+                    if (round, attempt) == open {
+                        let next = self.reported.entry(ParticipantName::new(&participant)).or_insert(0);
+                        *next = (*next).max(step + 1);
+                    }
+                    self.trained.insert((round, attempt, participant, step, tokens, rough(loss_nats)));
                 }
-                Row::Update { round, attempt, participant, accepted: true, .. } if (round, attempt) == open => {
+                Row::Update { round, attempt, participant, accepted: true, .. } if round > self.finished => {
                     self.delivered.insert((round, attempt, participant));
                 }
                 Row::Round { round, .. } => {

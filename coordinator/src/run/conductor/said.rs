@@ -5,6 +5,7 @@ use wire::FromParticipant;
 
 use super::super::RunError;
 use super::Conductor;
+use super::recovery::rough;
 use crate::body::RoundKey;
 use crate::round::{Event, ParticipantName};
 
@@ -27,18 +28,21 @@ impl Conductor {
                 if is_open {
                     *next = step + 1;
                 }
-                let name = participant.to_string();
-                self.record(&Row::Step {
-                    round,
-                    attempt: of.map_or(1, |key| key.attempt),
-                    step,
-                    participant: name,
-                    loss_nats,
-                    tokens,
-                    compute_ms,
-                    wait_ms,
-                    energy_j: None,
-                })?;
+                let (name, attempt) = (participant.to_string(), of.map_or(1, |key| key.attempt));
+                // The same step may have been trained, and recorded, before a damaged round was set aside.
+                if !self.trained.remove(&(round, attempt, name.clone(), step, tokens, rough(loss_nats))) {
+                    self.record(&Row::Step {
+                        round,
+                        attempt,
+                        step,
+                        participant: name,
+                        loss_nats,
+                        tokens,
+                        compute_ms,
+                        wait_ms,
+                        energy_j: None,
+                    })?;
+                }
                 if let Some(status) = self.participants.get_mut(&participant) {
                     (status.round, status.step, status.loss_nats) = (round, step, Some(loss_nats));
                 }
