@@ -1,17 +1,15 @@
 //! The commands of `coordinator`: arguments in, lines, tables or JSON out. Nothing is decided here.
 
+mod bench;
 mod watcher;
 
 use std::fmt::Display;
 use std::future::Future;
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use model::Cut;
-use model::bench::{self, Batch, Layers, Rank, Shape};
 use net::{InvitationFile, PeerName};
 use quant::Method;
 use serde_json::json;
@@ -24,6 +22,7 @@ use crate::home::{ADDRESS_DEFAULT, Home, HomeError, INVITATION_VALID};
 use crate::report::Report;
 use crate::run::{CONNECTIONS_MAX, Ended, Run, Watcher};
 use crate::status::status;
+use bench::{BenchCommand, bench_body};
 use watcher::{JsonWatcher, LineWatcher};
 
 /// The server of federated split-learning runs: it holds the body of the model and aggregates the adapters.
@@ -89,57 +88,6 @@ enum Command {
     /// Measure this machine
     #[command(subcommand, after_help = "Example:\n  coordinator bench body --weights bf16")]
     Bench(BenchCommand),
-}
-
-#[derive(Subcommand)]
-enum BenchCommand {
-    /// Time the body's part of a training step, forward and backward: tokens/s, GFLOP/s, ms by kernel, memory
-    #[command(after_help = "Example:\n  coordinator bench body --batch 4x128 --weights bf16")]
-    Body(BenchBodyArguments),
-}
-
-#[derive(Args)]
-struct BenchBodyArguments {
-    /// A Hugging Face directory or a GGUF file [default: SmolLM2-135M's shape with random weights]
-    #[arg(long)]
-    model: Option<PathBuf>,
-    /// Blocks that the participants hold
-    #[arg(long, default_value_t = 1, allow_negative_numbers = true)]
-    head_blocks: usize,
-    #[arg(long, default_value_t = 1, allow_negative_numbers = true)]
-    tail_blocks: usize,
-    /// Sequences, and tokens of each
-    #[arg(long, default_value = "4x128", allow_hyphen_values = true)]
-    batch: Batch,
-    /// Layers with an adapter: their names, or `all`
-    #[arg(long, default_value = "all")]
-    lora: Layers,
-    #[arg(long, default_value = "8", allow_negative_numbers = true)]
-    rank: Rank,
-    /// Timed steps, behind one that is not
-    #[arg(
-        long,
-        default_value_t = 5,
-        allow_negative_numbers = true,
-        value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..)
-    )]
-    steps: usize,
-    /// native | flex | ndarray | cuda | wgpu
-    #[arg(long, default_value = "native")]
-    backend: String,
-    /// Threads for tensor work; 0 takes all cores
-    #[arg(
-        long,
-        default_value_t = 0,
-        allow_negative_numbers = true,
-        value_parser = clap::value_parser!(u32).range(..=1024)
-    )]
-    threads: u32,
-    /// f32 | bf16 | int8
-    #[arg(long, default_value = "f32")]
-    weights: String,
-    #[arg(long)]
-    json: bool,
 }
 
 #[derive(Args)]
@@ -587,22 +535,6 @@ fn quoted(path: &Path) -> String {
 /// For errors whose messages finish the sentence "failed to …".
 fn failed(error: impl Display) -> anyhow::Error {
     anyhow::anyhow!("failed to {error}")
-}
-
-fn bench_body(arguments: BenchBodyArguments) -> anyhow::Result<()> {
-    let BenchBodyArguments { model, head_blocks, tail_blocks, batch, lora, rank, steps, json, .. } = arguments;
-    let BenchBodyArguments { backend, threads, weights, .. } = arguments;
-    // The words are those of TOML, and so are their errors.
-    let device = format!("backend = {backend:?}\nthreads = {threads}\nweights = {weights:?}");
-    let device: experiment::Device = toml::from_str(&device).context("--backend or --weights")?;
-    let shape = Shape::new(batch, lora, rank);
-    let body = |blocks| Cut { head_blocks, tail_blocks }.parts(blocks).map(|[_, body, _]| body);
-    let begun = Instant::now();
-    let measured = bench::measure(model.as_deref(), body, &device, shape, steps, || begun.elapsed())?;
-    match json {
-        true => print(measured.to_json()),
-        false => print(measured.to_text()),
-    }
 }
 
 /// A line on the standard output. A full disk behind it is an error like any other, where `println!` would panic; a closed
