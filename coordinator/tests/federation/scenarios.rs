@@ -7,9 +7,10 @@ use experiment::{Row, RunDirectory};
 use model::Adapter;
 use net::NetError;
 use participant::ParticipantError;
+use tokio::task::JoinHandle;
 use wire::CloseCode;
 
-use crate::world::{Holding, World, loss_bits, run_to_the_end};
+use crate::world::{Coordinator, Holding, Joined, World, loss_bits, run_to_the_end};
 
 const TWO: [&str; 2] = ["mill-1", "press-1"];
 
@@ -24,6 +25,14 @@ fn long(text: &str) -> String {
 
 fn is_step(row: &Row, of: &str, wanted: u64) -> bool {
     matches!(row, Row::Step { participant, step, .. } if participant == of && *step == wanted)
+}
+
+async fn join_both(coordinator: &Coordinator, world: &World) -> Vec<JoinHandle<Joined>> {
+    let mut joined = Vec::new();
+    for name in TWO {
+        joined.push(coordinator.join(world.participant(name).0).await);
+    }
+    joined
 }
 
 /// Mean held-out loss after a round.
@@ -71,10 +80,7 @@ async fn a_run_that_was_stopped_goes_on_as_if_it_never_had_been() {
 
         let world = World::new(change);
         let mut coordinator = world.coordinator();
-        let mut joined = Vec::new();
-        for name in TWO {
-            joined.push(coordinator.join(world.participant(name).0).await);
-        }
+        let joined = join_both(&coordinator, &world).await;
         coordinator.until(|row| is_step(row, "press-1", 7)).await;
         let stopped = coordinator.stop().await.unwrap();
         assert!(stopped.stopped && (1..8).contains(&stopped.rounds), "{stopped:?}");
@@ -124,10 +130,7 @@ fn lose_rounds(run: &RunDirectory) {
 async fn rows_of_finished_rounds_that_were_lost_are_recorded_again() {
     let world = World::new(long);
     let mut coordinator = world.coordinator();
-    let mut joined = Vec::new();
-    for name in TWO {
-        joined.push(coordinator.join(world.participant(name).0).await);
-    }
+    let joined = join_both(&coordinator, &world).await;
     // The second step of the third round.
     coordinator.until(|row| is_step(row, "press-1", 11)).await;
     let stopped = coordinator.stop().await.unwrap();
@@ -195,10 +198,7 @@ async fn a_damaged_round_that_is_made_again_is_on_record_once() {
     for journal_is_lost in [false, true] {
         let world = World::new(long);
         let mut coordinator = world.coordinator();
-        let mut joined = Vec::new();
-        for name in TWO {
-            joined.push(coordinator.join(world.participant(name).0).await);
-        }
+        let joined = join_both(&coordinator, &world).await;
         // The second step of the third round.
         coordinator.until(|row| is_step(row, "press-1", 11)).await;
         let stopped = coordinator.stop().await.unwrap();
@@ -302,10 +302,7 @@ async fn every_mode_learns() {
         let world = World::new(change);
         let coordinator = world.coordinator();
         let rows = coordinator.rows.clone();
-        let mut joined = Vec::new();
-        for name in TWO {
-            joined.push(coordinator.join(world.participant(name).0).await);
-        }
+        let joined = join_both(&coordinator, &world).await;
         coordinator.end().await.unwrap();
         for joined in joined {
             joined.await.unwrap().1.unwrap();
@@ -365,10 +362,7 @@ async fn a_frozen_factor_stays_and_its_mean_is_exact() {
     let world = World::new(|text| text.replace("rank = 4", "rank = 4\nfactors = \"freeze_a\""));
     let coordinator = world.coordinator();
     let rows = coordinator.rows.clone();
-    let mut joined = Vec::new();
-    for name in TWO {
-        joined.push(coordinator.join(world.participant(name).0).await);
-    }
+    let joined = join_both(&coordinator, &world).await;
     coordinator.end().await.unwrap();
     for joined in joined {
         joined.await.unwrap().1.unwrap();
