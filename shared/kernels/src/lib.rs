@@ -23,6 +23,7 @@ pub mod inference;
 mod kept;
 mod measure;
 mod norm;
+mod pages;
 mod path;
 pub mod peak;
 mod pool;

@@ -4,21 +4,30 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 
 use crate::buffer::SPOILED;
+use crate::pages::{Pages, ask_for_huge_pages};
 
 /// Zeros, aligned to a cache line, or to a huge page where there are several.
 ///
-/// An aligned allocation would be zeroed by hand; here the system's own zero pages stay untouched until they are used.
-/// Debug builds take one all the same: it ends where it says, so that a sanitizer sees what is read behind it.
+/// Large ones are the system's own zero pages, untouched until they are used, and go back to it with the region: an
+/// allocator keeps what was freed, and zeroes it by hand for the next. Debug builds allocate all the same: a region ends
+/// where it says, so that a sanitizer sees what is read behind it.
 pub(crate) struct Region {
-    allocation: NonNull<u8>,
-    layout: Layout,
+    /// Held for what it does when it is dropped.
+    _origin: Origin,
     start: NonNull<u8>,
     bytes: usize,
+}
+
+enum Origin {
+    Pages { _pages: Pages },
+    Allocator { allocation: NonNull<u8>, layout: Layout },
 }
 
 /// Of a cache.
 pub(crate) const LINE: usize = 64;
 const HUGE_PAGE: usize = 2 << 20;
+/// Smaller regions come from the allocator, which is quicker than the system.
+const PAGES_MIN: usize = 1 << 20;
 
 // SAFETY: the memory belongs to this value alone.
 unsafe impl Send for Region {}
@@ -37,16 +46,26 @@ impl Region {
             false => bytes.checked_add(alignment).and_then(|all| Layout::from_size_align(all, 16).ok()),
         };
         let layout = layout.expect("a size in memory");
-        // SAFETY: the layout is not empty.
-        let allocation = unsafe { alloc_zeroed(layout) };
-        let Some(allocation) = NonNull::new(allocation) else { handle_alloc_error(layout) };
-        let offset = allocation.align_offset(alignment);
+        let pages = if !SPOILED && bytes >= PAGES_MIN { Pages::new(layout.size()) } else { None };
+        let (origin, first) = match pages {
+            Some(pages) => {
+                let first = pages.start();
+                (Origin::Pages { _pages: pages }, first)
+            }
+            None => {
+                // SAFETY: the layout is not empty.
+                let allocation = unsafe { alloc_zeroed(layout) };
+                let Some(allocation) = NonNull::new(allocation) else { handle_alloc_error(layout) };
+                (Origin::Allocator { allocation, layout }, allocation)
+            }
+        };
+        let offset = first.align_offset(alignment);
         // SAFETY: there is room for the alignment, if it is not aligned already.
-        let start = unsafe { allocation.add(offset) };
+        let start = unsafe { first.add(offset) };
         if alignment == HUGE_PAGE {
-            ask_for_huge_pages(start.as_ptr(), bytes / HUGE_PAGE * HUGE_PAGE);
+            ask_for_huge_pages(start, bytes / HUGE_PAGE * HUGE_PAGE);
         }
-        Self { allocation, layout, start, bytes }
+        Self { _origin: origin, start, bytes }
     }
 
     pub(crate) fn start(&self) -> NonNull<u8> {
@@ -58,27 +77,13 @@ impl Region {
     }
 }
 
-impl Drop for Region {
+impl Drop for Origin {
     fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout.
-        unsafe { dealloc(self.allocation.as_ptr(), self.layout) }
-    }
-}
-
-/// Fewer page faults while loading, and fewer address translations afterwards. A system that refuses does without.
-fn ask_for_huge_pages(start: *mut u8, bytes: usize) {
-    #[cfg(all(target_os = "linux", not(miri)))]
-    {
-        // SAFETY: declared as madvise(2) has it.
-        unsafe extern "C" {
-            fn madvise(start: *mut std::ffi::c_void, bytes: usize, advice: std::ffi::c_int) -> std::ffi::c_int;
+        if let Self::Allocator { allocation, layout } = self {
+            // SAFETY: allocated in `Region::new` with this layout.
+            unsafe { dealloc(allocation.as_ptr(), *layout) }
         }
-        const MADV_HUGEPAGE: std::ffi::c_int = 14;
-        // SAFETY: whole pages of our own allocation; the advice changes no byte.
-        unsafe { madvise(start.cast(), bytes, MADV_HUGEPAGE) };
     }
-    #[cfg(not(all(target_os = "linux", not(miri))))]
-    let _ = (start, bytes);
 }
 
 #[cfg(test)]
