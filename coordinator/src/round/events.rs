@@ -211,9 +211,9 @@ pub enum SumsRefusal {
 /// Why a round was given up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Abandonment {
-    #[error("{remaining} members remain where the quorum is {quorum}")]
+    #[error("too few members remain: {remaining} of a quorum of {quorum}")]
     TooFewMembers { remaining: usize, quorum: usize },
-    #[error("{updates} updates had arrived at the deadline where the quorum is {quorum}")]
+    #[error("too few updates had arrived at the deadline: {updates} of a quorum of {quorum}")]
     TooFewUpdates { updates: usize, quorum: usize },
 }
 
