@@ -1,6 +1,7 @@
 //! One answer, a step at a time: who asks for several takes steps of each in turn, and any of them can end in time with what
 //! it has.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -230,16 +231,20 @@ impl Runner {
         })
     }
 
-    /// A whole answer; `emit` is called with every piece of text as soon as it is whole.
-    pub fn generate(&self, request: &Request, mut emit: impl FnMut(&str)) -> Result<Generated, ParticipantError> {
+    /// A whole answer; `emit` is called with every piece of text as soon as it is whole, until it says that nobody wants more.
+    pub fn generate(
+        &self,
+        request: &Request,
+        mut emit: impl FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<Generated, ParticipantError> {
         let due = request.deadline.map(|deadline| Reserve::default().due(Instant::now(), deadline));
         let mut answer = self.answer(request, due)?;
         let mut text = String::new();
         loop {
             let Step { text: piece, finish } = answer.step(None)?;
-            emit(&piece);
+            let unwanted = emit(&piece).is_break();
             text.push_str(&piece);
-            if let Some(finish) = finish {
+            if let Some(finish) = finish.or(unwanted.then_some(Finish::Stopped)) {
                 let prompt_tokens = answer.prompt_tokens();
                 return Ok(Generated { text, prompt_tokens, tokens: answer.tokens, finish });
             }

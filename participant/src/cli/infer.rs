@@ -1,6 +1,7 @@
 //! Commands that run a model.
 
 use std::io::{ErrorKind, Write};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -239,8 +240,9 @@ pub(super) fn generate(arguments: GenerateArguments) -> anyhow::Result<()> {
             if !json {
                 // What cannot be printed is told of at the end.
                 let written = write!(stdout, "{piece}").and_then(|()| stdout.flush());
-                is_read &= !written.is_err_and(|error| error.kind() == ErrorKind::BrokenPipe);
+                is_read = !written.is_err_and(|error| error.kind() == ErrorKind::BrokenPipe);
             }
+            if is_read { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         })?;
         if !is_read {
             return Ok(());

@@ -72,6 +72,7 @@ def main():
     adapter, losses, seconds = calm(work / "calm", ROUNDS, STEPS)
     figures.told(f"   the calm run: {len(losses)} steps in {seconds:.1f} s")
     kills, waits, different, differing_losses, lost_rounds, errors, repeated, twice = 0, [], 0, 0, 0, 0, 0, 0
+    miscounted = 0
     seed = 0
     while kills < wanted:
         seed += 1
@@ -80,12 +81,13 @@ def main():
         count = sum(site.starts.values()) - 3
         kills += count
         rows = site.rows()
-        finished = {row["round"] for row in rows if row["row"] == "round"}
+        finished = [row["round"] for row in rows if row["row"] == "round"]
         errors += len(site.failed())
         different += site.adapter() != adapter
         found = site.losses()
         differing_losses += sum(found.get(key) != loss for key, loss in losses.items())
         lost_rounds += ROUNDS - sum((site.run / f"rounds/{n:04}/complete").exists() for n in range(1, ROUNDS + 1))
+        miscounted += sum(finished.count(n) != 1 for n in range(1, ROUNDS + 1))
         accepted = [(r["round"], r["participant"]) for r in rows if r["row"] == "update" and r["accepted"]]
         twice += len(accepted) - len(set(accepted))
         computed = steps_computed(site)
@@ -98,6 +100,7 @@ def main():
         site.remove()
     figures.at_least("1 kills of real processes", kills, wanted)
     figures.exactly("1 rounds lost", lost_rounds, 0)
+    figures.exactly("1 rounds without a row, or with two", miscounted, 0)
     figures.exactly("1 updates applied twice", twice, 0)
     figures.exactly("1 runs whose final adapter differs from a calm run's", different, 0)
     figures.exactly("1 losses that differ from a calm run's", differing_losses, 0)

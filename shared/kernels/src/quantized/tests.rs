@@ -196,6 +196,8 @@ fn products_are_those_of_the_layouts_values_on_every_path() {
     for layout in ALL {
         let step = layout.columns_step();
         let sizes: &[(usize, usize, usize)] = match cfg!(miri) {
+            // Miri takes a minute for a product of a superblock.
+            true if step == SUPERBLOCK => &[(2, 1, 1)],
             true => &[(18, 1, 3)],
             false => &[(1, 1, 1), (16, 2, 2), (40, 3, 7), (65, 5, 13), (96, 18, 6), (48, 2, 10), (33, 3, 11)],
         };

@@ -27,6 +27,7 @@ impl Integers for Paired {
     type I = __m256i;
     const PAIRED: bool = true;
     const SIGNED: bool = true;
+    const FEW_REGISTERS: bool = true;
     const STRIP_ROWS: usize = 4;
     const STRIP_VECTORS: usize = 1;
 

@@ -24,6 +24,8 @@ pub(crate) trait Integers: Copy {
     const PAIRED: bool;
     /// Codes of eight bits are multiplied as signed bytes, 128 below what is stored.
     const SIGNED: bool;
+    /// Too few for a strip's sums and a block's codes at once.
+    const FEW_REGISTERS: bool = false;
     /// Rows of activations, and vectors of weight rows, of a strip.
     const STRIP_ROWS: usize;
     const STRIP_VECTORS: usize;
