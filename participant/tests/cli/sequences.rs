@@ -1,10 +1,11 @@
 //! Prompts that begin like earlier ones: what is kept of these changes no answer.
 
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use experiment::Seed;
 use model::{Adapter, AdapterConfig};
-use participant::answer::{Finish, Prompt, Request};
+use participant::answer::{Finish, Generated, Prompt, Request};
 use participant::integer::Engine;
 use participant::runner::{NamedAdapter, Runner};
 use participant::sampler::Sampling;
@@ -51,10 +52,15 @@ impl Kept {
         (0..length).map(|i| ((i * 7919 + seed * 104_729 + i * i * seed) % vocabulary) as u32).collect()
     }
 
+    /// Nothing is kept for it, nor of it.
+    fn answer(&self, request: &Request) -> Generated {
+        self.runner.generate(request, |_| ControlFlow::Continue(())).unwrap()
+    }
+
     /// The answer to a prompt is the one that nothing was kept for; behind so many kept tokens.
     fn check(&mut self, prompt: &[u32], adapter: Option<usize>, cached: usize) {
         let request = request(prompt, adapter);
-        let expected = self.runner.generate(&request, |_| {}).unwrap();
+        let expected = self.answer(&request);
         let mut answer = self.runner.answer_among(&request, None, &mut self.sequences, 0).unwrap();
         assert_eq!(answer.cached_tokens, cached);
         let finish = std::iter::repeat_with(|| answer.step(None).unwrap().finish).flatten().next();
@@ -81,7 +87,7 @@ fn an_answer_is_the_same_behind_what_was_kept() {
     let diverging = [first[..200].to_vec(), kept.prompt(50, 3)].concat();
     kept.check(&diverging, None, 200);
     // A conversation goes on: the answer is a part of the next prompt, and its tokens are made again.
-    let answer = kept.runner.generate(&request(&diverging, None), |_| {}).unwrap().tokens;
+    let answer = kept.answer(&request(&diverging, None)).tokens;
     let second = [diverging, answer, kept.prompt(9, 4)].concat();
     kept.check(&second, None, 250);
     // Shorter than what is kept, down to a single token, which has nothing before its last.
@@ -93,10 +99,26 @@ fn an_answer_is_the_same_behind_what_was_kept() {
         kept.check(&first, adapter, 299);
     }
     let answers = [None, Some(0), Some(1)].map(|adapter| {
-        let answer = kept.runner.generate(&request(&first, adapter), |_| {}).unwrap();
+        let answer = kept.answer(&request(&first, adapter));
         answer.tokens
     });
     assert!(answers[0] != answers[1] && answers[1] != answers[2], "the adapters do something");
+}
+
+#[test]
+fn an_answer_that_nobody_reads_ends() {
+    let kept = Kept::new(0);
+    let request = request(&kept.prompt(5, 1), None);
+    let whole = kept.answer(&request);
+    let mut pieces = 0;
+    let first = |_: &str| {
+        pieces += 1;
+        ControlFlow::Break(())
+    };
+    let cut = kept.runner.generate(&request, first).unwrap();
+    assert!(whole.tokens.len() > cut.tokens.len() && whole.tokens.starts_with(&cut.tokens), "{:?}", cut.tokens);
+    assert!(whole.text.starts_with(&cut.text));
+    assert_eq!((pieces, cut.finish), (1, Finish::Stopped));
 }
 
 #[test]
@@ -107,7 +129,7 @@ fn a_context_may_be_filled_behind_what_was_kept() {
     kept.check(&full[..context - 3], None, 0);
     for length in [context - 2, context - 1, context, context] {
         kept.check(&full[..length], None, length - 1);
-        let answer = kept.runner.generate(&request(&full[..length], None), |_| {}).unwrap();
+        let answer = kept.answer(&request(&full[..length], None));
         assert_eq!((answer.finish, answer.tokens.len()), (Finish::Context, context + 1 - length));
     }
     kept.check(&full[..context / 4 * 3], None, context / 4 * 3 - 1);
