@@ -37,8 +37,7 @@ unsafe impl Sync for Region {}
 impl Region {
     /// With `huge`, asks for huge pages: for memory that will all be used, and read again and again.
     ///
-    /// # Panics
-    /// If there is no such memory.
+    /// Ends the program if there is no such memory, as every allocation does.
     pub(crate) fn new(bytes: usize, huge: bool) -> Self {
         let alignment = if huge && bytes >= 2 * HUGE_PAGE { HUGE_PAGE } else { LINE };
         let layout = match SPOILED {

@@ -52,15 +52,16 @@ pub(crate) unsafe fn strip<S: Simd, F: Format, const MR: usize, const R: usize, 
                 let codes = |v: usize| s.codes[v].add((block * 8 + sub * quads) * LINE);
                 let x_quads = x.add(sub * quads * MR);
                 if S::Int::PAIRED {
-                    let room = S::Int::room(F::BITS);
+                    let room = S::Int::room(F::BITS).min(quads);
+                    debug_assert!(quads.is_multiple_of(room), "parts of a block are of one size");
                     // Unrolled, parts of a block are done row by row; with few registers all codes live in memory then
                     // (measured: AVX2 is 1.5 times as fast with a loop, AVX-512 0.95 times).
-                    let is_loop = S::Int::FEW_REGISTERS && (room < 8 || F::SUBS > 1);
-                    let quads = if is_loop { std::hint::black_box(quads) } else { quads };
+                    let is_loop = S::Int::FEW_REGISTERS && room < 8;
+                    let end = if is_loop { std::hint::black_box(quads) } else { quads };
                     let mut first = 0;
-                    while first < quads {
+                    while first < end {
                         let mut pairs: [[I<S>; NV]; R] = [[S::Int::splat(0); NV]; R];
-                        for quad in first..first + room.min(8 / F::SUBS) {
+                        for quad in first..first + room {
                             for v in 0..NV {
                                 let codes = S::Int::load(codes(v).add(quad * LINE));
                                 for (r, pairs) in pairs.iter_mut().enumerate() {

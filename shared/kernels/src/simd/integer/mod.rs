@@ -46,7 +46,7 @@ pub(crate) trait Integers: Copy {
 
     /// Adds the four products of each lane's codes (below `2^BITS`; signed bytes where `BITS` is 8 and `SIGNED`) and x.
     unsafe fn mul_add<const BITS: u32>(sum: Self::I, codes: Self::I, x: Self::I) -> Self::I;
-    /// How many such products fit before they are widened.
+    /// How many such products fit before they are widened, a power of two.
     fn room(bits: u32) -> usize {
         let _ = bits;
         8
