@@ -26,7 +26,7 @@ pub enum NetError {
     #[error("not sent: {error}")]
     Unsendable { error: ProtocolError },
     /// The network, or a peer that has vanished.
-    #[error("the connection has failed: {reason}")]
+    #[error("there is no connection: {reason}")]
     Lost { reason: String, retryable: bool },
     /// The peer closed the connection in its own words. `code` is absent where this version does not know `number`.
     #[error("the peer closed the connection with code {number:#x}: {reason}")]

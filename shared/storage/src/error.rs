@@ -51,9 +51,8 @@ pub fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "; free space on that disk, then start again",
         ErrorKind::NotFound => "; check the path and the directory this program was started in",
-        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
-            "; check who may use it, or start as the user it belongs to"
-        }
+        ErrorKind::PermissionDenied => "; check who may use it, or start as the user it belongs to",
+        ErrorKind::ReadOnlyFilesystem => "; name a place that can be written to",
         ErrorKind::IsADirectory => "; name a file in it, or move it away",
         ErrorKind::NotADirectory | ErrorKind::AlreadyExists => {
             "; something else has that name: name another path, or move it away"
