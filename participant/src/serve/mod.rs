@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -157,6 +157,7 @@ impl Serving {
                 () = stopped(&mut stop) => break,
             };
             let _ = stream.set_nodelay(true);
+            give_up_the_unread(&stream, limits.patience);
             let (service, mut stop) = (service.clone(), stop.clone());
             tasks.spawn(async move {
                 let _place = place;
@@ -195,6 +196,15 @@ impl Serving {
         let joined = tokio::task::spawn_blocking(move || worker.join());
         let _ = timeout(LEAVE, joined).await;
     }
+}
+
+/// What a peer does not read for so long, the system throws away, also when this program has closed the connection: it would
+/// keep megabytes of its own memory for it, for minutes, however many such peers come. A system without this keeps them.
+fn give_up_the_unread(stream: &TcpStream, patience: Duration) {
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    let _ = socket2::SockRef::from(stream).set_tcp_user_timeout(Some(patience));
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    let _ = (stream, patience);
 }
 
 /// Returns when all of them have ended.

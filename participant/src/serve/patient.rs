@@ -6,21 +6,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
-
-/// What can be given up at once.
-pub(super) trait Abrupt {
-    /// What was written and not yet taken is thrown away when this is dropped.
-    fn abandon(&self);
-}
-
-impl Abrupt for TcpStream {
-    fn abandon(&self) {
-        // Otherwise the system offers it to the peer for minutes, megabytes of its own memory. Where it refuses, it does.
-        let _ = self.set_zero_linger();
-    }
-}
 
 /// Ends with [`ErrorKind::TimedOut`] where something is to be written, and not a byte of it is taken for so long. Who reads
 /// slowly, but reads, is served; who waits for an answer is not writing, and not hurried.
@@ -31,7 +17,7 @@ pub(super) struct Patient<T> {
     until: Option<Pin<Box<Sleep>>>,
 }
 
-impl<T: Abrupt> Patient<T> {
+impl<T> Patient<T> {
     pub(super) fn new(stream: T, patience: Duration) -> Self {
         Self { stream, patience, until: None }
     }
@@ -45,10 +31,7 @@ impl<T: Abrupt> Patient<T> {
         let patience = self.patience;
         let until = self.until.get_or_insert_with(|| Box::pin(sleep_until(Instant::now() + patience)));
         match until.as_mut().poll(context) {
-            Poll::Ready(()) => {
-                self.stream.abandon();
-                Poll::Ready(Err(io::Error::new(ErrorKind::TimedOut, "the peer reads nothing")))
-            }
+            Poll::Ready(()) => Poll::Ready(Err(io::Error::new(ErrorKind::TimedOut, "the peer reads nothing"))),
             Poll::Pending => Poll::Pending,
         }
     }
@@ -64,7 +47,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Patient<T> {
     }
 }
 
-impl<T: AsyncWrite + Abrupt + Unpin> AsyncWrite for Patient<T> {
+impl<T: AsyncWrite + Unpin> AsyncWrite for Patient<T> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(context, bytes);
         self.judge(written, context)
@@ -100,10 +83,6 @@ mod tests {
     use tokio::time::{advance, pause};
 
     use super::*;
-
-    impl Abrupt for tokio::io::DuplexStream {
-        fn abandon(&self) {}
-    }
 
     const PATIENCE: Duration = Duration::from_secs(10);
 
