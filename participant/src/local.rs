@@ -12,7 +12,7 @@ use crate::ParticipantError;
 use crate::data::read_records;
 use crate::dataset::Dataset;
 use crate::device_choice::DeviceChoice;
-use crate::output::{check_adapter_output, check_directory, check_output};
+use crate::output::{check_adapter_output, check_output, reserve};
 use crate::stages::Stages;
 use crate::trainer::{StepReport, Trainer};
 
@@ -30,6 +30,9 @@ pub struct LocalTraining {
     pub steps: Option<u64>,
     pub device: DeviceChoice,
 }
+
+/// Of an adapter's files beside its weights, generously: names and shapes of up to a thousand tensors, its configuration.
+const ADAPTER_BYTES_BESIDE: u64 = 256 << 10;
 
 /// What happens, in order.
 pub enum Happened {
@@ -78,7 +81,8 @@ impl LocalTraining {
         if let Some(kernels) = device.kernels() {
             kernels.trim();
         }
-        check_directory(&out)?;
+        // What hours of training have made shall not be lost to a full disk.
+        let reserved = reserve(&out, adapter.flat().len() as u64 * 4 + ADAPTER_BYTES_BESIDE)?;
         trainer.begin_round((1, 1), 0, &adapter).await?;
         let evaluate = async |trainer: &Trainer, step, tell: &mut (dyn FnMut(Happened) + Send)| {
             let loss = trainer.evaluate(None).await?;
@@ -101,6 +105,7 @@ impl LocalTraining {
             return Err(ParticipantError::DivergedAdapter { steps });
         }
         evaluate(&trainer, steps, &mut tell).await?;
+        drop(reserved);
         adapter.save(&out, &origin)?;
         tell(Happened::Saved(out));
         Ok(())

@@ -1,5 +1,7 @@
 //! Where a command writes: never over what it reads.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use model::adapter::peft;
@@ -60,14 +62,22 @@ pub(crate) fn check_adapter_output(
     Ok(())
 }
 
-/// Makes the directory `out`, before there is anything to put into it.
+/// Makes the directory `out`, before there is anything to put into it, and takes room for it on the disk, which is there
+/// again when the result is dropped.
 ///
 /// # Errors
-/// If it cannot be made, or no file in it.
-pub(crate) fn check_directory(out: &Path) -> Result<(), ParticipantError> {
-    std::fs::create_dir_all(out).map_err(ParticipantError::io(out))?;
-    let probe = out.join(format!(".{}.probe", std::process::id()));
-    std::fs::File::create_new(&probe).and_then(|_| std::fs::remove_file(&probe)).map_err(ParticipantError::io(out))
+/// If it cannot be made, or no file in it, or the disk has no such room.
+pub(crate) fn reserve(out: &Path, bytes: u64) -> Result<File, ParticipantError> {
+    let taken = || {
+        std::fs::create_dir_all(out)?;
+        let path = out.join(format!(".{}.reserved", std::process::id()));
+        let mut file = File::create_new(&path)?;
+        // A file without a name leaves nothing behind, however this program ends.
+        let written = std::io::copy(&mut std::io::repeat(0).take(bytes), &mut file);
+        std::fs::remove_file(&path)?;
+        written.map(|_| file)
+    };
+    taken().map_err(ParticipantError::io(out))
 }
 
 #[cfg(test)]
@@ -109,7 +119,16 @@ mod tests {
         let told = check_output("--out", directory.path(), &[]).unwrap_err().to_string();
         assert!(told.ends_with("it is a directory; name a file in it, or another path"), "{told}");
         fs::write(directory.path().join("file"), "").unwrap();
-        let told = check_directory(&directory.path().join("file")).unwrap_err().to_string();
+        let told = reserve(&directory.path().join("file"), 0).unwrap_err().to_string();
         assert!(told.ends_with("; something else has that name: name another path, or move it away"), "{told}");
+    }
+
+    #[test]
+    fn what_is_reserved_takes_room_and_leaves_no_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let out = directory.path().join("new");
+        let reserved = reserve(&out, 100_000).unwrap();
+        assert_eq!(reserved.metadata().unwrap().len(), 100_000);
+        assert_eq!(fs::read_dir(&out).unwrap().count(), 0);
     }
 }

@@ -98,14 +98,12 @@ const COUNT_MAX: usize = 1 << 20;
 const THREADS_MAX: usize = 1024;
 
 pub(super) fn positive(text: &str) -> Result<usize, String> {
-    match at_most::<COUNT_MAX>(text)? {
-        0 => Err("give a number of at least 1".into()),
-        number => Ok(number),
-    }
+    let number = text.parse().ok().filter(|number| (1..=COUNT_MAX).contains(number));
+    number.ok_or_else(|| format!("give a number from 1 to {COUNT_MAX}"))
 }
 
 pub(super) fn at_most<const MAX: usize>(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|&number| number <= MAX).ok_or_else(|| format!("give a number of at most {MAX}"))
+    text.parse().ok().filter(|&number| number <= MAX).ok_or_else(|| format!("give a number from 0 to {MAX}"))
 }
 
 #[derive(Args)]

@@ -1,6 +1,6 @@
 //! Commands that run a model.
 
-use std::io::{ErrorKind, Write};
+use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -220,7 +220,7 @@ pub(super) fn generate(arguments: GenerateArguments) -> anyhow::Result<()> {
         ),
     };
     let mut stdout = std::io::stdout().lock();
-    let mut is_read = true;
+    let mut unwritten = None;
     for adapter in places(&runner) {
         let name = adapter.map(|i| &runner.adapters()[i]);
         if let (false, Some(name), true) = (json, name, runner.adapters().len() > 1) {
@@ -238,14 +238,12 @@ pub(super) fn generate(arguments: GenerateArguments) -> anyhow::Result<()> {
         };
         let generated = runner.generate(&request, |piece| {
             if !json {
-                // What cannot be printed is told of at the end.
-                let written = write!(stdout, "{piece}").and_then(|()| stdout.flush());
-                is_read = !written.is_err_and(|error| error.kind() == ErrorKind::BrokenPipe);
+                unwritten = write!(stdout, "{piece}").and_then(|()| stdout.flush()).err();
             }
-            if is_read { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+            if unwritten.is_none() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         })?;
-        if !is_read {
-            return Ok(());
+        if let Some(error) = unwritten {
+            return printed(Err(error));
         }
         let Generated { text, prompt_tokens, tokens, finish } = generated;
         if json {
