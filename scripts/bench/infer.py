@@ -151,6 +151,13 @@ def agreement(arguments):
             figures.noted(f"4 {type_}: ours chooses as f32 does", share(chosen["integer"], exact), "share")
             figures.noted(f"4 {type_}: llama.cpp chooses as f32 does", share(theirs, exact), "share")
             figures.at_least(f"4 {type_}: ours chooses as llama.cpp does", share(chosen["integer"], theirs), 0.99, "share")
+            if arguments.llama_avx2:
+                # Rounding to bytes makes a byte's step of the smallest difference, and layers make more of it: what agreement
+                # is to be had at all, llama.cpp's own with itself tells, built for other instructions.
+                held = {"LLAMA_CPP_LIB_PATH": arguments.llama_avx2}
+                theirs_held = [token for token, _ in llama(file, "--top-1", tokens_file, environment=held)][:POSITIONS]
+                told = f"4 {type_}: llama.cpp built for AVX2 chooses as llama.cpp does"
+                figures.noted(told, share(theirs_held, theirs), "share")
 
 
 def greedy(arguments):
