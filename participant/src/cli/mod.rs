@@ -233,7 +233,7 @@ impl Command {
     fn after_an_interruption(&self) -> String {
         match self {
             Self::Join(_) | Self::Swarm(_) => {
-                ": a run that has begun may go on at quorum; run the same command again to join it".into()
+                ": a run that has begun may go on at quorum; run the same command again to rejoin".into()
             }
             Self::Train(TrainArguments { dump_batches: Some(path), .. }) => format!(
                 ": {} may hold token ids of the data, nothing else was kept; run the same command again to start over",
