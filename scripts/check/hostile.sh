@@ -7,8 +7,9 @@
 #   6  1,000 half handshakes and 50 peers at a byte a second beside an honest run; one hostile participant; a slow reader
 #   7  a million mutated inputs for every decoder of foreign bytes, ten million for GGUF files, under an allocator that counts
 #
-# --quick: under five minutes, with 100 invitations, 100,000 mutations and shorter windows. Where cargo-fuzz and a nightly compiler are installed, coverage-guided targets run as well
-# (FUZZ_RUNS inputs each, a million unless it is set; --quick: none).
+# --quick: under five minutes, with 100 invitations, 100,000 mutations and shorter windows. Where cargo-fuzz and a nightly
+# compiler are installed, coverage-guided targets run as well (FUZZ_RUNS inputs each, a million unless it is set; --quick:
+# none).
 
 set -euo pipefail
 cd "$(dirname "$0")/../.."

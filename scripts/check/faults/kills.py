@@ -71,8 +71,8 @@ def main():
     wanted = 10 if quick else 60
     adapter, losses, seconds = calm(work / "calm", ROUNDS, STEPS)
     figures.told(f"   the calm run: {len(losses)} steps in {seconds:.1f} s")
-    kills, waits, different, differing_losses, lost_rounds, errors, repeated, twice = 0, [], 0, 0, 0, 0, 0, 0
-    miscounted = 0
+    kills, waits, different, differing_losses, errors, repeated, twice = 0, [], 0, 0, 0, 0, 0
+    lost_rounds, miscounted = 0, 0
     seed = 0
     while kills < wanted:
         seed += 1
